@@ -1,0 +1,368 @@
+"""Every setting there is, as frozen dataclasses; YAML and `key=value` words are merged over them by OmegaConf.
+
+Three groups: what a model *is* (it travels inside the checkpoint), where data comes from, and how a run trains.
+A key that does not exist is an error that names the nearest one that does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ldm.errors import UserError
+from ldm.files import read_text
+
+# ---------------------------------------------------------------- what a model is
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Picture <-> latent. f = patch * 2 ** (len(multipliers) - 1). The defaults are Stable Diffusion's."""
+
+    kind: str = "kl"  # kl, or identity: no compression, everything downstream becomes a pixel model
+    in_channels: int = 3
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2  # residual blocks on each level of the encoder; the decoder has one more
+    attention_levels: tuple[int, ...] = ()  # levels (0 = full size) with self-attention, beside the middle
+    middle_attention: bool = True
+    latent_channels: int = 4
+    patch: int = 1  # side of the pixel-unshuffle before the first convolution; 1 is none
+    shift: tuple[float, ...] = (0.0,)  # latent = (posterior sample - shift) * scale, one or one for each channel
+    scale: tuple[float, ...] = (0.18215,)
+
+    @property
+    def factor(self) -> int:
+        """Picture side / latent side, f."""
+        return 1 if self.kind == "identity" else self.patch * 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def channels_of_latent(self) -> int:
+        return self.in_channels if self.kind == "identity" else self.latent_channels
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The CLIP text tower. `arch` names an open_clip architecture; if empty, the numbers below are ours."""
+
+    arch: str = ""
+    context_length: int = 77
+    vocabulary: int = 49408  # rows of the token embedding when `token_rows` is empty
+    token_ids: tuple[int, ...] = ()  # tokens that own a row, in order; all others share one more row at the end
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    embed_dim: int = 512  # width of the joint picture-text space
+    quick_gelu: bool = False
+    layer: str = "last"  # last or penultimate block; the final LayerNorm follows either
+    padding: str = "zero"  # zero (OpenCLIP, SD v2) or eot (Hugging Face, SD v1)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Noisy latent, t, context -> prediction. The defaults are Stable Diffusion v1's."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: int = 320
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2
+    attention_levels: tuple[int, ...] = (0, 1, 2)  # levels (0 = full size) with transformers
+    transformer_depth: int = 1
+    heads: int = 8  # heads on each level; 0: the level's width / head_width
+    head_width: int = 0  # width of a head on each level; 0: the level's width / heads
+    context_width: int = 768  # 0: no cross-attention
+    linear_projection: bool = False  # SD v2: the transformer's in and out projections are linear, not 1x1 convolutions
+    time_embedding: str = "sinusoid"  # or fourier: random features
+    time_injection: str = "add"  # or scale_shift
+    classes: int = 0  # > 0: class-conditional, embedding table of classes + 1 rows (the last is the null class)
+    vector_width: int = 0  # > 0: takes a vector (B, vector_width) beside t
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The law t <-> sigma of the training noise. The defaults are Stable Diffusion's."""
+
+    kind: str = "scaled_linear"  # linear, scaled_linear (linear in sqrt(beta)), cosine
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    zero_terminal_snr: bool = False  # rescale so that the last step is pure noise (Lin et al. 2024, algorithm 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a checkpoint is. A part that is None is not in it (a stage-one checkpoint has an autoencoder alone)."""
+
+    autoencoder: AutoencoderConfig | None = None
+    text: TextConfig | None = None
+    unet: UNetConfig | None = None
+    schedule: ScheduleConfig | None = None
+    parameterization: str = "eps"  # eps, x0, v
+    image_size: int = 512  # pixels, the side it was trained at
+
+
+# ---------------------------------------------------------------- where data comes from
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards and how a picture is prepared."""
+
+    shards: str = ""  # globs and braces, several separated by commas or white space
+    validation: str = ""  # shards of held-out samples; empty: none
+    size: int = 64  # pixels; the shorter side is resized to it, then a square is cropped
+    crop: str = "center"  # center, random
+    flip: bool = False  # mirror half of the pictures
+    where: dict[str, list[str]] = field(default_factory=dict)  # keep samples whose json field is one of these
+    caption: str = "txt"  # txt, or variants: one of json["captions"], drawn anew each epoch
+    streams: int = 8  # virtual streams; global batch % streams == 0, streams % (processes * workers) == 0
+    shuffle: int = 1000  # samples in the shuffle buffers of all streams together; 0 keeps the order
+    workers: int = 1  # reader processes for each training process; 0 reads in the training process
+
+
+# ---------------------------------------------------------------- how a run trains
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; the rate is the one written, whatever the batch, the accumulation or the processes."""
+
+    rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 0  # optimizer steps
+    law: str = "constant"  # constant, cosine (to `final_rate` at the last step)
+    final_rate: float = 0.0
+    clip: float = 1.0  # gradient norm; 0 does not clip
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What both stages have in common. Everything counts optimizer steps."""
+
+    steps: int = 1000
+    global_batch: int = 32  # samples of one optimizer step over all processes
+    micro_batch: int = 0  # samples of one forward pass; 0: global batch / processes
+    precision: str = "fp32"  # fp32, bf16, fp16
+    seed: int = 0
+    ema: float = 0.999  # decay of the averaged weights, warmed up as (1 + n) / (10 + n); 0: none
+    log_every: int = 20
+    validate_every: int = 500
+    sample_every: int = 0  # grids of pictures; 0: at the end only
+    save_every: int = 500
+    max_minutes: float = 0.0  # 0: no limit; else save and stop when it has passed
+    compile: bool = False
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb (extra `track`)
+
+
+@dataclass(frozen=True)
+class AutoencoderLossConfig:
+    """Stage one: L1 + perceptual + KL + PatchGAN. A weight of 0 leaves the term out."""
+
+    l1: float = 1.0
+    gradient: float = 0.0  # L1 of horizontal and vertical differences: keeps edges crisp at small cost
+    perceptual: float = 1.0
+    perceptual_net: str = "efficientnet-lite0"  # or lpips (downloads its backbone)
+    kl: float = 1e-6  # of the KL summed over a latent, divided by the picture's values
+    adversarial: float = 0.0
+    adversarial_start: int = 0  # step at which the discriminator begins
+    adversarial_ramp: int = 1000  # steps until the adversarial weight is whole
+    adaptive_max: float = 1e4  # clamp of |grad reconstruction| / |grad adversarial|
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
+    discriminator_rate: float = 1e-4
+
+
+@dataclass(frozen=True)
+class AutoencoderTraining:
+    """scripts/train_autoencoder.py"""
+
+    output: str = ""
+    resume: str = ""  # auto: from `output` if something is there
+    model: AutoencoderConfig = AutoencoderConfig()
+    data: DataConfig = DataConfig()
+    loss: AutoencoderLossConfig = AutoencoderLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig = LoopConfig()
+    scale_samples: int = 2048  # pictures over which the latents' shift and scale are measured at the end
+
+
+@dataclass(frozen=True)
+class ImageTowerConfig:
+    """The picture side of our own CLIP: a ViT that is trained along and not shipped."""
+
+    size: int = 64
+    patch: int = 8
+    width: int = 192
+    layers: int = 6
+    heads: int = 6
+
+
+@dataclass(frozen=True)
+class ClipTraining:
+    """scripts/train_clip.py"""
+
+    output: str = ""
+    resume: str = ""
+    model: TextConfig = TextConfig(context_length=32, width=192, heads=6, layers=6, embed_dim=192)
+    image_tower: ImageTowerConfig = ImageTowerConfig()
+    data: DataConfig = DataConfig(caption="variants")
+    optimizer: OptimizerConfig = OptimizerConfig(rate=5e-4, weight_decay=0.1, warmup=100, law="cosine")
+    loop: LoopConfig = LoopConfig(global_batch=128)
+
+
+@dataclass(frozen=True)
+class DiffusionLossConfig:
+    """Stage two: w(sigma) |D - x0|^2 with sigma drawn by a law of its own."""
+
+    weight: str = "uniform"  # uniform (on the network's own target), snr, min_snr
+    min_snr_gamma: float = 5.0
+    levels: str = "uniform"  # uniform in t, or lognormal in sigma
+    level_mean: float = -1.2  # of ln sigma, for lognormal (Karras et al. 2022, table 1)
+    level_std: float = 1.2
+    caption_dropout: float = 0.1  # share of samples trained on the encoded empty prompt
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The grids a run draws while it trains, from EMA weights."""
+
+    prompts: tuple[str, ...] = ()
+    cfg: float = 5.0
+    steps: int = 30
+
+
+@dataclass(frozen=True)
+class DiffusionTraining:
+    """scripts/train_diffusion.py"""
+
+    output: str = ""
+    resume: str = ""
+    autoencoder: str = ""  # a directory that train_autoencoder.py wrote; empty: the identity codec
+    text: str = ""  # a directory that train_clip.py wrote
+    latents: str = ""  # shards that tools/precompute_latents.py wrote; empty: encode data.shards on the fly
+    model: UNetConfig = UNetConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parameterization: str = "v"
+    data: DataConfig = DataConfig()
+    loss: DiffusionLossConfig = DiffusionLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig = LoopConfig()
+    sample: SampleConfig = SampleConfig()
+    gradient_checkpointing: bool = False
+
+
+# ---------------------------------------------------------------- reading
+
+T = TypeVar("T")
+
+
+def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """`cls` with the YAML of `path` and then `overrides` ("data.size=64") merged over its defaults.
+
+    Raises UserError for a file that cannot be read, YAML that does not parse, an unknown key (the nearest known
+    one is named) and a value of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    where = str(path) if path else "the arguments"
+    try:
+        merged = OmegaConf.create()
+        if path:
+            merged = OmegaConf.create(read_text(path))
+            if not OmegaConf.is_dict(merged):
+                raise UserError(f"{path} is not a mapping of settings; see configs/ for examples")
+        words = list(overrides)
+        for word in words:
+            if "=" not in word:
+                raise UserError(f"'{word}' is not of the form key=value")
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(words))
+        plain = OmegaConf.to_container(merged, resolve=False)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{where}: {_first_line(error)}") from error
+    return from_dict(cls, plain, where)
+
+
+def from_dict(cls: type[T], plain: Any, where: str) -> T:
+    """`cls` from plain dicts, lists and numbers, checked key by key and type by type; raises UserError.
+
+    Values are data: interpolations and resolvers are refused, since configs may come from strangers.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(plain, dict):
+        raise UserError(f"{where}: expected a mapping of settings, found {type(plain).__name__}")
+    _check_keys(cls, plain, where, "")
+    _refuse_interpolations(plain, where)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(plain))
+        made = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {_first_line(error)}") from error
+    return _tuples(made)  # type: ignore[return-value]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `from_dict`: plain dicts, lists and numbers, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _check_keys(cls: Any, plain: dict[Any, Any], where: str, prefix: str) -> None:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in plain.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise UserError(f"{where}: unknown setting '{prefix}{key}'; did you mean '{prefix}{near[0]}'?")
+        nested = _nested(cls, key)
+        if nested is not None and isinstance(value, dict):
+            _check_keys(nested, value, where, f"{prefix}{key}.")
+
+
+def _nested(cls: Any, name: str) -> Any:
+    """The dataclass that field `name` of `cls` holds, or None."""
+    import typing
+
+    hint = typing.get_type_hints(cls)[name]
+    for candidate in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _refuse_interpolations(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for item in value.values():
+            _refuse_interpolations(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_interpolations(item, where)
+    elif isinstance(value, str) and "${" in value:
+        raise UserError(f"{where}: '{value}' has an interpolation, which settings may not; write the value itself")
+
+
+def _tuples(value: Any) -> Any:
+    """OmegaConf gives lists where the dataclass says tuple; put the tuples back, all the way down."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        item = getattr(value, f.name)
+        if isinstance(item, list) and str(f.type).startswith("tuple"):
+            changes[f.name] = tuple(item)
+        elif dataclasses.is_dataclass(item):
+            changes[f.name] = _tuples(item)
+    return dataclasses.replace(value, **changes)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
