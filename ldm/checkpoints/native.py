@@ -1,0 +1,310 @@
+"""The native checkpoint: safetensors and one JSON, nothing that can execute.
+
+A directory                                or one file
+
+    model.json               "format", ModelConfig      m.safetensors   metadata "model": the same JSON
+    autoencoder.safetensors  its state dict                             keys "autoencoder.…"
+    text.safetensors                                                         "text.…"
+    unet.safetensors                                                         "unet.…"
+
+Only the parts whose config is not None are there; the identity codec has a config and no weights. Networks are
+built on the meta device and take the file's tensors over, so nothing is initialised only to be overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm.config import ModelConfig, from_dict, to_dict
+from ldm.errors import UserError, explain_os_error
+from ldm.files import atomic_write, atomic_write_text, read_text
+
+if TYPE_CHECKING:
+    from ldm.autoencoder.codec import Codec
+    from ldm.conditioning.clip import TextTower
+    from ldm.unet.unet import UNet
+
+FORMAT = "ldm-1"
+PARTS = ("autoencoder", "text", "unet")
+Weights = nn.Module | Mapping[str, Tensor]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(path: str | Path, config: ModelConfig, parts: Mapping[str, Weights], dtype: torch.dtype | None = None) -> None:
+    """Write `parts` ("autoencoder", "text", "unet" -> module or state dict) and `config` to `path`.
+
+    `path` is a directory, or one file if it ends in ".safetensors". `dtype` converts the floating tensors on the way
+    (torch.float16 halves the size); None keeps them. A reader sees the old checkpoint or the new one: all files are
+    written beside the old ones first, then renamed, model.json last. Raises UserError if the disk does not take it.
+    """
+    path = Path(path)
+    wanted = part_names(config)
+    if set(parts) != set(wanted):
+        raise ValueError(f"the config has the parts {wanted}, the weights are of {tuple(parts)}")
+    tensors = {name: _storable(parts[name], dtype) for name in wanted}
+    document = _document(config)
+    if path.suffix == ".safetensors":
+        joined = {f"{name}.{key}": value for name in wanted for key, value in tensors[name].items()}
+        with atomic_write(path) as temporary:
+            _write(joined, temporary, {"format": "pt", "model": document})
+        return
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a directory for the checkpoint, or a file ending in .safetensors")
+    with ExitStack() as renames:  # leaves in reverse order: model.json, entered first, is renamed last
+        renames.enter_context(atomic_write(path / "model.json")).write_text(document, encoding="utf-8")
+        for name in wanted:
+            temporary = renames.enter_context(atomic_write(path / f"{name}.safetensors"))
+            _write(tensors[name], temporary, {"format": "pt"})
+
+
+def save_config(path: str | Path, config: ModelConfig) -> None:
+    """Replace the model.json of the checkpoint directory `path`; the weights stay as they are."""
+    atomic_write_text(Path(path) / "model.json", _document(config))
+
+
+def part_names(config: ModelConfig) -> tuple[str, ...]:
+    """The parts of `config` that have weights, in the order of PARTS."""
+    kinds = {"autoencoder": config.autoencoder, "text": config.text, "unet": config.unet}
+    identity = config.autoencoder is not None and config.autoencoder.kind == "identity"
+    return tuple(name for name in PARTS if kinds[name] is not None and not (name == "autoencoder" and identity))
+
+
+def _document(config: ModelConfig) -> str:
+    """The JSON of `config`, one line for each of its fields: token lists are long and nobody reads them down."""
+    fields = {"format": FORMAT, **to_dict(config)}
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items())
+    return f"{{\n{lines}\n}}\n"
+
+
+def _storable(weights: Weights, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    stored = {}
+    for key, value in state.items():
+        kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        stored[key] = value.detach().to("cpu", kept).contiguous()
+    return stored
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # the library wraps the operating system's errors; unwrap what can be told
+        raise _as_os_error(error) from error
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """safetensors says "I/O error: File too large (os error 27)": the OSError it was made from."""
+    import os
+    import re
+
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found.group(1)) if found else 5  # EIO
+    return OSError(number, os.strerror(number))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The ModelConfig of the checkpoint at `path` (directory or .safetensors file); raises UserError."""
+    path = Path(path)
+    where = path / "model.json" if path.is_dir() else path
+    if path.is_dir():
+        if not where.exists():
+            raise UserError(f"{path} has no model.json, so it is not a checkpoint; name the directory a training wrote")
+        text = read_text(where)
+    else:
+        text = _metadata(path).get("model", "")
+        if not text:
+            raise UserError(
+                f"{path} has no model config in its metadata, so it is not a native checkpoint; foreign checkpoints "
+                "are not read in this version"
+            )
+    try:
+        plain = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} does not hold valid JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{where} holds a {type(plain).__name__} where the model's settings should be")
+    version = plain.pop("format", None)
+    if version != FORMAT:
+        raise UserError(f"{where} has the format {version!r} and this version reads {FORMAT!r}; update one of the two")
+    return from_dict(ModelConfig, plain, str(where))
+
+
+def load_autoencoder(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: ModelConfig | None = None,
+) -> Codec:
+    """The codec of the checkpoint at `path`: weights, shift and scale.
+
+    Here and below: the network comes frozen and in evaluation mode; `config` is what read_config(path) gave, if the
+    caller has it already. Raises UserError for a file that is missing, torn, a pickle, without this part, or of
+    another architecture than its config says.
+    """
+    from ldm.autoencoder.codec import Codec
+    from ldm.autoencoder.kl import AutoencoderKL
+
+    config = config or read_config(path)
+    settings = config.autoencoder
+    if settings is None:
+        raise _lacks(path, "autoencoder", config)
+    if settings.kind == "identity":
+        return Codec(None, settings)
+    with torch.device("meta"):
+        module = AutoencoderKL(settings)
+    _fill(module, path, "autoencoder", device, dtype)
+    return Codec(module, settings)
+
+
+def load_text(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: ModelConfig | None = None,
+) -> TextTower:
+    """The text tower of the checkpoint at `path`; see load_autoencoder."""
+    from ldm.conditioning.clip import TextTower
+
+    config = config or read_config(path)
+    if config.text is None:
+        raise _lacks(path, "text", config)
+    with torch.device("meta"):
+        module = TextTower(config.text)
+    _fill(module, path, "text", device, dtype)
+    return module
+
+
+def load_unet(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: ModelConfig | None = None,
+) -> UNet:
+    """The U-Net of the checkpoint at `path`; see load_autoencoder."""
+    from ldm.unet.unet import UNet
+
+    config = config or read_config(path)
+    if config.unet is None:
+        raise _lacks(path, "unet", config)
+    with torch.device("meta"):
+        module = UNet(config.unet)
+    _fill(module, path, "unet", device, dtype)
+    return module
+
+
+def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
+    """The state dict of one part ("autoencoder", "text", "unet") as it is stored, on the CPU; raises UserError."""
+    file, prefix = _place(Path(path), name)
+    with _open(file) as stored:
+        keys = [key for key in stored.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
+        return {key.removeprefix(prefix): stored.get_tensor(key) for key in keys}
+
+
+def _lacks(path: str | Path, name: str, config: ModelConfig) -> UserError:
+    present = ", ".join(part_names(config)) or "nothing"
+    return UserError(f"{path} has no {name} (it has: {present}); name a checkpoint that has one")
+
+
+def _place(path: Path, name: str) -> tuple[Path, str]:
+    """The file that holds part `name`, and the prefix of its keys there."""
+    return (path / f"{name}.safetensors", "") if path.is_dir() else (path, f"{name}.")
+
+
+def _fill(module: nn.Module, path: str | Path, name: str, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Give `module`, made on the meta device, the tensors of part `name`: all of them, no others, each of its shape."""
+    file, _ = _place(Path(path), name)
+    state = read_part(path, name)
+    _check(state, {key: value.shape for key, value in module.state_dict().items()}, f"the {name} in {file}")
+    for key, value in state.items():
+        state[key] = value.to(device, dtype if value.is_floating_point() else None)
+    module.load_state_dict(state, assign=True)
+    left = [key for key, value in module.named_buffers() if value.is_meta]
+    if left:
+        raise AssertionError(f"{type(module).__name__} keeps {left} outside its state dict; compute them in forward")
+    module.eval().requires_grad_(False)
+
+
+def _check(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str) -> None:
+    missing = [key for key in shapes if key not in state]
+    unexpected = [key for key in state if key not in shapes]
+    misshapen = [
+        f"{key} {tuple(state[key].shape)} for {tuple(shape)}"
+        for key, shape in shapes.items()
+        if key in state and state[key].shape != torch.Size(shape)
+    ]
+    groups = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in groups if names]
+    if found:
+        raise UserError(f"{what} is of another architecture than its config says: tensors {'; '.join(found)}")
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ---------------------------------------------------------------- files
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with _open(path) as stored:
+        return stored.metadata() or {}
+
+
+def _open(path: Path) -> safe_open:
+    """`path` opened with its header checked; raises UserError for what is missing, torn, or could execute."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise explain_os_error(error, f"reading {path}") from error
+    if head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] <= b"\x05") or path.suffix in (".ckpt", ".pt"):
+        raise UserError(
+            f"{path} is a pickle, which can execute code when it is read, and was not opened; foreign checkpoints are "
+            "not read in this version, native ones are safetensors"
+        )
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from error
+    except OSError as error:
+        raise explain_os_error(error, f"reading {path}") from error
+
+
+# ---------------------------------------------------------------- identity
+
+
+def fingerprint(weights: str | Path | Weights) -> str:
+    """sha256, in hex, of names, types, shapes and bytes of all tensors, in the order of their names.
+
+    Of a module or state dict, or of a checkpoint's stored tensors (names then begin with "autoencoder.", "text.",
+    "unet."; a directory and a file with the same tensors agree). A checkpoint stored in half precision and the module
+    it loads into differ, since their numbers do.
+    """
+    if isinstance(weights, nn.Module):
+        state: Mapping[str, Tensor] = weights.state_dict()
+    elif isinstance(weights, Mapping):
+        state = weights
+    else:
+        names = part_names(read_config(weights))
+        state = {f"{name}.{key}": value for name in names for key, value in read_part(weights, name).items()}
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
