@@ -1,0 +1,109 @@
+"""Attention: one function over two backends, and the two modules that use it.
+
+Shapes are written with these letters:
+    B batch    H heads    Q queries    L keys and values    D width of a head    W = H * D, width of the features
+    C width of the context
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+
+@functools.cache
+def available_backends() -> tuple[str, ...]:
+    """The backends that work here: "sdpa" (torch's own) always, "xformers" where it is installed beside a CUDA device.
+
+    xformers is not imported to find out: on a CPU it imports with a warning and supports no operator.
+    """
+    found = torch.cuda.is_available() and importlib.util.find_spec("xformers") is not None
+    return ("sdpa", "xformers") if found else ("sdpa",)
+
+
+def check_backend(backend: str) -> None:
+    """Raise UserError if `backend` does not work on this machine."""
+    if backend not in available_backends():
+        raise UserError(
+            f"attention backend '{backend}' is not available here ({', '.join(available_backends())} is); "
+            "xformers needs a CUDA device and `pip install xformers`"
+        )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, with no mask and no dropout.
+
+    q is (B, H, Q, D), k and v are (B, H, L, D); gives (B, H, Q, D). Raises UserError for a backend that is not there.
+    """
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v)
+    check_backend(backend)
+    operators = importlib.import_module("xformers.ops")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # its order is (B, Q, H, D)
+    return operators.memory_efficient_attention(q, k, v).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class ContextKV:
+    """Keys and values (B, H, L, D) of the context for each cross-attention layer, in the order of the layers.
+
+    They depend on the context alone, so a sampler computes them once for a trajectory (`UNet.project_context`).
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def __getitem__(self, rows: slice) -> ContextKV:
+        """The same for some rows of the batch: `kv[:2]`."""
+        return ContextKV(tuple((k[rows], v[rows]) for k, v in self.layers))
+
+
+class _Attention(nn.Module):
+    """What self- and cross-attention share: four projections, of which query, key and value have no bias."""
+
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.backend = "sdpa"
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(context_width, width, bias=False)
+        self.value = nn.Linear(context_width, width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b l (h d) -> b h l d", h=self.heads)
+
+    def _attend(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = attention(self._split(self.query(x)), k, v, self.backend)
+        return self.out(rearrange(y, "b h q d -> b q (h d)"))
+
+
+class SelfAttention(_Attention):
+    """(B, Q, W) -> (B, Q, W), each position looking at all."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, width, heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._attend(x, self._split(self.key(x)), self._split(self.value(x)))
+
+
+class CrossAttention(_Attention):
+    """(B, Q, W) -> (B, Q, W), each position looking at the context."""
+
+    layer: int = 0  # its place in ContextKV; the network that owns it counts
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context (B, L, C) -> keys and values (B, H, L, D)."""
+        return self._split(self.key(context)), self._split(self.value(context))
+
+    def forward(self, x: Tensor, context: ContextKV) -> Tensor:
+        return self._attend(x, *context.layers[self.layer])

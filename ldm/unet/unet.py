@@ -1,0 +1,241 @@
+"""The U-Net (Ronneberger et al. 2015; Ho et al. 2020; Rombach et al. 2022): noisy latent, t, context -> prediction.
+
+    x -> conv_in -> down[0] -> down[1] ... -> middle -> ... up -> norm_out, conv_out
+                       |__________|_________ skips __________|
+
+A level is `blocks` stages (`blocks + 1` on the way up) and a change of size; a stage is a residual block and, where the
+level has attention, a spatial transformer. Each stage and each downsampling leaves a skip, which the way up
+concatenates in reverse order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.config import UNetConfig
+from ldm.errors import UserError
+from ldm.unet.attention import ContextKV, CrossAttention, SelfAttention, check_backend
+from ldm.unet.blocks import Downsample, ResidualBlock, SpatialTransformer, Upsample, group_norm, zeroed
+from ldm.unet.embedding import FEATURES, EmbeddingMLP
+
+
+class UNet(nn.Module):
+    """F(x, t, context), whatever it was trained to predict; `config` says its shape.
+
+    A new network predicts zero: the last layer is zero, and so is the last of each residual branch.
+
+    Attributes:
+        gradient_checkpointing: in training, recompute each stage's activations in the backward pass: less memory, about
+            a third more time, the same gradients.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        _check(config)
+        self.config = config
+        self.gradient_checkpointing = False
+
+        embedding_width = 4 * config.channels
+        self.time_features = FEATURES[config.time_embedding](config.channels)
+        self.time_embedding = EmbeddingMLP(config.channels, embedding_width)
+        self.class_embedding = nn.Embedding(config.classes + 1, embedding_width) if config.classes else None
+        if self.class_embedding is not None:
+            nn.init.normal_(self.class_embedding.weight, std=0.02)
+        self.vector_embedding = EmbeddingMLP(config.vector_width, embedding_width) if config.vector_width else None
+
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
+        width, skips = config.channels, [config.channels]
+        self.down = nn.ModuleList()
+        for level in range(last + 1):
+            stages = []
+            for _ in range(config.blocks):
+                stages.append(Stage(config, width, widths[level], level in config.attention_levels))
+                width = widths[level]
+                skips.append(width)
+            self.down.append(Level(stages, Downsample(width) if level < last else None))
+            if level < last:
+                skips.append(width)
+
+        attends = bool(config.context_width or config.attention_levels)
+        self.middle = nn.ModuleList([Stage(config, width, width, attends), Stage(config, width, width, False)])
+
+        self.up = nn.ModuleList()  # in the order of use, the coarsest first
+        for level in reversed(range(last + 1)):
+            stages = []
+            for _ in range(config.blocks + 1):
+                stages.append(Stage(config, width + skips.pop(), widths[level], level in config.attention_levels))
+                width = widths[level]
+            self.up.append(Level(stages, Upsample(width) if level > 0 else None))
+        self.norm_out = group_norm(width)
+        self.conv_out = zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
+
+        for layer, attention in enumerate(self._cross_attentions()):
+            attention.layer = layer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision it computes in: that of its parameters."""
+        return self.conv_in.weight.dtype
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Use "sdpa" (the default) or "xformers" in every layer; UserError if it does not work here."""
+        check_backend(backend)
+        for module in self.modules():
+            if isinstance(module, SelfAttention | CrossAttention):
+                module.backend = backend
+
+    def project_context(self, context: Tensor) -> ContextKV:
+        """context (B, L, context_width) -> the keys and values of every cross-attention layer.
+
+        `forward` takes them in the context's place, so that a trajectory computes them once.
+        """
+        if context.ndim != 3 or context.shape[-1] != self.config.context_width:
+            raise ValueError(f"context is {tuple(context.shape)}, not (B, L, {self.config.context_width})")
+        context = context.to(self.dtype)
+        return ContextKV(tuple(attention.project(context) for attention in self._cross_attentions()))
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | ContextKV | None = None,
+        vector: Tensor | None = None,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """One evaluation, in the parameters' precision.
+
+        Args:
+            x: (B, in_channels, h, w), of any h and w: the noisy latent and whatever is concatenated to it.
+            t: (B,) in [0, steps), need not be whole.
+            context: (B, L, context_width), or what `project_context` made of it; None if context_width is 0.
+            vector: (B, vector_width); None if vector_width is 0.
+            classes: (B,) whole numbers in [0, classes], where `classes` itself is the null class; None without classes.
+
+        Returns:
+            (B, out_channels, h, w) in float32 (float64 if the parameters are).
+
+        Raises:
+            ValueError: an input that this configuration needs is missing, or one that it cannot use is there.
+        """
+        embedding = F.silu(self._embed(t, vector, classes))  # each residual block begins with it: once for all
+        if (context is None) != (self.config.context_width == 0):
+            raise ValueError(f"context is {_presence(context)}, context_width {self.config.context_width}")
+        kv = self.project_context(context) if isinstance(context, Tensor) else context
+
+        h = self.conv_in(x.to(self.dtype))
+        skips = [h]
+        for level in self.down:
+            for stage in level.stages:
+                h = self._run(stage, h, embedding, kv)
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                skips.append(h)
+        for stage in self.middle:
+            h = self._run(stage, h, embedding, kv)
+        for level in self.up:
+            for stage in level.stages:
+                h = self._run(stage, h, embedding, kv, skips.pop())
+            if level.resample is not None:
+                h = level.resample(h, skips[-1].shape[-2:])
+        out = self.conv_out(F.silu(self.norm_out(h)))
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    def _embed(self, t: Tensor, vector: Tensor | None, classes: Tensor | None) -> Tensor:
+        """(B, 4 * channels): t, the vector and the class, added."""
+        embedding = self.time_embedding(self.time_features(t).to(self.dtype))
+        if (vector is None) != (self.vector_embedding is None):
+            raise ValueError(f"vector is {_presence(vector)}, vector_width {self.config.vector_width}")
+        if (classes is None) != (self.class_embedding is None):
+            raise ValueError(f"classes are {_presence(classes)}, the configuration has {self.config.classes} of them")
+        if self.vector_embedding is not None and vector is not None:
+            embedding = embedding + self.vector_embedding(vector.to(self.dtype))
+        if self.class_embedding is not None and classes is not None:
+            embedding = embedding + self.class_embedding(classes)
+        return embedding
+
+    def _run(
+        self, stage: nn.Module, h: Tensor, embedding: Tensor, kv: ContextKV | None, skip: Tensor | None = None
+    ) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(stage, h, embedding, kv, skip, use_reentrant=False)  # type: ignore[return-value]
+        return stage(h, embedding, kv, skip)
+
+    def _cross_attentions(self) -> Iterator[CrossAttention]:
+        return (module for module in self.modules() if isinstance(module, CrossAttention))
+
+
+class Level(nn.Module):
+    """What happens at one size of the features; `UNet.forward` walks through it, since it holds the skips."""
+
+    def __init__(self, stages: list[Stage], resample: Downsample | Upsample | None):
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.resample = resample
+
+
+class Stage(nn.Module):
+    """A residual block and, if it `attends`, a spatial transformer.
+
+    The skip is concatenated in here, so that gradient checkpointing does not keep the concatenation.
+    """
+
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, attends: bool):
+        super().__init__()
+        self.residual = ResidualBlock(
+            in_channels, out_channels, 4 * config.channels, config.time_injection == "scale_shift", config.dropout
+        )
+        self.transformer = None
+        if attends:
+            self.transformer = SpatialTransformer(
+                out_channels,
+                config.transformer_depth,
+                _heads(config, out_channels),
+                config.context_width,
+                config.linear_projection,
+                config.dropout,
+            )
+
+    def forward(self, x: Tensor, embedding: Tensor, kv: ContextKV | None, skip: Tensor | None = None) -> Tensor:
+        h = self.residual(x if skip is None else torch.cat([x, skip], dim=1), embedding)
+        return h if self.transformer is None else self.transformer(h, kv)
+
+
+def _heads(config: UNetConfig, width: int) -> int:
+    """Heads on a level of this width; UserError where heads and widths do not fit."""
+    if bool(config.heads) == bool(config.head_width):
+        raise UserError(
+            f"unet.heads is {config.heads} and unet.head_width {config.head_width}; one of the two has to be 0"
+        )
+    divisor = config.heads or config.head_width
+    if width % divisor:
+        name = "heads" if config.heads else "head_width"
+        raise UserError(f"unet.{name} {divisor} does not divide the width {width} of a level; choose a divisor of it")
+    return config.heads or width // config.head_width
+
+
+def _check(config: UNetConfig) -> None:
+    """Refuse what cannot be built, in words."""
+    if config.time_embedding not in FEATURES:
+        raise UserError(f"unet.time_embedding is '{config.time_embedding}'; choose one of {', '.join(FEATURES)}")
+    if config.time_injection not in ("add", "scale_shift"):
+        raise UserError(f"unet.time_injection is '{config.time_injection}'; choose add or scale_shift")
+    if config.channels < 2 or config.channels % 2:
+        raise UserError(f"unet.channels is {config.channels}; choose an even number (half are cosines, half sines)")
+    if not config.multipliers or config.blocks < 1:
+        raise UserError("the U-Net has no level or no block; give unet.multipliers an entry and unet.blocks at least 1")
+    levels = range(len(config.multipliers))
+    for level in config.attention_levels:
+        if level not in levels:
+            raise UserError(f"unet.attention_levels has {level}; there are levels 0 to {levels[-1]}")
+
+
+def _presence(value: object) -> str:
+    return "missing" if value is None else "given"
