@@ -16,18 +16,18 @@ FOURIER_UNIT = 250.0  # steps; t / 250 spans [0, 4) over 1000 steps, about what 
 
 
 class Sinusoid(nn.Module):
-    """t (B,) -> [cos(w t) | sin(w t)] (B, width), float32, w_i = 10000^(-i / half), half = width / 2.
+    """t (B,) -> [cos(w t) | sin(w t)] (B, width), float32, w_i = 10000^(-2 i / width).
 
     The frequencies are computed anew at each call: as a buffer they would be rounded when the module is cast.
     """
 
     def __init__(self, width: int):
         super().__init__()
-        self.half = width // 2
+        self.pairs = width // 2
 
     def forward(self, t: Tensor) -> Tensor:
-        index = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        return _cos_sin(t, torch.exp(-math.log(LONGEST_PERIOD) / self.half * index))
+        index = torch.arange(self.pairs, dtype=torch.float32, device=t.device)
+        return _cos_sin(t, torch.exp(-math.log(LONGEST_PERIOD) / self.pairs * index))
 
 
 class FourierFeatures(nn.Module):

@@ -10,7 +10,8 @@ concatenates in reverse order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,7 @@ class UNet(nn.Module):
 
         h = self.conv_in(x.to(self.dtype))
         skips = [h]
-        for level in self.down:
+        for level in _levels(self.down):
             for stage in level.stages:
                 h = self._run(stage, h, embedding, kv)
                 skips.append(h)
@@ -140,7 +141,7 @@ class UNet(nn.Module):
                 skips.append(h)
         for stage in self.middle:
             h = self._run(stage, h, embedding, kv)
-        for level in self.up:
+        for level in _levels(self.up):
             for stage in level.stages:
                 h = self._run(stage, h, embedding, kv, skips.pop())
             if level.resample is not None:
@@ -179,6 +180,10 @@ class Level(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.resample = resample
+
+
+def _levels(levels: nn.ModuleList) -> Iterable[Level]:
+    return cast("Iterable[Level]", levels)
 
 
 class Stage(nn.Module):
