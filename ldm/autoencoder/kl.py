@@ -1,0 +1,59 @@
+"""AutoencoderKL: picture <-> unscaled latent, with a Gaussian posterior."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ldm.autoencoder.blocks import Decoder, Encoder
+from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.config import AutoencoderConfig
+from ldm.errors import UserError
+
+
+class AutoencoderKL(nn.Module):
+    """The first stage (Rombach et al. 2022, section 3.1). The default configuration is Stable Diffusion's.
+
+    Pictures are (B, in_channels, H, W) in [-1, 1] with H and W divisible by f = config.factor; latents are
+    (B, latent_channels, H/f, W/f) as the encoder gives them. Shift and scale belong to the Codec alone.
+    Raises UserError for a configuration that names no network.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        _check(config)
+        self.config = config
+        widths = [config.channels * m for m in config.multipliers]
+        attention = [level in config.attention_levels for level in range(len(widths))]
+        moments, latent = 2 * config.latent_channels, config.latent_channels
+        shared = (widths, config.blocks, attention, config.middle_attention, config.patch)
+        self.encoder = Encoder(config.in_channels, moments, *shared)
+        self.to_moments = nn.Conv2d(moments, moments, 1)
+        self.from_latent = nn.Conv2d(latent, latent, 1)
+        self.decoder = Decoder(latent, config.in_channels, *shared)
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        """The posterior of the pictures' latents, in float32 whatever the network runs in."""
+        return DiagonalGaussian.from_moments(self.to_moments(self.encoder(image)).float())
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures from unscaled latents; about [-1, 1], not clamped."""
+        return self.decoder(self.from_latent(z))
+
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
+        """Encode, sample with `noise` (B, C, h, w), decode: one training pass. Returns (decoded, posterior)."""
+        posterior = self.encode(image)
+        return self.decode(posterior.sample(noise)), posterior
+
+
+def _check(config: AutoencoderConfig) -> None:
+    if config.kind != "kl":
+        raise UserError(f"an autoencoder of kind '{config.kind}' has no network; set kind to 'kl'")
+    for name in ("in_channels", "channels", "blocks", "latent_channels", "patch"):
+        if getattr(config, name) < 1:
+            raise UserError(f"the autoencoder's {name} is {getattr(config, name)}; it must be at least 1")
+    if not config.multipliers or min(config.multipliers) < 1:
+        raise UserError(f"the autoencoder's multipliers are {config.multipliers}; give at least one, all positive")
+    wrong = [level for level in config.attention_levels if not 0 <= level < len(config.multipliers)]
+    if wrong:
+        last = len(config.multipliers) - 1
+        raise UserError(f"the autoencoder's attention_levels name level {wrong[0]}; its levels are 0 to {last}")
