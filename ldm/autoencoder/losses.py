@@ -10,7 +10,7 @@ from ldm.autoencoder.perceptual import build_perceptual
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.config import AutoencoderLossConfig
 
-ADAPTIVE_EPS = 1e-4  # Esser et al. 2021 has 1e-6; 1e-4 is what their code divides by
+ADAPTIVE_EPS = 1e-4  # the paper writes 1e-6, its published code adds 1e-4
 
 
 class AutoencoderLoss(nn.Module):
