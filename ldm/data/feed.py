@@ -1,0 +1,269 @@
+"""The stages joined: order -> record -> item -> batch, in this process or in reader processes of its own.
+
+What a `Feed` yields is a function of (shards, seed, position): every process gets global_batch / processes samples of
+each global batch, and the rows of a batch are the process' streams in turn. Whatever is random about a sample
+(caption, crop, flip) is drawn from (seed, its key, epoch), so it does not depend on who reads it.
+
+A sample that turns out to be unusable when it is decoded is counted by reason, and its place is taken by another sample
+of the same epoch (streams.Order.substitutes). The places of all others stay what they were. Hence every process takes
+the same steps, a position in the order is the whole state, and resuming needs no record of what was bad. Samples
+that the index shows to be unusable, and those that `where` leaves out, are not in the order in the first place.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ldm.config import DataConfig
+from ldm.data.shards import BadSample, Record, ShardReader, ShardSet, Tally
+from ldm.data.streams import Order, keyed_rng
+from ldm.errors import UserError
+
+Item = TypeVar("Item")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Fetched(Generic[Item]):
+    """One decoded sample on its way into a batch."""
+
+    key: str
+    epoch: int
+    item: Item
+
+
+class Assembler(Protocol[Item, B]):
+    """How samples become a batch. It travels to the reader processes, so it must pickle."""
+
+    def decode(self, record: Record, rng: random.Random) -> Item:
+        """Raises BadSample."""
+        ...
+
+    def collate(self, samples: Sequence[Fetched[Item]]) -> B: ...
+
+    def join(self, parts: Sequence[B]) -> B: ...
+
+
+@dataclass(frozen=True)
+class _Part(Generic[B]):
+    """What a reader hands over: its share of a batch, or the sentence of the error that ended it."""
+
+    batch: B | None
+    bad: list[tuple[str, str, str]]  # (reason, key, shard) since the last part
+    error: str = ""
+
+
+class Feed(Generic[Item, B]):
+    """Endless equal batches. Raises UserError when the numbers of streams, batch, processes and workers do not fit.
+
+    Iterating goes on where `drawn` stands; only one iteration should be under way at a time.
+    """
+
+    def __init__(
+        self,
+        data: ShardSet,
+        config: DataConfig,
+        global_batch: int,
+        rank: int,
+        world: int,
+        seed: int,
+        assembler: Assembler[Item, B],
+    ) -> None:
+        _check(config, global_batch, world)
+        self.data, self.config, self.global_batch, self.world, self.seed = data, config, global_batch, world, seed
+        self.samples_per_epoch = len(data)
+        self.drawn = 0  # samples of the global order handed out so far, over all processes
+        self.tally = Tally()
+        self._assembler = assembler
+        own = config.streams // world
+        self._streams = range(rank * own, (rank + 1) * own)
+
+    def __iter__(self) -> Iterator[B]:
+        for part in self._parts():
+            self.drawn += self.global_batch
+            yield part
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands; the same on every process, and after how many batches each took."""
+        return {"samples": self.drawn, "seed": self.seed, "order": self._order_name()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, with any number of processes and workers, and without reading what it skips.
+
+        Raises UserError when the state belongs to other shards, another seed, or another number of streams.
+        """
+        here = self._order_name()
+        if state["order"] != here or state["seed"] != self.seed:
+            theirs = {**state["order"], "seed": state["seed"]}
+            differing = [name for name, value in {**here, "seed": self.seed}.items() if theirs.get(name) != value]
+            raise UserError(
+                f"the saved position belongs to another order of samples ({', '.join(differing)} differ); resume with "
+                "the shards and data settings of that run, or start a new one"
+            )
+        if state["samples"] % self.config.streams:
+            raise UserError(f"the saved position {state['samples']} is not a multiple of {self.config.streams} streams")
+        self.drawn = int(state["samples"])
+
+    def describe(self) -> str:
+        """One line for the plan that a run prints before its first step."""
+        left_out = sum(self.data.left_out.values())
+        notes = f" ({self.data.filtered} filtered out, {left_out} unusable)" if self.data.filtered or left_out else ""
+        return (
+            f"{len(self.data.shards)} shards, {self.samples_per_epoch} samples{notes}, "
+            f"{self.config.streams} streams, shuffle {self.config.shuffle}, {self.world} processes x "
+            f"{self.config.workers} workers, {self.samples_per_epoch / self.global_batch:.1f} global batches an epoch"
+        )
+
+    def _order_name(self) -> dict[str, Any]:
+        return {
+            "shards": self.data.fingerprint,
+            "streams": self.config.streams,
+            "shuffle": self.config.shuffle,
+        }
+
+    def _parts(self) -> Iterator[B]:
+        readers = _Readers(self)
+        if self.config.workers == 0:
+            for part in readers:
+                yield self._opened(part)
+        loader = DataLoader(
+            readers, batch_size=None, num_workers=self.config.workers, worker_init_fn=_quiet_worker, prefetch_factor=4
+        )
+        parts = iter(loader)
+        while True:  # the DataLoader asks its workers in turn, so the next `workers` parts are one batch
+            try:
+                got = [next(parts) for _ in range(self.config.workers)]
+            except RuntimeError as error:
+                if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+                    raise
+                raise UserError(f"a data worker died ({error}); if memory ran out, lower data.workers") from error
+            yield self._assembler.join([self._opened(part) for part in got])
+
+    def _opened(self, part: _Part[B]) -> B:
+        for fault in part.bad:
+            self.tally.note(*fault)
+        if part.batch is None:
+            raise UserError(part.error)
+        return part.batch
+
+
+class _Readers(IterableDataset, Generic[Item, B]):
+    """Yields `_Part`s for ever; in a DataLoader's worker, of the worker's share of the streams."""
+
+    def __init__(self, feed: Feed[Item, B]) -> None:
+        self._data, self._assembler, self._seed = feed.data, feed._assembler, feed.seed
+        self._streams, self._start = feed._streams, feed.drawn // feed.config.streams
+        self._each = feed.global_batch // feed.config.streams
+        buffer = -(-feed.config.shuffle // feed.config.streams)
+        self._order = Order(feed.data.counts, feed.config.streams, buffer, feed.seed)
+        self._unusable: set[int] = set()
+
+    def __iter__(self) -> Iterator[_Part[B]]:
+        worker = get_worker_info()
+        share = len(self._streams) // (worker.num_workers if worker else 1)
+        streams = self._streams[worker.id * share :][:share] if worker else self._streams
+        reader = SampleReader(self._data, self._assembler.decode)
+        for first in count(self._start, self._each):
+            bad: list[tuple[str, str, str]] = []
+            try:
+                samples = [
+                    self._fetch(reader, stream + step * self._order.streams, bad)
+                    for stream in streams
+                    for step in range(first, first + self._each)
+                ]
+            except UserError as error:
+                yield _Part(None, bad, str(error))
+                return
+            yield _Part(self._assembler.collate(samples), bad)
+
+    def _fetch(self, reader: SampleReader[Item], position: int, bad: list[tuple[str, str, str]]) -> Fetched[Item]:
+        """The sample of a position, or the first usable one of its substitutes."""
+        epoch, lane, row = self._order.place(position)
+        sample: int = self._order.lane(epoch, lane)[row]
+        substitutes = self._order.substitutes(epoch, lane, row)
+        while True:
+            if sample not in self._unusable:
+                try:
+                    return reader.fetch(sample, epoch, self._seed)
+                except BadSample as error:
+                    self._unusable.add(sample)
+                    bad.append((str(error), *reader.name(sample)))
+            try:
+                sample = next(substitutes)
+            except StopIteration:
+                reasons = ", ".join(sorted({reason for reason, _, _ in bad})) or "see the warnings above"
+                raise UserError(
+                    f"none of the {self._order.total} samples of the shards can be used ({reasons})"
+                ) from None
+
+
+class SampleReader(Generic[Item]):
+    """Decoded samples by their number in the set."""
+
+    def __init__(self, data: ShardSet, decode: Callable[[Record, random.Random], Item]) -> None:
+        self._data, self._decode = data, decode
+        self._reader = ShardReader(data.shards)
+
+    def fetch(self, sample: int, epoch: int, seed: int) -> Fetched[Item]:
+        """Read and decode; the randomness comes from (seed, key, epoch). Raises BadSample."""
+        record = self._reader.read(*self._data.locate(sample))
+        return Fetched(record.key, epoch, self._decode(record, keyed_rng(seed, record.key, epoch)))
+
+    def name(self, sample: int) -> tuple[str, str]:
+        """(key, shard), for messages."""
+        shard, number = self._data.locate(sample)
+        return self._data.shards[shard].keys[number], str(self._data.shards[shard].path)
+
+
+def in_order(data: ShardSet, assembler: Assembler[Item, B], batch_size: int) -> Iterator[B]:
+    """Every usable sample once, as it lies in the shards; the last batch may be smaller. Epoch and seed are 0."""
+    reader = SampleReader(data, assembler.decode)
+    tally: Tally = Tally()
+    samples: list[Fetched[Item]] = []
+    found = False
+    for sample in range(len(data)):
+        try:
+            samples.append(reader.fetch(sample, epoch=0, seed=0))
+        except BadSample as error:
+            tally.note(str(error), *reader.name(sample))
+        if len(samples) == batch_size:
+            found = True
+            yield assembler.collate(samples)
+            samples = []
+    if samples:
+        yield assembler.collate(samples)
+    elif not found:
+        raise UserError(f"none of the {len(data)} samples of the shards can be used ({tally})")
+
+
+def _quiet_worker(_: int) -> None:
+    """A reader leaves signals to the training process, which saves and then ends its readers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _check(config: DataConfig, global_batch: int, world: int) -> None:
+    streams, readers = config.streams, world * max(config.workers, 1)
+    if streams < 1 or global_batch < 1 or config.workers < 0 or config.shuffle < 0:
+        raise UserError(
+            f"data.streams={streams} and the global batch {global_batch} must be at least 1, "
+            f"data.workers={config.workers} and data.shuffle={config.shuffle} at least 0"
+        )
+    if global_batch % streams:
+        raise UserError(
+            f"the global batch {global_batch} is not a multiple of data.streams={streams}; change one of them"
+        )
+    if streams % readers:
+        raise UserError(
+            f"data.streams={streams} is not a multiple of {world} processes x {max(config.workers, 1)} workers = "
+            f"{readers}; change data.streams or data.workers"
+        )
