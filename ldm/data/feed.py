@@ -29,27 +29,33 @@ from ldm.errors import UserError
 
 Item = TypeVar("Item")
 B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
 
 
 @dataclass(frozen=True)
 class Fetched(Generic[Item]):
-    """One decoded sample on its way into a batch."""
+    """One decoded sample on its way into a batch; `number` is its id in the set."""
 
+    number: int
     key: str
     epoch: int
     item: Item
 
 
-class Assembler(Protocol[Item, B]):
-    """How samples become a batch. It travels to the reader processes, so it must pickle."""
+class Collator(Protocol[Item, B_co]):
+    """How records become a batch."""
 
-    def decode(self, record: Record, rng: random.Random) -> Item:
+    def decode(self, record: Record, rng: random.Random, /) -> Item:
         """Raises BadSample."""
         ...
 
-    def collate(self, samples: Sequence[Fetched[Item]]) -> B: ...
+    def collate(self, samples: Sequence[Fetched[Item]], /) -> B_co: ...
 
-    def join(self, parts: Sequence[B]) -> B: ...
+
+class Assembler(Collator[Item, B], Protocol[Item, B]):
+    """How the shares of several readers become a batch. It travels to the reader processes, so it must pickle."""
+
+    def join(self, parts: Sequence[B], /) -> B: ...
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ class SampleReader(Generic[Item]):
     def fetch(self, sample: int, epoch: int, seed: int) -> Fetched[Item]:
         """Read and decode; the randomness comes from (seed, key, epoch). Raises BadSample."""
         record = self._reader.read(*self._data.locate(sample))
-        return Fetched(record.key, epoch, self._decode(record, keyed_rng(seed, record.key, epoch)))
+        return Fetched(sample, record.key, epoch, self._decode(record, keyed_rng(seed, record.key, epoch)))
 
     def name(self, sample: int) -> tuple[str, str]:
         """(key, shard), for messages."""
@@ -223,24 +229,25 @@ class SampleReader(Generic[Item]):
         return self._data.shards[shard].keys[number], str(self._data.shards[shard].path)
 
 
-def in_order(data: ShardSet, assembler: Assembler[Item, B], batch_size: int) -> Iterator[B]:
-    """Every usable sample once, as it lies in the shards; the last batch may be smaller. Epoch and seed are 0."""
-    reader = SampleReader(data, assembler.decode)
-    tally: Tally = Tally()
+def in_order(data: ShardSet, collator: Collator[Item, B], batch_size: int, start: int = 0) -> Iterator[B]:
+    """Every usable sample once, as it lies in the shards, from number `start` on; epoch and seed are 0.
+
+    The last batch may be smaller. Raises UserError if none of the samples can be used.
+    """
+    reader = SampleReader(data, collator.decode)
+    tally = Tally()
     samples: list[Fetched[Item]] = []
-    found = False
-    for sample in range(len(data)):
+    for sample in range(start, len(data)):
         try:
             samples.append(reader.fetch(sample, epoch=0, seed=0))
         except BadSample as error:
             tally.note(str(error), *reader.name(sample))
         if len(samples) == batch_size:
-            found = True
-            yield assembler.collate(samples)
+            yield collator.collate(samples)
             samples = []
     if samples:
-        yield assembler.collate(samples)
-    elif not found:
+        yield collator.collate(samples)
+    if start < len(data) and sum(tally.counts.values()) == len(data) - start:
         raise UserError(f"none of the {len(data)} samples of the shards can be used ({tally})")
 
 

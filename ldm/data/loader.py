@@ -13,11 +13,9 @@ from ldm.config import DataConfig
 from ldm.data import samples, transforms
 from ldm.data.feed import Feed, Fetched, in_order
 from ldm.data.shards import Record, open_set
-from ldm.errors import UserError
 
 Decoded = tuple[Tensor, str]  # picture (3, H, W) float32 in [-1, 1], caption
 Decode = Callable[[Record, random.Random], Decoded]
-CAPTIONS = ("txt", "variants")
 
 
 @dataclass(frozen=True)
@@ -109,5 +107,4 @@ def validation_batches(config: DataConfig, batch_size: int, decode: Decode | Non
 
 def _check(config: DataConfig) -> None:
     transforms.check(config.size, config.crop)
-    if config.caption not in CAPTIONS:
-        raise UserError(f"data.caption is '{config.caption}'; it must be one of {', '.join(CAPTIONS)}")
+    samples.check_caption(config.caption)

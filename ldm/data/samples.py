@@ -13,8 +13,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ldm.data.shards import BadSample, Members, Record
+from ldm.errors import UserError
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
+CAPTIONS = ("txt", "variants")
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MiB of RGB
 
 
@@ -85,9 +87,9 @@ def open_picture(content: bytes) -> Image.Image:
 def choose_caption(record: Record, meta: dict[str, Any], caption: str, rng: random.Random) -> str:
     """One caption of the sample, stripped and never empty; `caption` as in `decode`. Raises BadSample."""
     draw = rng.random()  # drawn whatever the mode, so that the picture's own draws do not depend on it
-    variants = [text for text in _list(meta.get("captions")) if isinstance(text, str) and text.strip()]
+    variants = caption_variants(meta)
     if caption == "variants" and variants:
-        return variants[int(draw * len(variants))].strip()
+        return variants[int(draw * len(variants))]
     if "txt" in record.fields:
         try:
             text = record.fields["txt"].decode("utf-8-sig").strip()
@@ -102,6 +104,18 @@ def choose_caption(record: Record, meta: dict[str, Any], caption: str, rng: rand
     return text
 
 
+def caption_variants(meta: dict[str, Any]) -> list[str]:
+    """The json's `captions`, stripped, without empty ones; [] where there are none."""
+    given = meta.get("captions")
+    return [text.strip() for text in given if isinstance(text, str) and text.strip()] if isinstance(given, list) else []
+
+
+def check_caption(caption: str) -> None:
+    """Raises UserError for an unknown rule of choosing captions."""
+    if caption not in CAPTIONS:
+        raise UserError(f"data.caption is '{caption}'; it must be one of {', '.join(CAPTIONS)}")
+
+
 def _meta(record: Record) -> dict[str, Any]:
     if "json" not in record.fields:
         return {}
@@ -112,7 +126,3 @@ def _meta(record: Record) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise BadSample("the json is not an object")
     return meta
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []

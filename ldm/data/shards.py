@@ -118,26 +118,34 @@ class ShardSet:
 def expand(patterns: str, what: str = "data.shards") -> list[Path]:
     """The files that `patterns` names: globs and braces, several separated by commas or white space.
 
-    Commas inside braces belong to the brace. Files keep the order of the patterns, sorted within each glob, each
-    file once. Raises UserError for an empty setting and for a pattern without a match; `what` names the setting.
+    Commas inside braces belong to the brace; a path or glob with spaces may stand alone. Files keep the order of the
+    patterns, sorted within each glob, each file once. Raises UserError for an empty setting and for a pattern without
+    a match; `what` names the setting.
     """
     found: dict[Path, None] = {}
-    for pattern in re.findall(r"(?:\{[^}]*\}|[^\s,{])+", patterns):
+    alone = _matching(patterns)
+    for pattern in [patterns] if alone else re.findall(r"(?:\{[^{}]*\}|[^\s,])+", patterns):
         try:
-            names = list(braceexpand.braceexpand(pattern))
-        except braceexpand.UnbalancedBracesError as error:
+            names = [pattern] if alone else list(braceexpand.braceexpand(pattern, escape=False))
+        except ValueError as error:
             raise UserError(
-                f"{what}: the braces of '{pattern}' do not match; write it like x-{{000..012}}.tar"
+                f"{what}: the braces of '{pattern}' do not match; write them like x-{{0..9}}.tar"
             ) from error
         for name in names:
-            name = os.path.expanduser(name)
-            matches = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
+            matches = _matching(name)
             if not matches:
                 raise UserError(f"{what}: no file matches '{name}'; check the path")
             found.update((Path(match), None) for match in matches)
     if not found:
         raise UserError(f"{what} names no shards; set it to tar files, for example {what}='data/train-*.tar'")
     return list(found)
+
+
+def _matching(pattern: str) -> list[str]:
+    pattern = os.path.expanduser(pattern)
+    if os.path.isfile(pattern):
+        return [pattern]
+    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
 
 
 def index_shard(path: Path) -> ShardIndex:
@@ -179,7 +187,6 @@ def _read_members(file: BinaryIO, size: int, samples: OrderedDict[str, Members])
                 return end
             blocks = -(-member.size // tarfile.BLOCKSIZE)
             end = member.offset_data + blocks * tarfile.BLOCKSIZE
-            tar.members.clear()  # tarfile would keep every header in memory
             if member.isfile():
                 key, _, extension = member.name.rpartition(".")
                 if key and not os.path.basename(member.name).startswith("."):
