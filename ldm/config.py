@@ -159,6 +159,7 @@ class LoopConfig:
     save_every: int = 500
     max_minutes: float = 0.0  # 0: no limit; else save and stop when it has passed
     compile: bool = False
+    threads: int = 0  # CPU threads of each process; 0: the cores divided by the processes (launchers set 1)
     trackers: tuple[str, ...] = ()  # tensorboard, wandb (extra `track`)
 
 

@@ -1,0 +1,23 @@
+"""The command line that all training scripts share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    config: str | None
+    overrides: list[str]
+
+
+def training_arguments(description: str | None) -> TrainingArguments:
+    """`--config FILE [--resume auto] key=value ...` from the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", metavar="FILE", help="YAML of settings; see configs/")
+    parser.add_argument("--resume", choices=["auto"], help="auto: go on from the output folder if it holds a run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
+    known = parser.parse_intermixed_args()
+    resume = [f"resume={known.resume}"] if known.resume else []
+    return TrainingArguments(known.config, [*known.overrides, *resume])

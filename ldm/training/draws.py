@@ -1,0 +1,38 @@
+"""Random numbers of a training step, addressed by name instead of drawn from a stream.
+
+Each sample's numbers are a function of (seed, step, the sample's key, what they are for). So they do not depend on
+which process, micro-batch or position the sample came in, and a resumed run needs no generator state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator(*address: object) -> torch.Generator:
+    """A CPU generator seeded by `address`: equal addresses give equal numbers, on every machine."""
+    digest = hashlib.blake2b("\x1f".join(map(str, address)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Draws:
+    """The random numbers of one micro-batch whose samples have `keys`."""
+
+    def __init__(self, seed: int, step: int | str, keys: Sequence[str], device: torch.device | str = "cpu"):
+        self.address, self.keys, self.device = (seed, step), keys, device
+
+    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """Unit normals (B, *shape), float32."""
+        rows = [torch.randn(*shape, generator=generator(*self.address, purpose, key)) for key in self.keys]
+        return torch.stack(rows).to(self.device)
+
+    def uniform(self, purpose: str) -> Tensor:
+        """Uniform numbers (B,) in [0, 1), float64."""
+        rows = [
+            torch.rand((), generator=generator(*self.address, purpose, key), dtype=torch.float64) for key in self.keys
+        ]
+        return torch.stack(rows).to(self.device)

@@ -1,0 +1,389 @@
+"""The loop that all trainings share: micro-batches, accumulation, optimizer steps, EMA, logs, states.
+
+A *stage* (stage_one.py, clip.py, stage_two.py) says what is trained and what its loss is; the loop knows no network.
+accelerate is used here and nowhere else: device, precision, process group, gradient synchronisation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from ldm import config as settings
+from ldm.config import LoopConfig, OptimizerConfig
+from ldm.errors import UserError
+from ldm.files import atomic_write_text
+from ldm.training.draws import Draws
+from ldm.training.ema import EMA
+from ldm.training.optim import build_optimizer, rate_at
+from ldm.training.report import Report
+from ldm.training.state import load_state, save_state
+
+BAD_STEPS_IN_A_ROW = 10  # non-finite gradients that are skipped before the run gives up
+
+
+class Batches(Protocol):
+    """Endless batches: dataclasses of tensors and lists with this process' share of a global batch, and a `key` list."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def describe(self) -> str: ...
+
+
+@dataclasses.dataclass
+class Player:
+    """A network with an optimizer of its own. A GAN has two, everything else one."""
+
+    module: nn.Module
+    optimizer: OptimizerConfig
+    averaged: bool = True
+
+
+class Stage(Protocol):
+    """What a training is, as the loop sees it."""
+
+    players: dict[str, Player]
+    batches: Batches
+
+    def losses(
+        self, batch: Any, draws: Draws, step: int, networks: Mapping[str, nn.Module]
+    ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Yield (player, mean loss of the micro-batch, what to log); each is back-propagated before the next."""
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out data; the players hold their averaged weights meanwhile."""
+        ...
+
+    def draw(self, output: Path, step: int) -> None:
+        """Write pictures that show how far the run has come."""
+        ...
+
+    def export(self, output: Path, finished: bool) -> None:
+        """Write what others read from `output`; the players hold their averaged weights meanwhile."""
+        ...
+
+    def describe(self) -> list[str]:
+        """Lines of the plan that only the stage knows."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How a global batch is divided: global = processes * accumulation * micro."""
+
+    processes: int
+    accumulation: int
+    micro: int
+
+    @property
+    def share(self) -> int:
+        """Samples of one optimizer step in one process."""
+        return self.accumulation * self.micro
+
+
+def divide(loop: LoopConfig, processes: int) -> Division:
+    """Raises UserError if the global batch cannot be divided as asked."""
+    share, rest = divmod(loop.global_batch, processes)
+    micro = loop.micro_batch or share
+    if loop.steps < 1 or loop.global_batch < 1:
+        raise UserError(
+            f"loop.steps and loop.global_batch must be at least 1, not {loop.steps} and {loop.global_batch}"
+        )
+    if rest or share % micro:
+        raise UserError(
+            f"loop.global_batch={loop.global_batch} is not {processes} processes times a multiple of "
+            f"loop.micro_batch={micro}; change one of them"
+        )
+    return Division(processes, share // micro, micro)
+
+
+def make_accelerator(loop: LoopConfig) -> Accelerator:
+    """The accelerator of a run; raises UserError for a precision that this device has not."""
+    precisions = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+    if loop.precision not in precisions:
+        raise UserError(f"unknown loop.precision '{loop.precision}'; use one of {', '.join(precisions)}")
+    if loop.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("loop.precision=fp16 needs a GPU; use bf16 or fp32 on this machine")
+    accelerator = Accelerator(
+        mixed_precision=precisions[loop.precision],
+        log_with=list(loop.trackers) or None,
+        project_dir=None,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(loop.threads or max(1, len(os.sched_getaffinity(0)) // local))
+    return accelerator
+
+
+def prepare_output(output: str, resume: str) -> Path:
+    """The run's folder; raises UserError if none is named, or if it holds a run that was not asked to go on."""
+    if not output:
+        raise UserError("no output folder; say output=runs/NAME")
+    if resume not in ("", "auto"):
+        raise UserError(f"unknown resume '{resume}'; use --resume auto, or leave it out to start anew")
+    path = Path(output)
+    if not resume and (path / "state").exists():
+        raise UserError(f"{path} holds a run already; add --resume auto to go on with it, or choose another output")
+    return path
+
+
+def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path, everything: Any) -> None:
+    """Run `stage` until `loop.steps` optimizer steps are done, time is up, or a signal asks to stop.
+
+    `everything` is the run's whole configuration; it is kept as `output/config.json`. Going on from a saved state
+    happens whenever `output` has one. Raises UserError when gradients stay non-finite; raises KeyboardInterrupt after
+    saving on SIGINT.
+    """
+    division = divide(loop, accelerator.num_processes)
+    main = accelerator.is_main_process
+    players = stage.players
+    for player in players.values():
+        player.module.to(accelerator.device)
+    optimizers = {name: build_optimizer(player.module, player.optimizer) for name, player in players.items()}
+    averages = {name: EMA(p.module, loop.ema) for name, p in players.items() if p.averaged and loop.ema}
+
+    step = 0
+    found = load_state(output)
+    if found is not None:
+        step, state = found
+        for name, player in players.items():
+            player.module.load_state_dict(state["modules"][name])
+            optimizers[name].load_state_dict(state["optimizers"][name])
+        for name, average in averages.items():
+            average.load_state_dict(state["averages"][name])
+        stage.batches.load_state_dict(state["batches"])
+
+    if main:
+        atomic_write_text(output / "config.json", _json(everything))
+        _print_plan(stage, loop, division, accelerator, step)
+    networks: dict[str, nn.Module] = {}
+    for name, player in players.items():
+        if loop.compile:
+            player.module.compile()
+        networks[name], optimizers[name] = accelerator.prepare(player.module, optimizers[name])
+    if loop.trackers:
+        accelerator.init_trackers("ldm", settings.to_dict(everything))
+    report = Report(output, step, loop.steps) if main else None
+
+    def save() -> None:
+        if main:
+            save_state(
+                output,
+                step,
+                {
+                    "modules": {name: player.module.state_dict() for name, player in players.items()},
+                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+                    "averages": {name: average.state_dict() for name, average in averages.items()},
+                    "batches": stage.batches.state_dict(),
+                },
+            )
+        accelerator.wait_for_everyone()
+
+    def log(values: Mapping[str, float]) -> None:
+        if report is not None:
+            report.line(step, values)
+        if loop.trackers:
+            accelerator.log(dict(values), step=step)
+
+    def look(validate: bool, draw: bool) -> None:
+        """Held-out figures and pictures from the averaged weights, by the main process alone."""
+        if main:
+            with _averaged(players, averages), torch.no_grad():
+                if validate and (figures := stage.validate()):
+                    log(figures)
+                if draw:
+                    stage.draw(output, step)
+        accelerator.wait_for_everyone()
+
+    sums: dict[str, float] = defaultdict(float)
+    counted = bad = skipped = 0
+    began = interval = time.monotonic()
+    waiting = 0.0
+    batches = iter(stage.batches) if step < loop.steps else iter(())
+    with _signals() as asked:
+        while step < loop.steps:
+            before = time.monotonic()
+            batch = next(batches)
+            waiting += time.monotonic() - before
+            torch.manual_seed(loop.seed + step * accelerator.num_processes + accelerator.process_index)  # for dropout
+            logs, played = _backward(stage, batch, division, networks, accelerator, loop.seed, step)
+            norms = {}
+            for name in played:
+                clip = players[name].optimizer.clip or float("inf")
+                norms[name] = float(accelerator.clip_grad_norm_(networks[name].parameters(), clip))
+            if all(torch.isfinite(torch.tensor(norm)) for norm in norms.values()):
+                bad = 0
+                for name in played:
+                    rate = rate_at(players[name].optimizer, step, loop.steps)
+                    for group in optimizers[name].param_groups:
+                        group["lr"] = rate
+                    optimizers[name].step()
+                    if name in averages:
+                        averages[name].update()
+            elif loop.precision != "fp16":  # fp16's scaler looks for the right scale by overflowing now and then
+                bad, skipped = bad + 1, skipped + 1
+                if bad == BAD_STEPS_IN_A_ROW:
+                    raise UserError(
+                        f"gradients were not finite {bad} steps in a row up to step {step} (samples "
+                        f"{', '.join(batch.key[:4])}, ...); lower optimizer.rate or use loop.precision=fp32; "
+                        f"the last good state is in {output / 'state'}"
+                    )
+            for name in played:
+                optimizers[name].zero_grad()
+            step += 1
+            counted += 1
+            for key, value in {**logs, **{f"gradient/{name}": norm for name, norm in norms.items()}}.items():
+                sums[key] += value
+            if report is not None:
+                report.advance()
+
+            if step % loop.log_every == 0 or step == loop.steps:
+                spent = time.monotonic() - interval
+                values = {key: value / counted for key, value in sums.items()}
+                values["rate"] = rate_at(next(iter(players.values())).optimizer, step - 1, loop.steps)
+                values["images"] = step * loop.global_batch
+                values["images_per_s"] = counted * loop.global_batch / spent
+                values["waiting"] = waiting / spent
+                if skipped:
+                    values["skipped"] = skipped
+                log(values)
+                sums.clear()
+                counted, waiting, interval = 0, 0.0, time.monotonic()
+            if step % loop.validate_every == 0 or (loop.sample_every and step % loop.sample_every == 0):
+                look(step % loop.validate_every == 0, bool(loop.sample_every) and step % loop.sample_every == 0)
+                interval = time.monotonic()
+            stop = _agree(asked, accelerator)
+            over = bool(loop.max_minutes) and time.monotonic() - began > 60 * loop.max_minutes
+            over = _any(over, accelerator)
+            if stop or over or step == loop.steps or step % loop.save_every == 0:
+                save()
+            if stop:
+                if report is not None:
+                    report.say(f"stopped at step {step} as asked; --resume auto goes on from there")
+                    report.close()
+                if stop == signal.SIGINT:
+                    raise KeyboardInterrupt
+                return
+            if over:
+                break
+    look(validate=step % loop.validate_every != 0, draw=True)
+    if main:
+        with _averaged(players, averages), torch.no_grad():
+            stage.export(output, finished=True)
+    if report is not None:
+        report.say(f"finished at step {step} after {(time.monotonic() - began) / 60:.1f} minutes: {output}")
+        report.close()
+    if loop.trackers:
+        accelerator.end_training()
+    accelerator.wait_for_everyone()
+
+
+def split(batch: Any, size: int) -> Iterator[Any]:
+    """Micro-batches of `size` samples of a dataclass of tensors and lists."""
+    count = len(batch.key)
+    for start in range(0, count, size):
+        parts = {f.name: getattr(batch, f.name)[start : start + size] for f in dataclasses.fields(batch)}
+        yield dataclasses.replace(batch, **parts)
+
+
+def _backward(
+    stage: Stage,
+    batch: Any,
+    division: Division,
+    networks: Mapping[str, nn.Module],
+    accelerator: Accelerator,
+    seed: int,
+    step: int,
+) -> tuple[dict[str, float], list[str]]:
+    """Accumulate the gradients of one global batch; mean logs over its micro-batches, and who played."""
+    logs: dict[str, float] = defaultdict(float)
+    played: list[str] = []
+    for index, micro in enumerate(split(batch, division.micro)):
+        last = index == division.accumulation - 1
+        with ExitStack() as stack:
+            for network in networks.values():  # gradients are exchanged once, after the last micro-batch
+                stack.enter_context(nullcontext() if last else accelerator.no_sync(network))
+            draws = Draws(seed, step, micro.key, accelerator.device)
+            for name, loss, values in stage.losses(micro, draws, step, networks):
+                accelerator.backward(loss / division.accumulation)
+                if name not in played:
+                    played.append(name)
+                for key, value in values.items():
+                    logs[key] += float(value.detach()) / division.accumulation
+    return dict(logs), played
+
+
+@contextmanager
+def _averaged(players: Mapping[str, Player], averages: Mapping[str, EMA]) -> Iterator[None]:
+    """Averaged weights in place, evaluation mode on; both undone at the end."""
+    with ExitStack() as stack:
+        for average in averages.values():
+            stack.enter_context(average.applied())
+        for player in players.values():
+            player.module.eval()
+        try:
+            yield
+        finally:
+            for player in players.values():
+                player.module.train()
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are noted instead of killing the run in the middle of a step."""
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _agree(asked: list[int], accelerator: Accelerator) -> int:
+    """The signal that any process got, 0 if none: all stop at the same step, or a gradient exchange would hang."""
+    number = asked[0] if asked else 0
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+
+def _any(condition: bool, accelerator: Accelerator) -> bool:
+    if accelerator.num_processes == 1:
+        return condition
+    return bool(accelerator.gather(torch.tensor([int(condition)], device=accelerator.device)).max())
+
+
+def _print_plan(stage: Stage, loop: LoopConfig, division: Division, accelerator: Accelerator, step: int) -> None:
+    sizes = {name: sum(p.numel() for p in player.module.parameters()) for name, player in stage.players.items()}
+    lines = [
+        f"data        {stage.batches.describe()}",
+        *stage.describe(),
+        f"batch       {loop.global_batch} = {division.processes} processes x {division.accumulation} accumulation x "
+        f"{division.micro} micro-batch",
+        f"steps       {step} to {loop.steps}" + (f", at most {loop.max_minutes:g} minutes" if loop.max_minutes else ""),
+        "parameters  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+        f"precision   {loop.precision} on {accelerator.device}, {torch.get_num_threads()} threads",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def _json(everything: Any) -> str:
+    import json
+
+    return json.dumps(settings.to_dict(everything), indent=1) + "\n"

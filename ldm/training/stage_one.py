@@ -1,0 +1,172 @@
+"""Stage one: the autoencoder, and against it a discriminator.
+
+loss = L1 + perceptual + KL + lambda * adversarial (Esser et al. 2021; Rombach et al. 2022, appendix G), the
+discriminator's own loss beside it. At the end the latents' shift and scale are measured over the data and written into
+the checkpoint, so that stage two finds latents of zero mean and unit variance in every channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.discriminator import PatchDiscriminator
+from ldm.autoencoder.kl import AutoencoderKL
+from ldm.autoencoder.losses import AutoencoderLoss
+from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.checkpoints import native
+from ldm.config import AutoencoderTraining, ModelConfig
+from ldm.data.loader import Batch, Loader, validation_batches
+from ldm.errors import UserError
+from ldm.metrics.quality import psnr, ssim
+from ldm.training.draws import Draws
+from ldm.training.loop import Player
+
+SHOWN = 16  # pictures in a reconstruction grid
+
+
+class Reconstruction(nn.Module):
+    """image, noise -> (decoded, moments), as one forward pass: what gradient synchronisation hooks into."""
+
+    def __init__(self, autoencoder: AutoencoderKL):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """image (B, 3, H, W), noise (B, C, h, w) -> decoded (B, 3, H, W), moments (B, 2C, h, w)"""
+        posterior = self.autoencoder.encode(image)
+        return self.autoencoder.decode(posterior.sample(noise)), posterior.moments()
+
+
+class AutoencoderStage:
+    """The training of `config` on this process' share of the data."""
+
+    def __init__(self, config: AutoencoderTraining, rank: int, world: int, device: torch.device):
+        if config.model.kind == "identity":
+            raise UserError(
+                "the identity codec has nothing to train; leave autoencoder empty in train_diffusion.py for a pixel model"
+            )
+        torch.manual_seed(config.loop.seed)
+        self.config, self.device = config, device
+        autoencoder = AutoencoderKL(config.model)
+        self.autoencoder = autoencoder
+        network = Reconstruction(autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.players = {"autoencoder": Player(network, config.optimizer)}
+        self.loss = AutoencoderLoss(config.loss).to(device)
+        self.discriminator: PatchDiscriminator | None = None
+        if config.loss.adversarial:
+            self.discriminator = PatchDiscriminator(
+                config.loss.discriminator_channels, config.loss.discriminator_layers
+            )
+            rate = dataclasses.replace(config.optimizer, rate=config.loss.discriminator_rate, betas=(0.5, 0.9))
+            self.players["discriminator"] = Player(self.discriminator, rate, averaged=False)
+        # A codec of unit scale: shapes and the posterior; the real scale is known only at the end.
+        self.codec = Codec(autoencoder, dataclasses.replace(config.model, shift=(0.0,), scale=(1.0,)))
+        self.latent_shape = self.codec.latent_shape(config.data.size, config.data.size)
+        self.batches = Loader(config.data, config.loop.global_batch, rank, world, config.loop.seed)
+
+    def describe(self) -> list[str]:
+        c, h, w = self.latent_shape
+        loss = self.config.loss
+        terms = {
+            "l1": loss.l1,
+            "gradient": loss.gradient,
+            loss.perceptual_net: loss.perceptual,
+            "kl": loss.kl,
+            f"adversarial (from step {loss.adversarial_start})": loss.adversarial,
+        }
+        return [
+            f"latent      {c} x {h} x {w} of {self.config.data.size} x {self.config.data.size} pixels, f = {self.codec.factor}",
+            "loss        " + " + ".join(f"{weight:g} {name}" for name, weight in terms.items() if weight),
+        ]
+
+    def losses(
+        self, batch: Batch, draws: Draws, step: int, networks: Mapping[str, nn.Module]
+    ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        image = batch.image.to(self.device, memory_format=torch.channels_last)
+        decoded, moments = networks["autoencoder"](image, draws.normal("posterior", self.latent_shape))
+        loss, logs = self.loss.reconstruction(image, decoded, DiagonalGaussian.from_moments(moments.float()))
+        ramp = self.loss.ramp(step)
+        playing = self.discriminator is not None and ramp > 0
+        if playing:
+            assert self.discriminator is not None
+            self.discriminator.requires_grad_(False)  # this gradient is the decoder's
+            adversarial = self.loss.adversarial(self.discriminator(decoded))
+            self.discriminator.requires_grad_(True)
+            weight = self.loss.adaptive_weight(loss, adversarial, self.autoencoder.decoder.last_layer.weight)
+            logs |= {"adversarial": adversarial, "adversarial_weight": weight * ramp * self.config.loss.adversarial}
+            loss = loss + logs["adversarial_weight"] * adversarial
+        yield "autoencoder", loss, {"loss": loss, **logs}
+        if playing:
+            # One pass over real and decoded pictures together: DDP allows one forward for each backward.
+            real, fake = networks["discriminator"](torch.cat([image, decoded.detach()])).chunk(2)
+            loss = self.loss.discriminator(real, fake)
+            yield "discriminator", loss, {"discriminator": loss, "real": real.mean(), "fake": fake.mean()}
+
+    def validate(self) -> dict[str, float]:
+        """PSNR, SSIM and KL of reconstructions from the posterior's mode, mean over the held-out pictures."""
+        if not self.config.data.validation:
+            return {}
+        totals = torch.zeros(3, dtype=torch.float64)
+        count = 0
+        for batch in validation_batches(self.config.data, self.config.loop.global_batch):
+            image = batch.image.to(self.device, memory_format=torch.channels_last)
+            posterior = self.codec.posterior(image)
+            decoded = self.autoencoder.decode(posterior.mode()).float().clamp(-1, 1)
+            figures = torch.stack([psnr(decoded, image), ssim(decoded, image), posterior.kl()])
+            totals += figures.double().sum(1).cpu()
+            count += len(image)
+        return dict(
+            zip(("validation/psnr", "validation/ssim", "validation/kl"), (totals / count).tolist(), strict=True)
+        )
+
+    def draw(self, output: Path, step: int) -> None:
+        """Held-out pictures (or training ones, where none are held out) above their reconstructions."""
+        from ldm.image_io import grid, save_png
+
+        image = self._some_pictures()
+        decoded = self.codec.decode(self.codec.encode(image))
+        rows = torch.cat([torch.cat([image[i : i + 8], decoded[i : i + 8]]) for i in range(0, len(image), 8)])
+        save_png(grid(rows.cpu(), columns=min(8, len(image))), output / "samples" / f"{step:08d}.png", {})
+
+    def export(self, output: Path, finished: bool) -> None:
+        """The autoencoder's averaged weights with measured shift and scale, as a native checkpoint."""
+        shift, scale = self.measure()
+        print(f"latents     shift {[f'{v:.4f}' for v in shift]}, scale {[f'{v:.4f}' for v in scale]}", flush=True)
+        model = dataclasses.replace(self.config.model, shift=tuple(shift), scale=tuple(scale))
+        config = ModelConfig(autoencoder=model, image_size=self.config.data.size)
+        native.save(output, config, {"autoencoder": self.autoencoder})
+
+    def measure(self) -> tuple[list[float], list[float]]:
+        """Shift and scale of each channel over the first `scale_samples` training pictures of the order.
+
+        With posterior N(m, s^2) at each place, a channel's mean is E[m] and its variance Var[m] + E[s^2].
+        """
+        count, total, squares = 0, 0.0, 0.0
+        config = dataclasses.replace(self.config.data, workers=0)
+        for batch in Loader(config, self.config.loop.global_batch, 0, 1, self.config.loop.seed):
+            posterior = self.codec.posterior(batch.image.to(self.device))
+            mean, variance = posterior.mean.double(), posterior.logvar.double().exp()
+            total = total + mean.sum((0, 2, 3))
+            squares = squares + (mean.square() + variance).sum((0, 2, 3))
+            count += len(batch.key)
+            if count >= self.config.scale_samples:
+                break
+        values = count * self.latent_shape[1] * self.latent_shape[2]
+        mean = torch.as_tensor(total) / values
+        deviation = (torch.as_tensor(squares) / values - mean.square()).sqrt()
+        return mean.tolist(), (1 / deviation).tolist()
+
+    def _some_pictures(self) -> Tensor:
+        size = self.config.loop.global_batch
+        source = iter(
+            validation_batches(self.config.data, SHOWN)
+            if self.config.data.validation
+            else Loader(dataclasses.replace(self.config.data, workers=0), size, 0, 1, self.config.loop.seed)
+        )
+        return next(source).image[:SHOWN].to(self.device)

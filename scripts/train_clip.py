@@ -1,0 +1,26 @@
+"""Train a CLIP:
+
+accelerate launch scripts/train_clip.py --config configs/clip/icons.yaml data.shards='...' output=runs/clip
+"""
+
+from __future__ import annotations
+
+from ldm.errors import run
+from ldm.training.command import training_arguments
+
+
+def main() -> None:
+    arguments = training_arguments(__doc__)
+    from ldm import config
+    from ldm.training.clip import ClipStage
+    from ldm.training.loop import make_accelerator, prepare_output, train
+
+    settings = config.load(config.ClipTraining, arguments.config, arguments.overrides)
+    output = prepare_output(settings.output, settings.resume)
+    accelerator = make_accelerator(settings.loop)
+    stage = ClipStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)
+    train(stage, settings.loop, accelerator, output, settings)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,23 @@
+"""Train a diffusion model: accelerate launch scripts/train_diffusion.py --config configs/diffusion/icons.yaml autoencoder=runs/ae text=runs/clip data.shards='...' output=runs/ldm"""
+
+from __future__ import annotations
+
+from ldm.errors import run
+from ldm.training.command import training_arguments
+
+
+def main() -> None:
+    arguments = training_arguments(__doc__)
+    from ldm import config
+    from ldm.training.loop import make_accelerator, prepare_output, train
+    from ldm.training.stage_two import DiffusionStage
+
+    settings = config.load(config.DiffusionTraining, arguments.config, arguments.overrides)
+    output = prepare_output(settings.output, settings.resume)
+    accelerator = make_accelerator(settings.loop)
+    stage = DiffusionStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)
+    train(stage, settings.loop, accelerator, output, settings)
+
+
+if __name__ == "__main__":
+    run(main)

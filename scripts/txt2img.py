@@ -1,0 +1,147 @@
+"""Draw pictures of prompts.
+
+python scripts/txt2img.py --prompt "a red heart" --cfg 7.5
+python scripts/txt2img.py --from-file prompts.jsonl --n 4 --grid --out outputs/sheet
+python scripts/txt2img.py --reproduce outputs/00000.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ldm import errors, image_io, jobs, provenance
+from ldm.errors import UserError
+from ldm.jobs import Request, Settings
+from ldm.model import SHIPPED, find
+
+
+def main() -> None:
+    given = parse()
+    # What can be wrong without a model is found before torch is imported, which takes seconds.
+    recipe = provenance.read(given["reproduce"]) if "reproduce" in given else None
+    if recipe is not None:
+        taken = sorted(set(given) - {"reproduce", "model", "device", "precision", "out"})
+        if taken:
+            raise UserError(f"--{taken[0].replace('_', '-')} does not go with --reproduce, which reads it in the file")
+        settings, batches = recipe.settings, [recipe.batch]
+    else:
+        settings = settings_of(given)
+        batches = list(jobs.batches(requests_of(given), given.get("batch_size", 4)))
+    name = given.get("model", recipe.model if recipe else "icons")
+    find(name)
+    folder = Path(given.get("out", "outputs"))
+    image_io.check_folder(folder)
+
+    import torch
+    from tqdm import tqdm
+
+    import ldm
+    from ldm import generate
+
+    before = recipe.made_on if recipe else {}
+    device = given.get("device", before.get("device", "auto"))
+    model = ldm.load(name, device, given.get("precision", before.get("precision", "auto")))
+    notices = generate.cut_notices(model, [request for batch in batches for request in batch])
+    notices += provenance.differences(recipe, model) if recipe else []
+    for notice in notices:
+        print(f"warning: {notice}", file=sys.stderr)
+    warnings.simplefilter("ignore", generate.PromptCut)  # said above, once
+
+    first = image_io.next_number(folder)
+    pictures: list[torch.Tensor] = []
+    requests: list[Request] = []
+    with tqdm(total=len(batches) * settings.steps, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for batch in batches:
+            for step in generate.sample(model, batch, settings):
+                bar.update()
+            images = generate.decode(model, step).cpu()
+            for index in range(len(batch)) if recipe is None else [recipe.index]:
+                path = folder / f"{first + len(pictures):05d}.png"
+                image_io.save_png(images[index], path, provenance.record(model, settings, batch, index))
+                bar.write(f"{path}  seed {batch[index].seed}", file=sys.stdout)
+                sys.stdout.flush()
+                pictures.append(images[index])
+                requests.append(batch[index])
+    if "grid" in given:
+        path = folder / f"grid-{first:05d}.png"
+        sheet = image_io.grid(torch.stack(pictures))
+        image_io.save_png(sheet, path, provenance.record_sheet(model, settings, requests))
+        print(path)
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """How to draw, checked."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    chosen = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in names
+    }
+    return Settings(**chosen).check()
+
+
+def requests_of(given: Mapping[str, Any]) -> list[Request]:
+    """What to draw, in order."""
+    if ("prompt" in given) == ("from_file" in given):
+        raise UserError("say what to draw with one of the two, --prompt TEXT or --from-file FILE")
+    negative, seed, n = given.get("negative", ""), given.get("seed", 0), given.get("n", 1)
+    if "prompt" in given:
+        return jobs.of_prompts(given["prompt"], negative, seed, n)
+    return jobs.read_prompts(given["from_file"], negative, seed, n)
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes end in one sentence, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
+    """The options that were given, and only they: defaults live in the library."""
+    defaults = Settings()
+    about, _, examples = (__doc__ or "").partition("\n\n")
+    parser = Parser(
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    add("--from-file", metavar="FILE", help="a prompt on each line; .jsonl and .csv: prompt, negative, seed")
+    add("--negative", metavar="TEXT", help="what not to draw (default: nothing in particular)")
+    add("--n", type=int, help="pictures of each prompt (default 1)")
+    add("--seed", type=int, help="of the first picture; picture i has seed + i (default 0)")
+    add("--width", type=int, metavar="PX", help="default: what the model was trained at")
+    add("--height", type=int, metavar="PX", help="default: what the model was trained at")
+    add("--reproduce", metavar="FILE.png", help="draw this picture again, from the settings inside it")
+
+    add = parser.add_argument_group("how to draw").add_argument
+    add("--cfg", type=float, metavar="SCALE", help=f"guidance; 1 is none (default {defaults.cfg})")
+    add("--cfg-rescale", type=float, metavar="SHARE", help="0 to 1, against over-exposure (default 0)")
+    add(
+        "--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at these sigmas only (default: all)"
+    )
+    add("--steps", type=int, help=f"evaluations of the denoiser (default {defaults.steps})")
+    add("--sampler", metavar="NAME", help=f"{', '.join(jobs.SAMPLERS)} (default {defaults.sampler})")
+    add("--spacing", metavar="NAME", help=f"of the levels: {', '.join(jobs.SPACINGS)} (default {defaults.spacing})")
+    add("--eta", type=float, help="fresh noise of ddim; 0 is deterministic (default 0)")
+
+    add = parser.add_argument_group("with what, and where to").add_argument
+    add("--model", metavar="MODEL", help=f"{', '.join(SHIPPED)}, a directory or a file (default icons)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
+    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), help="default auto: fp16 on a GPU, else fp32")
+    add("--batch-size", type=int, metavar="N", help="pictures drawn at once (default 4)")
+    add("--out", metavar="FOLDER", help="numbered on from what is there (default outputs)")
+    add("--grid", action="store_true", help="write all pictures on one sheet too")
+    return vars(parser.parse_args(words))
+
+
+if __name__ == "__main__":
+    errors.run(main)
