@@ -1,4 +1,7 @@
-"""Train an autoencoder: accelerate launch scripts/train_autoencoder.py --config configs/autoencoder/icons.yaml data.shards='...' output=runs/ae"""
+"""Stage one, the autoencoder.
+
+accelerate launch scripts/train_autoencoder.py --config configs/autoencoder/icons.yaml data.shards='...' output=runs/ae
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def main() -> None:
 
     settings = config.load(config.AutoencoderTraining, arguments.config, arguments.overrides)
     output = prepare_output(settings.output, settings.resume)
-    accelerator = make_accelerator(settings.loop)
+    accelerator = make_accelerator(settings.loop, output)
     stage = AutoencoderStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)
     train(stage, settings.loop, accelerator, output, settings)
 

@@ -1,4 +1,8 @@
-"""Train a diffusion model: accelerate launch scripts/train_diffusion.py --config configs/diffusion/icons.yaml autoencoder=runs/ae text=runs/clip data.shards='...' output=runs/ldm"""
+"""Stage two, the diffusion model on the latents of stage one.
+
+accelerate launch scripts/train_diffusion.py --config configs/diffusion/icons.yaml autoencoder=runs/ae \\
+    data.shards='...' output=runs/ldm
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ def main() -> None:
 
     settings = config.load(config.DiffusionTraining, arguments.config, arguments.overrides)
     output = prepare_output(settings.output, settings.resume)
-    accelerator = make_accelerator(settings.loop)
+    accelerator = make_accelerator(settings.loop, output)
     stage = DiffusionStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)
     train(stage, settings.loop, accelerator, output, settings)
 

@@ -31,7 +31,7 @@ class EMA:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         live = [tensor.detach().float() for _, tensor in self._live()]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -35,7 +35,7 @@ BAD_STEPS_IN_A_ROW = 10  # non-finite gradients that are skipped before the run 
 
 
 class Batches(Protocol):
-    """Endless batches: dataclasses of tensors and lists with this process' share of a global batch, and a `key` list."""
+    """Endless batches: dataclasses of tensors and lists with this process' part of a batch, and `key`."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -111,7 +111,7 @@ def divide(loop: LoopConfig, processes: int) -> Division:
     return Division(processes, share // micro, micro)
 
 
-def make_accelerator(loop: LoopConfig) -> Accelerator:
+def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
     """The accelerator of a run; raises UserError for a precision that this device has not."""
     precisions = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
     if loop.precision not in precisions:
@@ -121,7 +121,7 @@ def make_accelerator(loop: LoopConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=precisions[loop.precision],
         log_with=list(loop.trackers) or None,
-        project_dir=None,
+        project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.device.type == "cpu":
@@ -225,7 +225,8 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
             norms = {}
             for name in played:
                 clip = players[name].optimizer.clip or float("inf")
-                norms[name] = float(accelerator.clip_grad_norm_(networks[name].parameters(), clip))
+                norm = accelerator.clip_grad_norm_(networks[name].parameters(), clip)
+                norms[name] = float(torch.as_tensor(norm))
             if all(torch.isfinite(torch.tensor(norm)) for norm in norms.values()):
                 bad = 0
                 for name in played:
@@ -360,13 +361,19 @@ def _agree(asked: list[int], accelerator: Accelerator) -> int:
     number = asked[0] if asked else 0
     if accelerator.num_processes == 1:
         return number
-    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+    return int(_largest(number, accelerator))
 
 
 def _any(condition: bool, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return condition
-    return bool(accelerator.gather(torch.tensor([int(condition)], device=accelerator.device)).max())
+    return bool(_largest(int(condition), accelerator))
+
+
+def _largest(number: int, accelerator: Accelerator) -> int:
+    gathered = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    assert isinstance(gathered, Tensor)
+    return int(gathered.max())
 
 
 def _print_plan(stage: Stage, loop: LoopConfig, division: Division, accelerator: Accelerator, step: int) -> None:

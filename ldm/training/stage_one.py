@@ -49,7 +49,7 @@ class AutoencoderStage:
     def __init__(self, config: AutoencoderTraining, rank: int, world: int, device: torch.device):
         if config.model.kind == "identity":
             raise UserError(
-                "the identity codec has nothing to train; leave autoencoder empty in train_diffusion.py for a pixel model"
+                "the identity codec has nothing to train; train_diffusion.py without autoencoder= makes a pixel model"
             )
         torch.manual_seed(config.loop.seed)
         self.config, self.device = config, device
@@ -72,6 +72,7 @@ class AutoencoderStage:
 
     def describe(self) -> list[str]:
         c, h, w = self.latent_shape
+        size = self.config.data.size
         loss = self.config.loss
         terms = {
             "l1": loss.l1,
@@ -81,7 +82,7 @@ class AutoencoderStage:
             f"adversarial (from step {loss.adversarial_start})": loss.adversarial,
         }
         return [
-            f"latent      {c} x {h} x {w} of {self.config.data.size} x {self.config.data.size} pixels, f = {self.codec.factor}",
+            f"latent      {c} x {h} x {w} of {size} x {size} pixels, f = {self.codec.factor}",
             "loss        " + " + ".join(f"{weight:g} {name}" for name, weight in terms.items() if weight),
         ]
 

@@ -30,11 +30,10 @@ from ldm.diffusion import (
     make_parameterization,
     make_schedule,
     network_input,
-    precondition,
 )
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
-from ldm.model import LatentDiffusion
+from ldm.model import assemble
 from ldm.training.draws import Draws
 from ldm.training.loop import Player
 from ldm.unet.unet import UNet
@@ -83,7 +82,8 @@ class DiffusionStage:
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         x0, condition = self._prepare(batch, draws)
         keep = draws.uniform("caption dropout") >= self.config.loss.caption_dropout
-        condition = drop(condition, self.null, keep) if condition is not None else None
+        if condition is not None and self.null is not None:
+            condition = drop(condition, self.null, keep)
         loss = self._loss(networks["unet"], x0, condition, draws).mean()
         yield "unet", loss, {"loss": loss}
 
@@ -103,9 +103,10 @@ class DiffusionStage:
     def draw(self, output: Path, step: int) -> None:
         """One picture for each prompt of `config.sample`, always from the same noise."""
         prompts = self.config.sample.prompts
-        if not prompts:
+        if not prompts or self.text is None:
             return
-        image = self.model().txt2img(
+        model = assemble(self.model_config(), self.codec, self.text, self.unet)
+        image = model.txt2img(
             list(prompts), cfg=self.config.sample.cfg, steps=self.config.sample.steps, seed=self.config.loop.seed
         )
         save_png(grid(image.cpu(), columns=min(8, len(prompts))), output / "samples" / f"{step:08d}.png", {})
@@ -128,12 +129,6 @@ class DiffusionStage:
             schedule=self.config.schedule,
             parameterization=self.config.parameterization,
             image_size=self.config.data.size,
-        )
-
-    def model(self) -> LatentDiffusion:
-        """The networks as they are now, in the form that samples."""
-        return LatentDiffusion(
-            self.model_config(), self.codec, self.text, self.unet, self.schedule, self.parameterization
         )
 
     def _loss(self, network: nn.Module, x0: Tensor, condition: Conditioning | None, draws: Draws) -> Tensor:
