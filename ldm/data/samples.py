@@ -42,8 +42,8 @@ def fault(members: Members) -> str | None:
 def decode(record: Record, caption: str, rng: random.Random) -> Sample:
     """Decode the picture and choose the caption.
 
-    `caption` is "txt" (the .txt, else the json's `caption`) or "variants" (one of the json's `captions`, drawn with
-    `rng`; a sample without any falls back to "txt"). Raises BadSample.
+    `caption` is "txt" (the .txt, else the json's `caption`, else the first of its `captions`) or "variants" (one of
+    the json's `captions`, drawn with `rng`; a sample without any falls back to "txt"). Raises BadSample.
     """
     meta = _meta(record)
     text = choose_caption(record, meta, caption, rng)
@@ -97,6 +97,8 @@ def choose_caption(record: Record, meta: dict[str, Any], caption: str, rng: rand
             raise BadSample("the caption is not UTF-8") from error
     elif isinstance(meta.get("caption"), str):
         text = meta["caption"].strip()
+    elif variants:
+        text = variants[0]
     else:
         raise BadSample("no caption")
     if not text:
