@@ -1,4 +1,4 @@
-"""Train a CLIP:
+"""Between the stages, the CLIP whose text tower conditions stage two.
 
 accelerate launch scripts/train_clip.py --config configs/clip/icons.yaml data.shards='...' output=runs/clip
 """
@@ -17,7 +17,7 @@ def main() -> None:
 
     settings = config.load(config.ClipTraining, arguments.config, arguments.overrides)
     output = prepare_output(settings.output, settings.resume)
-    accelerator = make_accelerator(settings.loop)
+    accelerator = make_accelerator(settings.loop, output)
     stage = ClipStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)
     train(stage, settings.loop, accelerator, output, settings)
 

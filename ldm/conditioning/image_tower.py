@@ -1,0 +1,84 @@
+"""PICTURE -> FEATURES: the picture side of our own CLIP, a small vision transformer (Dosovitskiy et al. 2021).
+
+It is trained along with the text tower and does not ship: no sampling needs it. It is kept beside the text tower
+that it was trained with (`image_tower.json`, `image_tower.safetensors`), since both together measure how well a
+picture fits a caption.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm.conditioning.torchvision_ops import declare_missing_operators
+from ldm.config import ImageTowerConfig, from_dict, to_dict
+from ldm.errors import UserError
+from ldm.files import atomic_write, atomic_write_text, read_text
+
+NAME = "image_tower"
+
+
+class ImageTower(nn.Module):
+    """Pictures (B, 3, size, size) in [-1, 1] -> (B, embed_dim), not normalised; open_clip's VisionTransformer.
+
+    Raises UserError for sizes that do not divide.
+    """
+
+    def __init__(self, config: ImageTowerConfig, embed_dim: int) -> None:
+        super().__init__()
+        if config.patch < 1 or config.size < config.patch or config.size % config.patch:
+            raise UserError(f"image_tower.size={config.size} is not a multiple of image_tower.patch={config.patch}")
+        if config.heads < 1 or config.width % config.heads or config.layers < 1 or embed_dim < 1:
+            raise UserError(
+                f"image_tower needs at least one layer, a joint space, and a width that its heads divide, not layers="
+                f"{config.layers} embed_dim={embed_dim} width={config.width} heads={config.heads}"
+            )
+        declare_missing_operators()
+        from open_clip.transformer import VisionTransformer
+
+        self.config, self.embed_dim = config, embed_dim
+        self.transformer = VisionTransformer(
+            image_size=config.size,
+            patch_size=config.patch,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            mlp_ratio=4.0,
+            output_dim=embed_dim,
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.transformer(image)
+
+
+def save_image_tower(directory: str | Path, tower: ImageTower, logit_scale: float) -> None:
+    """Write the tower into `directory`; similarities are trained as `logit_scale` times the cosine."""
+    directory = Path(directory)
+    state = {name: value.detach().cpu().contiguous() for name, value in tower.state_dict().items()}
+    with atomic_write(directory / f"{NAME}.safetensors") as temporary:
+        save_file(state, temporary)
+    document = {**to_dict(tower.config), "embed_dim": tower.embed_dim, "logit_scale": logit_scale}
+    atomic_write_text(directory / f"{NAME}.json", json.dumps(document, indent=1) + "\n")
+
+
+def load_image_tower(directory: str | Path) -> ImageTower:
+    """The tower that `save_image_tower` wrote, frozen, on the CPU; raises UserError for a missing or damaged file."""
+    directory = Path(directory)
+    where = directory / f"{NAME}.json"
+    try:
+        document = json.loads(read_text(where))
+        embed_dim = int(document.pop("embed_dim"))
+        document.pop("logit_scale")
+        state = load_file(directory / f"{NAME}.safetensors")
+    except (ValueError, KeyError, AttributeError, TypeError, OSError, SafetensorError) as error:
+        raise UserError(f"the picture tower in {directory} is missing or damaged ({error}); copy it again") from error
+    tower = ImageTower(from_dict(ImageTowerConfig, document, str(where)), embed_dim)
+    shapes = {name: value.shape for name, value in tower.state_dict().items()}
+    if {name: value.shape for name, value in state.items()} != shapes:
+        raise UserError(f"the tensors in {directory / NAME}.safetensors are not those that {where} describes")
+    tower.load_state_dict(state)
+    return tower.eval().requires_grad_(False)
