@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.errors import UserError
+from ldm.unet import attention as room
+from ldm.unet.attention import attention, available_backends
+
+from .small import relative, small_unet
+
+
+@pytest.mark.parametrize("keys", [1, 7, room.PLAIN_KEYS, room.PLAIN_KEYS + 1])
+def test_attention_is_the_formula(keys: int):
+    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, keys, 4), torch.randn(2, 3, keys, 6)
+    weights = torch.einsum("bhqd,bhld->bhql", q, k).div(2.0).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(attention(q, k, v), torch.einsum("bhql,bhld->bhqd", weights, v))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_the_plain_formula_equals_sdpa(dtype: torch.dtype, tolerance: float):
+    q, k, v = torch.randn(3, 2, 4, 64, 32, dtype=dtype)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert relative(attention(q, k, v).double(), exact) < tolerance
+
+
+def test_large_scores_do_not_overflow():
+    q = torch.full((1, 1, 2, 4), 1e4)
+    assert attention(q, q, torch.ones_like(q)).eq(1).all()
+
+
+def test_no_backend_is_imported_where_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    available_backends.cache_clear()
+    try:
+        assert available_backends() == ("sdpa",)
+        q = torch.randn(1, 1, 2, 4)
+        with pytest.raises(UserError, match="needs a CUDA device"):
+            attention(q, q, q, backend="xformers")
+        with pytest.raises(UserError, match="'flash' is not available here"):
+            small_unet().set_attention_backend("flash")
+    finally:
+        available_backends.cache_clear()
+    assert "xformers" not in sys.modules
+
+
+def test_the_backend_of_a_network_is_set_in_every_layer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(room, "available_backends", lambda: ("sdpa", "xformers"))
+    unet = small_unet()
+    unet.set_attention_backend("xformers")
+    backends = [module.backend for module in unet.modules() if hasattr(module, "backend")]
+    assert backends == ["xformers"] * 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(4096, 77, 40), (256, 256, 64), (64, 64, 160)])
+def test_xformers_equals_sdpa(dtype: torch.dtype, queries: int, keys: int, width: int):
+    pytest.importorskip("xformers")
+    q = torch.randn(2, 8, queries, width, device="cuda")
+    k, v = torch.randn(2, 2, 8, keys, width, device="cuda")
+    exact = attention(q, k, v)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    ours, theirs = attention(q, k, v), attention(q, k, v, backend="xformers")
+    tolerance = 1e-3 if dtype == torch.float16 else 8e-3  # a unit in the last place of 1: 1e-3 and 8e-3
+    assert (ours - theirs).abs().max() / exact.abs().max() < tolerance
