@@ -1,1 +1,52 @@
+"""Latent text-to-image diffusion: train it, sample it, take it apart.
 
+    import ldm
+    model = ldm.load()
+    images = model.txt2img("a red heart", cfg=7.5, seed=7)      # (1, 3, H, W) in [-1, 1]
+    ldm.save_png(images[0], "heart.png")
+
+The packages are the path of the data:
+
+    shard -> caption, picture -> context, latent -> noise level -> U-Net -> guidance -> denoiser -> sampler -> picture
+    data                         conditioning       diffusion      unet     guidance    diffusion   sampling
+                                 autoencoder                                                        autoencoder
+    `------------- training --------------------------------´      `------------- generate, image_io -----------´
+
+Importing this costs nothing: the names below are fetched when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.errors import UserError
+    from ldm.image_io import grid, read_metadata, save_png, to_pil
+    from ldm.model import LatentDiffusion, load
+
+_HOMES = {
+    "LatentDiffusion": "model",
+    "load": "model",
+    "save_png": "image_io",
+    "read_metadata": "image_io",
+    "grid": "image_io",
+    "to_pil": "image_io",
+    "UserError": "errors",
+}
+
+__all__ = ["LatentDiffusion", "UserError", "grid", "load", "read_metadata", "save_png", "to_pil"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ldm")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ldm.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])

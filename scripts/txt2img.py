@@ -60,7 +60,8 @@ def main() -> None:
         for batch in batches:
             for step in generate.sample(model, batch, settings):
                 bar.update()
-            images = generate.decode(model, step).cpu()
+                last = step
+            images = generate.decode(model, last).cpu()
             for index in range(len(batch)) if recipe is None else [recipe.index]:
                 path = folder / f"{first + len(pictures):05d}.png"
                 image_io.save_png(images[index], path, provenance.record(model, settings, batch, index))
@@ -77,11 +78,8 @@ def main() -> None:
 
 def settings_of(given: Mapping[str, Any]) -> Settings:
     """How to draw, checked."""
-    names = {field.name for field in dataclasses.fields(Settings)}
-    chosen = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in names
-    }
-    return Settings(**chosen).check()
+    names = [field.name for field in dataclasses.fields(Settings) if field.name in given]
+    return Settings(**{name: given[name] for name in names}).check()
 
 
 def requests_of(given: Mapping[str, Any]) -> list[Request]:
@@ -140,7 +138,8 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once (default 4)")
     add("--out", metavar="FOLDER", help="numbered on from what is there (default outputs)")
     add("--grid", action="store_true", help="write all pictures on one sheet too")
-    return vars(parser.parse_args(words))
+    given = vars(parser.parse_args(words))
+    return {name: tuple(value) if name == "cfg_interval" else value for name, value in given.items()}
 
 
 if __name__ == "__main__":

@@ -236,6 +236,7 @@ def _fill(module: nn.Module, path: str | Path, name: str, device: str | torch.de
     left = [key for key, value in module.named_buffers() if value.is_meta]
     if left:
         raise AssertionError(f"{type(module).__name__} keeps {left} outside its state dict; compute them in forward")
+    module.to(device)  # what is computed from the config, not stored, has been left on the CPU
     module.eval().requires_grad_(False)
 
 

@@ -1,0 +1,122 @@
+"""Tensor -> PNG, with the settings that made the picture inside; grids of pictures.
+
+A PNG carries two texts: "parameters", to be read by people in the usual viewers, and "ldm", the same as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from ldm.errors import UserError, explain_os_error
+from ldm.files import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LABELS = {"cfg": "CFG scale", "cfg_rescale": "CFG rescale", "cfg_interval": "CFG interval"}
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> 8-bit RGB, rounded to nearest; values beyond are clamped.
+
+    Raises UserError for values that are not finite: they would come out black.
+    """
+    if not bool(image.isfinite().all()):
+        raise UserError("the picture has values that are not finite, so it was not converted; try --precision fp32")
+    levels = image.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255).byte()
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), "RGB")
+
+
+def save_png(image: Tensor, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write (3, H, W) in [-1, 1] to `path`, whole or not at all; `metadata` (plain dicts, numbers, texts) goes along.
+
+    Raises UserError for a picture that is not finite, and for a folder or disk that does not take it.
+    """
+    picture = to_pil(image)
+    texts = PngInfo()
+    if metadata:
+        texts.add_text("parameters", readable(metadata))
+        texts.add_text("ldm", json.dumps(metadata))
+    with atomic_write(path) as temporary:
+        picture.save(temporary, "PNG", pnginfo=texts)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata that `save_png` put into `path`. Raises UserError if it is no PNG or carries none."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            assert isinstance(picture, PngImageFile)
+            text = picture.text.get("ldm")  # reads the file to its end, where some writers put their texts
+    except FileNotFoundError as error:
+        raise UserError(f"there is no picture {path}; check the path") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise explain_os_error(error, f"reading {path}") from error
+        raise UserError(f"{path} is not a PNG that can be read ({str(error).splitlines()[0]})") from error
+    try:
+        metadata = json.loads(text) if text else None
+    except ValueError as error:
+        raise UserError(f"the settings inside {path} are not valid JSON; was the file changed?") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} carries no settings of ours; other programs drop them when they save a picture again")
+    return metadata
+
+
+def readable(metadata: Mapping[str, Any]) -> str:
+    """The prompt, the negative prompt, and "Steps: 30, Sampler: ddim, …": the form that viewers of such PNGs know."""
+    lines = [str(metadata["prompt"])] if "prompt" in metadata else []
+    if metadata.get("negative"):
+        lines.append(f"Negative prompt: {metadata['negative']}")
+    rest = {key: value for key, value in metadata.items() if key not in ("prompt", "negative")}
+    if "width" in rest and "height" in rest:
+        rest["size"] = f"{rest.pop('width')}x{rest.pop('height')}"
+    lines.append(", ".join(f"{label}: {value}" for label, value in _flat(rest, "")))
+    return "\n".join(lines)
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    """Label and value of each entry that says something; those of a nested mapping carry its name before theirs."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key.replace('_', ' ')} ")
+        elif value is not None and value != "":
+            name = LABELS.get(key, key.replace("_", " ")) if not prefix else prefix + key.replace("_", " ")
+            pairs.append((name[0].upper() + name[1:], value))
+    return pairs
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """(B, 3, H, W) -> one picture (3, H', W'), row by row, `gap` white pixels between; None: about as wide as high."""
+    count, channels, height, width = images.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    sheet = images.new_ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+def next_number(folder: str | Path) -> int:
+    """One more than the highest number that a file "NNNNN.png" in `folder` has; 0 where there is none."""
+    numbers = [int(path.stem) for path in Path(folder).glob("*.png") if path.stem.isdecimal()]
+    return max(numbers, default=-1) + 1
+
+
+def check_folder(folder: str | Path) -> None:
+    """Make `folder` and a file in it, and remove the file; raises UserError now rather than after the work is done."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with atomic_write(Path(folder) / ".probe") as temporary:
+            temporary.write_bytes(b"\0")
+        (Path(folder) / ".probe").unlink()
+    except OSError as error:
+        raise explain_os_error(error, f"preparing the output folder {folder}") from error

@@ -1,0 +1,163 @@
+"""What a user asks for: pictures of prompts, under settings. No torch in here, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import UserError
+from ldm.files import read_text
+
+SAMPLERS = ("ddim", "ddpm")  # the keys of sampling.SAMPLERS and sampling.GRIDS, known here without importing them
+SPACINGS = ("trailing", "linspace", "leading")
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture: what it shows, what it should not, and the seed of its noise."""
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn; pictures of one batch share it. None leaves the choice to the model or the sampler."""
+
+    cfg: float = 7.5  # guidance scale; 1 is the conditional model alone, at half the cost
+    steps: int = 30  # evaluations of the denoiser
+    sampler: str = "ddim"  # a name in SAMPLERS
+    spacing: str = "trailing"  # of the levels: a name in SPACINGS
+    eta: float | None = None  # share of fresh noise, for the samplers that take it; 0 is deterministic
+    width: int | None = None  # pixels; None: the side the model was trained at
+    height: int | None = None
+    cfg_rescale: float = 0.0  # in [0, 1]: takes back over-exposure at large cfg
+    cfg_interval: tuple[float, float] | None = None  # (low, high] in sigma: guide there only
+
+    def check(self) -> Settings:
+        """Self; raises UserError for what no model could do."""
+        _one_of(self.sampler, SAMPLERS, "sampler")
+        _one_of(self.spacing, SPACINGS, "grid spacing")
+        if self.steps < 1:
+            raise UserError(f"{self.steps} steps were asked for; choose at least 1")
+        if not math.isfinite(self.cfg):
+            raise UserError(f"the guidance scale is {self.cfg}; choose a finite number, such as 7.5")
+        if self.eta is not None and not 0 <= self.eta < math.inf:
+            raise UserError(f"eta is {self.eta:g}; choose 0 (deterministic) or more")
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and side < 1:
+                raise UserError(f"the {name} is {side} pixels; choose at least 1")
+        if not 0 <= self.cfg_rescale <= 1:
+            raise UserError(f"the guidance rescale is {self.cfg_rescale:g}; choose it between 0 and 1")
+        if self.cfg_interval is not None and not self.cfg_interval[0] < self.cfg_interval[1]:
+            low, high = self.cfg_interval
+            raise UserError(f"the guidance interval ({low:g}, {high:g}] is empty; give low < high in sigma")
+        return self
+
+
+def expand(requests: Sequence[Request], n: int) -> list[Request]:
+    """`n` pictures of each request, on seeds seed, seed + 1, ...; raises UserError for a bad count or seed."""
+    if n < 1:
+        raise UserError(f"{n} pictures of each prompt were asked for; choose at least 1")
+    made = [dataclasses.replace(request, seed=request.seed + i) for request in requests for i in range(n)]
+    for request in made:
+        if not 0 <= request.seed <= MAX_SEED:
+            raise UserError(f"seed {request.seed} is out of range; choose it between 0 and {MAX_SEED}")
+    return made
+
+
+def of_prompts(prompts: Sequence[str], negative: str = "", seed: int = 0, n: int = 1) -> list[Request]:
+    """`n` pictures of each prompt, prompt by prompt; picture i of them all has seed + i. Raises UserError."""
+    return expand([Request(prompt, negative, seed + n * i) for i, prompt in enumerate(prompts)], n)
+
+
+def batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
+    """`requests` in order, `size` at a time; the last batch may be smaller. Raises UserError for a size below 1."""
+    if size < 1:
+        raise UserError(f"a batch of {size} pictures was asked for; choose at least 1")
+    return (requests[i : i + size] for i in range(0, len(requests), size))
+
+
+# ---------------------------------------------------------------- prompt files
+
+
+def read_prompts(path: str | Path, negative: str = "", seed: int = 0, n: int = 1) -> list[Request]:
+    """`n` pictures of each line of a prompt file, in order.
+
+    .jsonl: objects with "prompt" and, if wanted, "negative" and "seed"; .csv: a header with these columns; any other
+    file: one prompt on each line. Blank lines do not count. `negative` and `seed` stand in where a line has none of its
+    own, and picture i of the file then has seed + i.
+    Raises UserError, with the line's number, for what cannot be read.
+    """
+    text = read_text(path)
+    suffix = Path(path).suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        rows = list(_json_rows(text, path))
+    elif suffix == ".csv":
+        rows = list(_csv_rows(text, path))
+    else:
+        rows = [(f"{path}, line {i}", {"prompt": line}) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not rows:
+        raise UserError(f"{path} has no prompts; write one on each line")
+    return expand([_request(row, where, negative, seed + n * i) for i, (where, row) in enumerate(rows)], n)
+
+
+def _json_rows(text: str, path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where} is not valid JSON ({error}); write one object on each line") from error
+        if not isinstance(row, dict):
+            raise UserError(f'{where} is not a JSON object; write one such as {{"prompt": "a red heart"}}')
+        yield where, row
+
+
+def _csv_rows(text: str, path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise UserError(f"{where} has more cells than the header; put quotes around a prompt with commas")
+            if any(row.values()):
+                yield where, {key: value for key, value in row.items() if value}
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num} is not valid CSV ({error})") from error
+
+
+def _request(row: Mapping[str, Any], where: str, negative: str, seed: int) -> Request:
+    known = ("prompt", "negative", "seed")
+    for key in row:
+        if key not in known:
+            raise UserError(f"{where} has an unknown column '{key}'; the known ones are {', '.join(known)}")
+    if "prompt" not in row:
+        raise UserError(f"{where} has no prompt; name the column 'prompt'")
+    prompt, negative, value = row["prompt"], row.get("negative", negative), row.get("seed", seed)
+    if not isinstance(prompt, str) or not isinstance(negative, str):
+        raise UserError(f"{where}: prompt and negative must be text")
+    try:
+        if isinstance(value, (bool, float)):
+            raise ValueError
+        return Request(prompt.strip(), negative.strip(), int(value))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: the seed is {value!r}, which is not a whole number") from error
+
+
+def _one_of(name: str, names: Sequence[str], what: str) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown {what} '{name}'; did you mean '{near}'? There are {', '.join(names)}")

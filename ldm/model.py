@@ -1,0 +1,186 @@
+"""LatentDiffusion: everything that a picture is drawn with, in one record. Its methods are one-liners over generate.py.
+
+torch is imported when a model is loaded, not when this module is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.config import ModelConfig, ScheduleConfig, to_dict
+from ldm.errors import UserError
+from ldm.jobs import Settings, of_prompts
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ldm.autoencoder.codec import Codec
+    from ldm.conditioning.clip import TextTower
+    from ldm.diffusion import Parameterization, Schedule
+    from ldm.sampling import Step
+    from ldm.unet.unet import UNet
+
+SHIPPED = {"icons": Path(__file__).parent / "assets" / "icons"}
+"""The models inside the package: name -> checkpoint directory."""
+
+
+@dataclass(frozen=True, eq=False)
+class LatentDiffusion:
+    """A text-to-picture model. `name` and `path` say where it came from; a model assembled in memory has no path."""
+
+    config: ModelConfig
+    codec: Codec
+    text: TextTower
+    unet: UNet
+    schedule: Schedule
+    parameterization: Parameterization
+    name: str = ""
+    path: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the U-Net computes in; the sampler's state is float64 (float32 on mps) whatever this is."""
+        return self.unet.dtype
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256, in hex, of the config and the weights: of the stored ones, whatever precision they run in here."""
+        from ldm.checkpoints import native
+
+        if self.path is not None:
+            weights = native.fingerprint(self.path)
+        else:
+            parts = {"autoencoder": self.codec.autoencoder, "text": self.text, "unet": self.unet}
+            weights = "".join(native.fingerprint(part) for part in parts.values() if part is not None)
+        document = json.dumps(to_dict(self.config), sort_keys=True)
+        return hashlib.sha256(f"{document}\n{weights}".encode()).hexdigest()
+
+    def txt2img(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str = "",
+        cfg: float = Settings.cfg,
+        steps: int = Settings.steps,
+        sampler: str = Settings.sampler,
+        spacing: str = Settings.spacing,
+        eta: float | None = None,
+        seed: int = 0,
+        n: int = 1,
+        batch_size: int = 4,
+        width: int | None = None,
+        height: int | None = None,
+        cfg_rescale: float = 0.0,
+        cfg_interval: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """`n` pictures of each prompt, prompt by prompt: (B, 3, H, W), float32 in [-1, 1], on the CPU.
+
+        Picture i has seed + i, whatever the batch size. See `jobs.Settings` for the rest. Raises UserError.
+        """
+        from ldm import generate
+
+        settings = Settings(cfg, steps, sampler, spacing, eta, width, height, cfg_rescale, cfg_interval)
+        return generate.txt2img(self, of_prompts(_list(prompt), negative, seed, n), settings, batch_size)
+
+    def sample(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str = "",
+        cfg: float = Settings.cfg,
+        steps: int = Settings.steps,
+        sampler: str = Settings.sampler,
+        spacing: str = Settings.spacing,
+        eta: float | None = None,
+        seed: int = 0,
+        n: int = 1,
+        width: int | None = None,
+        height: int | None = None,
+        cfg_rescale: float = 0.0,
+        cfg_interval: tuple[float, float] | None = None,
+    ) -> Iterator[Step]:
+        """What `txt2img` does, in one batch, step by step; `decode` shows one. Raises UserError at the first step."""
+        from ldm import generate
+
+        settings = Settings(cfg, steps, sampler, spacing, eta, width, height, cfg_rescale, cfg_interval)
+        return generate.sample(self, of_prompts(_list(prompt), negative, seed, n), settings)
+
+    def decode(self, step: Step) -> Tensor:
+        """Pictures (B, 3, H, W), float32 in [-1, 1], of the state after `step`. Raises UserError if not finite."""
+        from ldm import generate
+
+        return generate.decode(self, step)
+
+
+def load(model: str | Path = "icons", device: str = "auto", precision: str = "auto") -> LatentDiffusion:
+    """The model of a shipped name, a checkpoint directory or a .safetensors file, ready to draw.
+
+    `device`: auto, cpu, cuda, mps; `precision`: auto, fp32, fp16, bf16 (auto: fp16 on a GPU, else fp32).
+    Raises UserError for what is not there, damaged, of another architecture, or not a text-to-picture model.
+    """
+    import torch
+
+    from ldm.checkpoints import native
+    from ldm.device import choose_device, choose_precision
+
+    path = find(model)
+    where = choose_device(device)
+    dtype = choose_precision(precision, where)
+    config = native.read_config(path)
+    codec = native.load_autoencoder(path, where, dtype, config)
+    unet = native.load_unet(path, where, dtype, config)
+    text = native.load_text(path, where, dtype, config)
+    for network in (codec.autoencoder, unet):
+        if network is not None:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return assemble(config, codec, text, unet, name=str(model), path=path)
+
+
+def assemble(
+    config: ModelConfig, codec: Codec, text: TextTower, unet: UNet, name: str = "", path: Path | None = None
+) -> LatentDiffusion:
+    """A model of parts in memory; schedule and parameterization are made from `config`.
+
+    Raises UserError if the parts do not fit each other.
+    """
+    from ldm.diffusion import check, make_parameterization, make_schedule
+
+    schedule = make_schedule(config.schedule or ScheduleConfig())
+    parameterization = make_parameterization(config.parameterization)
+    check(schedule, parameterization)
+    here, there = codec.latent_channels, unet.config.in_channels
+    if here != there or here != unet.config.out_channels:
+        raise UserError(f"the autoencoder makes latents of {here} channels and the U-Net takes {there}; pair others")
+    if text.config.width != unet.config.context_width:
+        raise UserError(
+            f"the text tower's context is {text.config.width} wide and the U-Net takes {unet.config.context_width}; "
+            "pair others"
+        )
+    return LatentDiffusion(config, codec, text, unet, schedule, parameterization, name, path)
+
+
+def find(model: str | Path) -> Path:
+    """The checkpoint that `model` names: a shipped name, a directory or a file. Raises UserError."""
+    if model in SHIPPED:
+        return SHIPPED[str(model)]
+    path = Path(model)
+    if not path.exists():
+        raise UserError(
+            f"there is no model '{model}': it is neither one that ships ({', '.join(SHIPPED)}) nor a directory or file"
+        )
+    return path
+
+
+def _list(prompt: str | Sequence[str]) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt)

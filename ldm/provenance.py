@@ -1,0 +1,124 @@
+"""What a PNG says about how it was made, and how to make it again."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.config import from_dict
+from ldm.errors import UserError
+from ldm.image_io import read_metadata
+from ldm.jobs import MAX_SEED, Request, Settings
+
+if TYPE_CHECKING:
+    from ldm.model import LatentDiffusion
+
+MAX_BATCH = 1024  # of a picture to be made again: its number comes from a file, maybe a stranger's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one picture was made. Its last bits depend on the batch's size, so that is kept along."""
+
+    request: Request
+    settings: Settings
+    model: str  # name or path, as it was given
+    hash: str  # LatentDiffusion.hash
+    batch_size: int
+    index: int  # its place in the batch
+    made_on: Mapping[str, Any]  # what `surroundings` said
+
+    @property
+    def batch(self) -> list[Request]:
+        """A batch of the size it was drawn in. What its other pictures show does not touch this one."""
+        return [self.request] * self.batch_size
+
+
+def record(model: LatentDiffusion, settings: Settings, batch: Sequence[Request], index: int) -> dict[str, Any]:
+    """The plain data that goes into the PNG of picture `index` of `batch`; `read` is the inverse."""
+    request = batch[index]
+    return {
+        "prompt": request.prompt,
+        "negative": request.negative,
+        "seed": request.seed,
+        **_drawn(model, settings),
+        "model": {"name": model.name, "hash": model.hash},
+        "batch": {"size": len(batch), "index": index},
+        "made_on": surroundings(model),
+    }
+
+
+def record_sheet(model: LatentDiffusion, settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
+    """The plain data that goes into the PNG of a grid."""
+    return {
+        "prompts": [request.prompt for request in requests],
+        "seeds": [request.seed for request in requests],
+        **_drawn(model, settings),
+        "model": {"name": model.name, "hash": model.hash},
+    }
+
+
+def surroundings(model: LatentDiffusion) -> dict[str, Any]:
+    """What else the last bits of a picture depend on."""
+    import torch
+
+    import ldm
+    from ldm.device import precision_name
+
+    device = model.device
+    return {
+        "device": device.type,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "precision": precision_name(model.precision),
+        "torch": str(torch.__version__),
+        "ldm": ldm.__version__,
+    }
+
+
+def read(path: str | Path) -> Recipe:
+    """The recipe in a PNG of ours. Raises UserError for any other, and for values that make no sense."""
+    data = read_metadata(path)
+    names = [field.name for field in fields(Settings)]
+    settings = from_dict(Settings, {key: data[key] for key in names if key in data}, str(path)).check()
+    try:
+        request = Request(_as(str, data["prompt"]), _as(str, data["negative"]), _as(int, data["seed"]))
+        model, batch, made_on = (_as(dict, data[key]) for key in ("model", "batch", "made_on"))
+        size, index = _as(int, batch["size"]), _as(int, batch["index"])
+        recipe = Recipe(request, settings, _as(str, model["name"]), _as(str, model["hash"]), size, index, made_on)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} lacks a setting that is needed to make it again ({error}); is it a grid?") from error
+    if not (0 <= index < size <= MAX_BATCH and 0 <= request.seed <= MAX_SEED):
+        raise UserError(f"{path} names picture {index} of a batch of {size}, seed {request.seed}: that cannot be")
+    return recipe
+
+
+def differences(recipe: Recipe, model: LatentDiffusion) -> list[str]:
+    """A sentence for each thing that is not as it was when the picture was made; none: it will be the same bits."""
+    found = []
+    if recipe.hash != model.hash:
+        found.append(
+            f"the model differs: the picture was made with {recipe.hash[:10]}, this is {model.hash[:10]} ({model.name})"
+        )
+    now = surroundings(model)
+    then = recipe.made_on
+    changed = [f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]]
+    if changed:
+        found.append(f"the picture may differ in its last bits: {'; '.join(changed)}")
+    return found
+
+
+def _drawn(model: LatentDiffusion, settings: Settings) -> dict[str, Any]:
+    """`settings` with the size that they leave to the model filled in."""
+    side = model.config.image_size
+    return asdict(settings) | {"width": settings.width or side, "height": settings.height or side}
+
+
+def _as(kind: type, value: Any) -> Any:
+    """`value`, which must be a `kind`; raises TypeError."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value
