@@ -88,24 +88,27 @@ def decode(model: LatentDiffusion, step: Step) -> Tensor:
 
 
 def encode(model: LatentDiffusion, prompts: Sequence[str]) -> Tensor:
-    """Context (B, L, D) of the prompts; each different one is read once."""
-    unique = list(dict.fromkeys(prompts))
-    tokens, dropped = model.text.tokenize(unique)
-    for prompt, words in zip(unique, dropped, strict=True):
+    """Context (B, L, D) of the prompts.
+
+    Each is read by itself (and once): in a batch its last bits would depend on how many others there are.
+    """
+    contexts: dict[str, Tensor] = {}
+    for prompt in dict.fromkeys(prompts):
+        tokens, (words,) = model.text.tokenize([prompt])
         if words:
-            warnings.warn(cut_notice(prompt, words), PromptCut, stacklevel=2)
-    contexts = model.text(tokens.to(model.device))
-    return contexts[[unique.index(prompt) for prompt in prompts]]
+            warnings.warn(_cut_notice(prompt, words), PromptCut, stacklevel=2)
+        contexts[prompt] = model.text(tokens.to(model.device))
+    return torch.cat([contexts[prompt] for prompt in prompts])
 
 
 def cut_notices(model: LatentDiffusion, requests: Sequence[Request]) -> list[str]:
     """One sentence for each different prompt or negative prompt that the text tower does not read to its end."""
     texts = list(dict.fromkeys(text for request in requests for text in (request.prompt, request.negative)))
     _, dropped = model.text.tokenize(texts)
-    return [cut_notice(text, words) for text, words in zip(texts, dropped, strict=True) if words]
+    return [_cut_notice(text, words) for text, words in zip(texts, dropped, strict=True) if words]
 
 
-def cut_notice(prompt: str, words: str) -> str:
+def _cut_notice(prompt: str, words: str) -> str:
     shown = prompt if len(prompt) <= 40 else f"{prompt[:39]}…"
     return f"the prompt '{shown}' is longer than the text tower reads; dropped: {words}"
 

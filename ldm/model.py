@@ -59,7 +59,7 @@ class LatentDiffusion:
         from ldm.checkpoints import native
 
         if self.path is not None:
-            weights = native.fingerprint(self.path)
+            weights = native.fingerprint(native.read_parts(self.path, native.part_names(self.config)))
         else:
             parts = {"autoencoder": self.codec.autoencoder, "text": self.text, "unet": self.unet}
             weights = "".join(native.fingerprint(part) for part in parts.values() if part is not None)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT = "ldm-1"
 PARTS = ("autoencoder", "text", "unet")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 Weights = nn.Module | Mapping[str, Tensor]
 
 
@@ -165,7 +166,7 @@ def load_autoencoder(
         raise _lacks(path, "autoencoder", config)
     if settings.kind == "identity":
         return Codec(None, settings)
-    with torch.device("meta"):
+    with _building(path, "autoencoder"):
         module = AutoencoderKL(settings)
     _fill(module, path, "autoencoder", device, dtype)
     return Codec(module, settings)
@@ -183,7 +184,7 @@ def load_text(
     config = config or read_config(path)
     if config.text is None:
         raise _lacks(path, "text", config)
-    with torch.device("meta"):
+    with _building(path, "text"):
         module = TextTower(config.text)
     _fill(module, path, "text", device, dtype)
     return module
@@ -201,7 +202,7 @@ def load_unet(
     config = config or read_config(path)
     if config.unet is None:
         raise _lacks(path, "unet", config)
-    with torch.device("meta"):
+    with _building(path, "unet"):
         module = UNet(config.unet)
     _fill(module, path, "unet", device, dtype)
     return module
@@ -215,6 +216,11 @@ def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): stored.get_tensor(key) for key in keys}
 
 
+def read_parts(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Several parts as they are stored, each key with its part's name in front ("unet.conv_in.weight")."""
+    return {f"{name}.{key}": value for name in names for key, value in read_part(path, name).items()}
+
+
 def _lacks(path: str | Path, name: str, config: ModelConfig) -> UserError:
     present = ", ".join(part_names(config)) or "nothing"
     return UserError(f"{path} has no {name} (it has: {present}); name a checkpoint that has one")
@@ -225,11 +231,22 @@ def _place(path: Path, name: str) -> tuple[Path, str]:
     return (path / f"{name}.safetensors", "") if path.is_dir() else (path, f"{name}.")
 
 
+@contextmanager
+def _building(path: str | Path, name: str) -> Iterator[None]:
+    """On the meta device; settings that describe no network end in a sentence, since they may be a stranger's."""
+    try:
+        with torch.device("meta"):
+            yield
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} describes a {name} that cannot be built ({reason}); check its settings") from error
+
+
 def _fill(module: nn.Module, path: str | Path, name: str, device: str | torch.device, dtype: torch.dtype) -> None:
     """Give `module`, made on the meta device, the tensors of part `name`: all of them, no others, each of its shape."""
     file, _ = _place(Path(path), name)
     state = read_part(path, name)
-    _check(state, {key: value.shape for key, value in module.state_dict().items()}, f"the {name} in {file}")
+    _check(state, module.state_dict(), f"the {name} in {file}")
     for key, value in state.items():
         state[key] = value.to(device, dtype if value.is_floating_point() else None)
     module.load_state_dict(state, assign=True)
@@ -240,18 +257,23 @@ def _fill(module: nn.Module, path: str | Path, name: str, device: str | torch.de
     module.eval().requires_grad_(False)
 
 
-def _check(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str) -> None:
-    missing = [key for key in shapes if key not in state]
-    unexpected = [key for key in state if key not in shapes]
+def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError unless `state` has the names, shapes and kinds of number of `wanted`."""
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in wanted]
     misshapen = [
-        f"{key} {tuple(state[key].shape)} for {tuple(shape)}"
-        for key, shape in shapes.items()
-        if key in state and state[key].shape != torch.Size(shape)
+        f"{key} is {_form(state[key])} and should be {_form(value)}"
+        for key, value in wanted.items()
+        if key in state and _form(state[key]) != _form(value)
     ]
     groups = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in groups if names]
     if found:
         raise UserError(f"{what} is of another architecture than its config says: tensors {'; '.join(found)}")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' {tensor.dtype}'}"
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
@@ -270,10 +292,11 @@ def _open(path: Path) -> safe_open:
     """`path` opened with its header checked; raises UserError for what is missing, torn, or could execute."""
     try:
         with open(path, "rb") as file:
-            head = file.read(4)
+            head = file.read(9)
     except OSError as error:
         raise explain_os_error(error, f"reading {path}") from error
-    if head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] <= b"\x05") or path.suffix in (".ckpt", ".pt"):
+    safetensors = head[8:] == b"{"  # after 8 bytes of length, which may happen to begin as a pickle does
+    if not safetensors and (head.startswith((b"PK\x03\x04", b"\x80")) or path.suffix in PICKLES):
         raise UserError(
             f"{path} is a pickle, which can execute code when it is read, and was not opened; foreign checkpoints are "
             "not read in this version, native ones are safetensors"
@@ -301,8 +324,7 @@ def fingerprint(weights: str | Path | Weights) -> str:
     elif isinstance(weights, Mapping):
         state = weights
     else:
-        names = part_names(read_config(weights))
-        state = {f"{name}.{key}": value for name in names for key, value in read_part(weights, name).items()}
+        state = read_parts(weights, part_names(read_config(weights)))
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().cpu().contiguous()
