@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.config import UNetConfig
 from ldm.errors import UserError
 from ldm.unet.attention import ContextKV, CrossAttention, SelfAttention, check_backend
-from ldm.unet.blocks import Downsample, ResidualBlock, SpatialTransformer, Upsample, group_norm, zeroed
+from ldm.unet.blocks import Downsample, GroupNorm, ResidualBlock, SpatialTransformer, Upsample, zeroed
 from ldm.unet.embedding import FEATURES, EmbeddingMLP
 
 
@@ -74,7 +74,7 @@ class UNet(nn.Module):
                 stages.append(Stage(config, width + skips.pop(), widths[level], level in config.attention_levels))
                 width = widths[level]
             self.up.append(Level(stages, Upsample(width) if level > 0 else None))
-        self.norm_out = group_norm(width)
+        self.norm_out = GroupNorm(width)
         self.conv_out = zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
 
         for layer, attention in enumerate(self._cross_attentions()):
