@@ -1,0 +1,286 @@
+"""The path of sampling: what is evaluated and how often, what a picture depends on, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm import generate, jobs, provenance
+from ldm.errors import UserError
+from ldm.image_io import save_png
+from ldm.jobs import Request, Settings
+from ldm.model import LatentDiffusion, assemble, load
+
+FAST = Settings(steps=4, cfg=3.0)
+
+
+def draw(model: LatentDiffusion, requests: list[Request], batch_size: int = 4, **changes: Any) -> Tensor:
+    return generate.txt2img(model, requests, dataclasses.replace(FAST, **changes), batch_size)
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, note: Callable[..., Any]) -> list[Any]:
+    """Calls of `target.name`, each as `note(*arguments)`."""
+    notes, original = [], getattr(target, name)
+
+    def spy(*arguments: Any) -> Any:
+        notes.append(note(*arguments))
+        return original(*arguments)
+
+    monkeypatch.setattr(target, name, spy)
+    return notes
+
+
+# ---------------------------------------------------------------- against an independent loop
+
+
+def test_it_is_ddim_with_guidance(tiny_model: LatentDiffusion) -> None:
+    """Song et al. 2021, equation 12 with eta = 0, on z = alpha x in float64, for a v-network (Salimans & Ho 2022)."""
+    scale, steps = 3.0, 5
+    cosine_squared = tiny_model.schedule.alphas_cumprod
+    times = [round(100 - i * 100 / steps) - 1 for i in range(steps)]
+    with torch.no_grad():
+        both = torch.cat([tiny_model.text.encode(["a red heart"]), tiny_model.text.encode(["blue"])])
+        z = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5)).double()
+        for i, t in enumerate(times):
+            a, s = cosine_squared[t].sqrt(), (1 - cosine_squared[t]).sqrt()
+            v = tiny_model.unet(z.float().repeat(2, 1, 1, 1), torch.full((2,), float(t)), both).double()
+            v = v[1:] + scale * (v[:1] - v[1:])
+            x0, eps = a * z - s * v, s * z + a * v
+            following = cosine_squared[times[i + 1]] if i + 1 < steps else torch.ones(())
+            z = following.sqrt() * x0 + (1 - following).sqrt() * eps
+        expected = tiny_model.codec.decode(z.float())
+    drawn = draw(tiny_model, [Request("a red heart", "blue", 5)], cfg=scale, steps=steps)
+    assert float((drawn - expected).abs().max()) < 1e-3
+    assert float(drawn.std()) > 0.1
+
+
+# ---------------------------------------------------------------- what a picture depends on
+
+
+def test_a_picture_does_not_depend_on_its_batch(tiny_model: LatentDiffusion) -> None:
+    requests = [Request("a cat", "", 3), Request("a red heart", "blue", 4), Request("a cat", "dog", 5)]
+    for changes in ({}, {"sampler": "ddpm"}, {"eta": 0.7, "spacing": "linspace"}):
+        together = draw(tiny_model, requests, batch_size=3, **changes)
+        alone = draw(tiny_model, requests, batch_size=1, **changes)
+        turned = draw(tiny_model, requests[::-1], batch_size=2, **changes).flip(0)
+        assert float((together - alone).abs().max()) < 1e-3 and float((together - turned).abs().max()) < 1e-3
+        copies = [draw(tiny_model, [request] * 3, batch_size=3, **changes)[i] for i, request in enumerate(requests)]
+        assert torch.equal(torch.stack(copies), together)  # bit for bit in a batch of the same size
+
+
+def test_what_it_does_depend_on(tiny_model: LatentDiffusion) -> None:
+    base = draw(tiny_model, [Request("a red heart", "", 1)])
+    assert torch.equal(base, draw(tiny_model, [Request("a red heart", "", 1)]))
+    for request in (Request("a cat", "", 1), Request("a red heart", "blue", 1), Request("a red heart", "", 2)):
+        assert float((draw(tiny_model, [request]) - base).abs().max()) > 1e-3
+    for changes in (
+        {"cfg": 1.0},
+        {"sampler": "ddpm"},
+        {"eta": 1.0},
+        {"cfg_rescale": 0.7},
+        {"cfg_interval": (0.5, 2.0)},
+    ):
+        assert float((draw(tiny_model, [Request("a red heart", "", 1)], **changes) - base).abs().max()) > 1e-3
+
+
+def test_seeds_count_up_over_the_pictures(tiny_model: LatentDiffusion) -> None:
+    images = tiny_model.txt2img(["a cat", "a red heart"], n=2, seed=7, steps=2, batch_size=4)
+    assert images.shape == (4, 3, 32, 32) and images.dtype == torch.float32
+    single = tiny_model.txt2img("a red heart", seed=10, steps=2)
+    assert float((single[0] - images[3]).abs().max()) < 1e-3
+
+
+def test_sizes(tiny_model: LatentDiffusion) -> None:
+    assert draw(tiny_model, [Request("a cat")], width=44, height=20).shape == (1, 3, 20, 44)
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, [4] * 4),  # conditional and unconditional in one batch
+        ({"cfg": 1.0}, [2] * 4),  # the conditional model alone
+        ({"cfg_interval": (0.0, 2.0)}, [2, 2, 4, 4]),
+        ({"cfg": 1.0, "sampler": "ddpm"}, [2] * 4),
+    ],
+)
+def test_evaluations(
+    tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], rows: list[int]
+) -> None:
+    evaluated = spied(monkeypatch, tiny_model.unet, "forward", lambda x, t, context: len(x))
+    projected = spied(monkeypatch, tiny_model.unet, "project_context", len)
+    read = spied(monkeypatch, tiny_model.text, "tokenize", list)
+    draw(tiny_model, [Request("a cat", "dog"), Request("a cat", "dog", 1)], **changes)
+    assert evaluated == rows
+    assert sorted(projected) == sorted(set(rows))  # once for a trajectory, not for each step
+    assert read == ([["a cat"]] if changes.get("cfg") == 1.0 else [["a cat"], ["dog"]])
+
+
+def test_the_loop_can_be_taken_apart(tiny_model: LatentDiffusion) -> None:
+    steps = list(tiny_model.sample("a cat", seed=3, n=2, steps=4))
+    assert [step.index for step in steps] == [0, 1, 2, 3] and steps[-1].sigma_next == 0
+    assert all(step.x.shape == step.x0.shape == (2, 4, 8, 8) for step in steps)
+    assert torch.equal(tiny_model.decode(steps[-1]), tiny_model.txt2img("a cat", seed=3, n=2, steps=4))
+    for step in tiny_model.sample("a cat", steps=50):
+        assert torch.is_grad_enabled()  # sampling does not leak its mode into the caller's loop
+        step.x.mul_(0)  # nor hand out tensors that may not be changed
+        break
+    leading = list(tiny_model.sample("a cat", steps=4, spacing="leading"))
+    assert leading[-1].sigma_next > 0 and bool(tiny_model.decode(leading[-1]).isfinite().all())
+
+
+# ---------------------------------------------------------------- what is told and refused
+
+
+def test_words_that_are_not_read_are_named(tiny_model: LatentDiffusion) -> None:
+    prompt = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    with pytest.warns(generate.PromptCut, match="dropped: .*fifteen sixteen"):
+        cut = draw(tiny_model, [Request(prompt)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(tiny_model, [Request("a cat")])
+    notices = generate.cut_notices(tiny_model, [Request(prompt), Request("a cat", prompt), Request(prompt)])
+    assert len(notices) == 1 and "fifteen sixteen" in notices[0]
+    assert bool(cut.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "0 steps"),
+        ({"steps": 101}, "between 1 and 100"),
+        ({"sampler": "ddmp"}, "did you mean 'ddpm'"),
+        ({"width": 33}, "multiples of 4"),
+        ({"sampler": "ddpm", "eta": 0.5}, "takes no eta"),
+        ({"eta": 5.0}, "eta"),
+    ],
+)
+def test_settings_that_this_model_cannot_follow(
+    tiny_model: LatentDiffusion, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        draw(tiny_model, [Request("a cat")], **changes)
+    assert words in str(error.value)
+
+
+def broken(model: LatentDiffusion, part: str) -> LatentDiffusion:
+    """`model` with a NaN among the weights of `part`."""
+    codec, unet = copy.deepcopy(model.codec), copy.deepcopy(model.unet)
+    assert codec.autoencoder is not None
+    weight = codec.autoencoder.decoder.last_layer.weight if part == "decoder" else unet.conv_in.weight
+    weight[0, 0, 0, 0] = torch.nan
+    return dataclasses.replace(model, codec=codec, unet=unet)
+
+
+@pytest.mark.parametrize("part", ["unet", "decoder"])
+def test_nan_is_an_error_and_never_a_picture(tiny_model: LatentDiffusion, part: str) -> None:
+    with pytest.raises(UserError, match="not finite"):
+        draw(broken(tiny_model, part), [Request("a cat")])
+
+
+def test_a_decoder_that_overflows_in_half_precision_runs_in_float32(tiny_checkpoint: Path) -> None:
+    half = load(tiny_checkpoint, "cpu", "fp16")
+    assert half.precision == torch.float16 and half.codec.autoencoder is not None
+    last = half.codec.autoencoder.decoder.last_layer
+    last.weight.fill_(60_000.0)  # sums of these pass 65,504, the largest float16
+    step = next(half.sample("a cat", steps=1))
+    expected = copy.deepcopy(half.codec).to(dtype=torch.float32).decode(step.x.float())
+    decoded = half.decode(step)
+    assert bool(decoded.isfinite().all()) and torch.equal(decoded, expected)
+
+
+def test_half_precision_agrees(tiny_model: LatentDiffusion, tiny_checkpoint: Path) -> None:
+    for precision, tolerance in (("fp16", 0.03), ("bf16", 0.3)):
+        image = draw(load(tiny_checkpoint, "cpu", precision), [Request("a cat")])
+        assert float((image - draw(tiny_model, [Request("a cat")])).abs().max()) < tolerance
+
+
+def test_parts_that_do_not_fit(tiny_model: LatentDiffusion) -> None:
+    m = tiny_model
+    narrow = copy.copy(m.text)
+    narrow.config = dataclasses.replace(m.text.config, width=64)
+    with pytest.raises(UserError, match="64 wide"):
+        assemble(m.config, m.codec, narrow, m.unet)
+    with pytest.raises(UserError, match="zero_terminal_snr"):
+        assert m.config.schedule
+        schedule = dataclasses.replace(m.config.schedule, zero_terminal_snr=True)
+        assemble(dataclasses.replace(m.config, schedule=schedule, parameterization="eps"), m.codec, m.text, m.unet)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("no such model",), "neither one that ships"),
+        (("TINY", "gpu"), "no device 'gpu'"),
+        (("TINY", "cpu", "fp8"), "no precision 'fp8'"),
+    ],
+)
+def test_what_cannot_be_loaded(tiny_checkpoint: Path, arguments: tuple[str, ...], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(tiny_checkpoint if arguments[0] == "TINY" else arguments[0], *arguments[1:])
+
+
+# ---------------------------------------------------------------- pictures that say how they were made
+
+
+def test_a_recipe_comes_back_from_a_png(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
+    settings = Settings(steps=3, sampler="ddpm", cfg_interval=(0.1, 9.0))
+    batch = [Request("a ${cat}", "ü", 3), Request("a red heart", "", 4)]
+    images = generate.txt2img(tiny_model, batch, settings)
+    save_png(images[1], tmp_path / "a.png", provenance.record(tiny_model, settings, batch, 1))
+    save_png(images[0], tmp_path / "b.png", provenance.record(tiny_model, settings, batch, 0))
+    recipe = provenance.read(tmp_path / "a.png")
+    assert recipe.request == batch[1] and provenance.read(tmp_path / "b.png").request == batch[0]
+    assert recipe.settings == dataclasses.replace(settings, width=32, height=32)
+    assert provenance.differences(recipe, tiny_model) == []
+    again = generate.txt2img(tiny_model, recipe.batch, recipe.settings, recipe.batch_size)[recipe.index]
+    assert torch.equal(again, images[1])
+
+    other = dataclasses.replace(tiny_model, config=dataclasses.replace(tiny_model.config, parameterization="eps"))
+    assert "the model differs" in provenance.differences(recipe, other)[0]
+    elsewhere = dataclasses.replace(recipe, made_on={**recipe.made_on, "threads": 99})
+    assert "threads was 99" in provenance.differences(elsewhere, tiny_model)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "0 steps"),
+        ({"steps": "many"}, "'many'"),
+        ({"seed": "7"}, "lacks a setting"),
+        ({"seed": -7}, "cannot be"),
+        ({"batch": {"size": 10**9, "index": 1}}, "cannot be"),
+        ({"batch": {"size": 2, "index": 2}}, "cannot be"),
+        ({"model": None}, "lacks a setting"),
+    ],
+)
+def test_recipes_that_make_no_sense(
+    tiny_model: LatentDiffusion, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    record = provenance.record(tiny_model, FAST, [Request("a cat")], 0) | changes
+    save_png(torch.zeros(3, 32, 32), tmp_path / "a.png", record)
+    with pytest.raises(UserError, match=words):
+        provenance.read(tmp_path / "a.png")
+
+
+def test_a_grid_is_not_a_recipe(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
+    sheet = provenance.record_sheet(tiny_model, FAST, jobs.of_prompts(["a cat"], n=2))
+    save_png(torch.zeros(3, 32, 32), tmp_path / "grid.png", sheet)
+    with pytest.raises(UserError, match="is it a grid"):
+        provenance.read(tmp_path / "grid.png")
+
+
+def test_the_hash_is_of_weights_and_config(tiny_model: LatentDiffusion, tiny_checkpoint: Path) -> None:
+    assert load(tiny_checkpoint, "cpu", "bf16").hash == tiny_model.hash  # of what is stored
+    in_memory = dataclasses.replace(tiny_model, path=None)
+    assert in_memory.hash != dataclasses.replace(broken(tiny_model, "unet"), path=None).hash

@@ -1,0 +1,126 @@
+"""Pictures come out as they are, with their settings inside; what is not a picture is never written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm import image_io
+from ldm.errors import UserError
+
+
+def test_every_8_bit_level_survives() -> None:
+    levels = torch.arange(256, dtype=torch.float32).reshape(1, 16, 16).expand(3, -1, -1)
+    picture = image_io.to_pil(levels / 127.5 - 1)
+    assert torch.equal(torch.from_numpy(np.array(picture)).permute(2, 0, 1), levels.byte())
+
+
+def test_values_beyond_the_range_are_clamped_and_halves_rounded() -> None:
+    image = torch.tensor([-9.0, -1.0, -1 + 0.6 / 127.5, 0.0, 1.0, 9.0]).reshape(1, 1, 6).expand(3, -1, -1)
+    assert np.array(image_io.to_pil(image))[0, :, 0].tolist() == [0, 0, 1, 128, 255, 255]
+
+
+def test_metadata_comes_back(tmp_path: Path) -> None:
+    metadata = {"prompt": "ein Würfel 🎲\nzweite Zeile", "cfg": 7.5, "interval": [0.1, 5.0], "model": {"hash": "ab"}}
+    path = tmp_path / "new folder" / "a.png"
+    image_io.save_png(torch.zeros(3, 4, 6), path, metadata)
+    assert image_io.read_metadata(path) == metadata
+    with Image.open(path) as picture:
+        assert picture.size == (6, 4) and picture.mode == "RGB"
+        assert picture.text["parameters"].startswith("ein Würfel 🎲\nzweite Zeile\n")  # type: ignore[attr-defined]
+    assert [file.name for file in path.parent.iterdir()] == ["a.png"]
+
+
+def test_the_readable_text_is_the_one_that_viewers_know() -> None:
+    text = image_io.readable(
+        {
+            "prompt": "a cat",
+            "negative": "a dog",
+            "seed": 7,
+            "cfg": 7.5,
+            "eta": None,
+            "width": 64,
+            "height": 32,
+            "model": {"name": "icons", "hash": "ab"},
+            "made_on": {"device": "cpu"},
+        }
+    )
+    last = "Seed: 7, CFG scale: 7.5, Model name: icons, Model hash: ab, Made on device: cpu, Size: 64x32"
+    assert text == f"a cat\nNegative prompt: a dog\n{last}"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_picture_that_is_not_finite_is_not_written(tmp_path: Path, value: float) -> None:
+    image = torch.zeros(3, 4, 4)
+    image[1, 2, 3] = value
+    with pytest.raises(UserError, match="not finite"):
+        image_io.save_png(image, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file" / "out", Path("/proc/out")):
+        with pytest.raises(UserError):
+            image_io.check_folder(folder)
+        with pytest.raises(UserError):
+            image_io.save_png(torch.zeros(3, 4, 4), folder / "a.png")
+    image_io.check_folder(tmp_path / "deep" / "out")
+    assert not list((tmp_path / "deep" / "out").iterdir())
+
+
+def png(path: Path, texts: dict[str, str]) -> Path:
+    info = PngInfo()
+    for key, value in texts.items():
+        info.add_text(key, value)
+    Image.new("RGB", (32, 32)).save(path, pnginfo=info)
+    return path
+
+
+def test_pictures_without_our_settings(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "torn.png").write_bytes(png(tmp_path / "whole.png", {"ldm": "{}"}).read_bytes()[:60])
+    Image.new("RGB", (4, 4)).save(tmp_path / "other.jpg")
+    for path, words in [
+        (tmp_path / "missing.png", "there is no picture"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "text.png", "not a PNG"),
+        (tmp_path / "torn.png", "not a PNG"),
+        (tmp_path / "other.jpg", "not a PNG"),
+        (png(tmp_path / "plain.png", {}), "carries no settings"),
+        (png(tmp_path / "list.png", {"ldm": "[1]"}), "carries no settings"),
+        (png(tmp_path / "bad.png", {"ldm": "{"}), "not valid JSON"),
+    ]:
+        with pytest.raises(UserError) as error:
+            image_io.read_metadata(path)
+        assert words in str(error.value).replace("Is a", "is a") and "\n" not in str(error.value)
+
+
+def test_metadata_is_strict_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    image_io.save_png(torch.zeros(3, 4, 4), path, {"cfg": 1.0})
+    with Image.open(path) as picture:
+        assert json.loads(picture.text["ldm"]) == {"cfg": 1.0}  # type: ignore[attr-defined]
+
+
+def test_a_grid_goes_row_by_row() -> None:
+    images = torch.arange(5, dtype=torch.float32).reshape(5, 1, 1, 1).expand(5, 3, 4, 6) / 10
+    sheet = image_io.grid(images, columns=3, gap=2)
+    assert sheet.shape == (3, 2 * 4 + 2, 3 * 6 + 2 * 2)
+    assert torch.equal(sheet[:, :4, 8:14], images[1]) and torch.equal(sheet[:, 6:, :6], images[3])
+    assert bool((sheet[:, :, 6:8] == 1).all()) and bool((sheet[:, 6:, 16:] == 1).all())
+    assert image_io.grid(images).shape == sheet.shape
+    assert image_io.grid(images[:1], columns=9).shape == (3, 4, 6)
+
+
+def test_numbers_go_on_from_the_highest(tmp_path: Path) -> None:
+    assert image_io.next_number(tmp_path) == image_io.next_number(tmp_path / "missing") == 0
+    for name in ("00003.png", "100000.png", "grid-200000.png", "7.txt"):
+        (tmp_path / name).touch()
+    assert image_io.next_number(tmp_path) == 100001

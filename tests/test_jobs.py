@@ -1,0 +1,105 @@
+"""What is asked for is read as it was meant, or refused in a sentence that says where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldm import jobs
+from ldm.errors import UserError
+from ldm.jobs import Request, Settings
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+def test_picture_i_has_seed_plus_i() -> None:
+    requests = jobs.of_prompts(["a", "b"], negative="c", seed=7, n=2)
+    assert requests == [Request("a", "c", 7), Request("a", "c", 8), Request("b", "c", 9), Request("b", "c", 10)]
+
+
+def test_batches_keep_the_order() -> None:
+    requests = jobs.of_prompts(["a"], n=5)
+    assert [[r.seed for r in batch] for batch in jobs.batches(requests, 2)] == [[0, 1], [2, 3], [4]]
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    text = write(tmp_path / "p.txt", "\ufeffa cat\n\n  a “dog”, sitting \r\n")
+    assert jobs.read_prompts(text, "n", 5) == [Request("a cat", "n", 5), Request("a “dog”, sitting", "n", 6)]
+
+    lines = '{"prompt": "a cat", "seed": 9}\n\n{"prompt": "a\\ndog", "negative": ""}\n'
+    requests = jobs.read_prompts(write(tmp_path / "p.jsonl", lines), "n", 5, n=2)
+    assert requests == [
+        Request("a cat", "n", 9),
+        Request("a cat", "n", 10),
+        Request("a\ndog", "", 7),
+        Request("a\ndog", "", 8),
+    ]
+
+    table = 'seed,prompt,negative\n3,"a cat, sitting",\n,a dog,red\n,,\n'
+    requests = jobs.read_prompts(write(tmp_path / "p.csv", table), "n", 5)
+    assert requests == [Request("a cat, sitting", "n", 3), Request("a dog", "red", 6)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.txt", "\n \n", "no prompts"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2"),
+        ("p.jsonl", '"a"\n', "line 1"),
+        ("p.jsonl", '{"promt": "a"}', "unknown column 'promt'"),
+        ("p.jsonl", '{"seed": 1}', "line 1 has no prompt"),
+        ("p.jsonl", '{"prompt": 1}', "must be text"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1.5}', "not a whole number"),
+        ("p.jsonl", '{"prompt": "a", "seed": true}', "not a whole number"),
+        ("p.jsonl", '{"prompt": "a", "seed": -1}', "out of range"),
+        ("p.csv", "prompt,seed\na cat, sitting,3\n", "line 2 has more cells"),
+        ("p.csv", "prompt,seed\na,x\n", "line 2"),
+        ("p.csv", 'prompt\n"a\n', "not valid CSV"),
+        ("p.csv", "prompt,promt\na,b\n", "unknown column"),
+    ],
+)
+def test_prompt_files_that_cannot_be_read(tmp_path: Path, name: str, text: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        jobs.read_prompts(write(tmp_path / name, text))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_prompt_file_in_another_encoding(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not UTF-8"):
+        jobs.read_prompts(write(tmp_path / "p.txt", "ein Würfel", "latin-1"))
+    with pytest.raises(UserError, match="check the path"):
+        jobs.read_prompts(tmp_path / "missing.txt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (Settings(sampler="ddimm"), "did you mean 'ddim'"),
+        (Settings(spacing="trail"), "did you mean 'trailing'"),
+        (Settings(steps=0), "0 steps"),
+        (Settings(cfg=float("nan")), "guidance scale"),
+        (Settings(eta=-0.1), "eta"),
+        (Settings(width=0), "width"),
+        (Settings(cfg_rescale=2.0), "rescale"),
+        (Settings(cfg_interval=(3.0, 1.0)), "interval"),
+    ],
+)
+def test_settings_that_no_model_could_follow(settings: Settings, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        settings.check()
+    assert words in str(error.value)
+
+
+def test_counts_and_seeds_that_are_none() -> None:
+    for call in (
+        lambda: jobs.of_prompts(["a"], n=0),
+        lambda: jobs.of_prompts(["a"], seed=-1),
+        lambda: jobs.of_prompts(["a"], seed=jobs.MAX_SEED, n=2),
+        lambda: jobs.batches([Request("a")], 0),
+    ):
+        with pytest.raises(UserError):
+            call()

@@ -1,0 +1,40 @@
+"""`import ldm` is cheap and does nothing; its names are there when they are asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import ldm
+from ldm import jobs
+
+CHEAP = """
+import sys, time
+start = time.process_time()
+import ldm
+spent = time.process_time() - start
+assert not {"torch", "numpy", "PIL", "open_clip"} & set(sys.modules), "heavy imports"
+assert spent < 0.05, f"{spent * 1000:.0f} ms"
+import ldm.jobs, ldm.provenance, ldm.model
+assert not {"torch", "numpy", "open_clip"} & set(sys.modules), "jobs are told wrong before torch is there"
+"""
+
+
+def test_importing_is_cheap() -> None:
+    done = subprocess.run([sys.executable, "-c", CHEAP], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_public_names() -> None:
+    for name in (*ldm.__all__, "__version__"):
+        assert name in dir(ldm) and getattr(ldm, name)
+    with pytest.raises(AttributeError):
+        _ = ldm.nothing  # type: ignore[attr-defined]
+
+
+def test_names_known_without_torch_are_the_real_ones() -> None:
+    from ldm.sampling import GRIDS, SAMPLERS
+
+    assert set(jobs.SAMPLERS) == set(SAMPLERS) and set(jobs.SPACINGS) == set(GRIDS)
