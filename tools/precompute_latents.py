@@ -43,7 +43,7 @@ def main() -> None:
 
     sources = LatentSources(config.data)
     fingerprint = latent_fingerprint(config.autoencoder, config.text, config.data)
-    writer = LatentWriter(config.latents, fingerprint, sources.fingerprint, config.data.flip)
+    writer = LatentWriter(config.latents, fingerprint, sources.fingerprint, config.data.flip, arguments.shard_samples)
     if writer.complete:
         print(f"{config.latents} is complete already")
         return
@@ -69,11 +69,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="pixels (setting: data.size)")
     parser.add_argument("--flip", action="store_true", help="the mirrored pictures too (setting: data.flip)")
     parser.add_argument("--batch", type=int, default=64, help="pictures encoded at once")
+    parser.add_argument("--shard-samples", type=int, default=1024, help="an interrupted run goes on at a whole shard")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", default="fp32", help="of the networks: fp32 (as in training), fp16, bf16")
     arguments = parser.parse_intermixed_args()
-    if arguments.batch < 1:
-        raise UserError(f"--batch is {arguments.batch}; it must be at least 1")
+    for name, count in (("batch", arguments.batch), ("shard-samples", arguments.shard_samples)):
+        if count < 1:
+            raise UserError(f"--{name} is {count}; it must be at least 1")
     return arguments
 
 

@@ -34,11 +34,11 @@ def augment(image: Tensor, rng: torch.Generator, settings: Augmentation) -> Tens
     def spread(width: float, shape: tuple[int, ...] = (count,)) -> Tensor:
         return (torch.rand(shape, generator=rng) * 2 - 1) * width
 
-    def mostly_not(share: float) -> Tensor:
+    def coin(share: float) -> Tensor:
         return torch.rand(count, generator=rng) < share
 
     angle, zoom = spread(math.radians(settings.rotation)), torch.exp(spread(settings.scale))
-    mirror = torch.where(mostly_not(0.5), -1.0, 1.0)
+    mirror = torch.where(coin(0.5), -1.0, 1.0)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
     matrix = rotation / zoom.view(-1, 1, 1) * torch.stack([mirror, torch.ones(count)], dim=1).view(-1, 1, 2)
     # The grid's coordinates run from -1 to 1, so a shift by a share of the side is twice that.
@@ -46,18 +46,18 @@ def augment(image: Tensor, rng: torch.Generator, settings: Augmentation) -> Tens
     grid = F.affine_grid(theta, list(image.shape), align_corners=False)
     image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
 
-    colours = _colour_matrices(spread(math.radians(settings.hue)), torch.exp(spread(settings.contrast)))
+    colours = colour_matrices(spread(math.radians(settings.hue)), torch.exp(spread(settings.contrast)))
     image = torch.einsum("bij,bjhw->bihw", colours, image)
     gain = torch.exp(spread(settings.contrast)).view(-1, 1, 1, 1)
     image = image * gain + spread(2 * settings.brightness).view(-1, 1, 1, 1)
 
     height, width = image.shape[-2:]
     coarse = F.interpolate(F.avg_pool2d(image, 2), (height, width), mode="bilinear", align_corners=False)
-    image = torch.where(mostly_not(settings.blur).view(-1, 1, 1, 1), torch.lerp(image, coarse, 0.7), image)
+    image = torch.where(coin(settings.blur).view(-1, 1, 1, 1), torch.lerp(image, coarse, 0.7), image)
     return image.clamp(-1, 1)
 
 
-def _colour_matrices(hue: Tensor, saturation: Tensor) -> Tensor:
+def colour_matrices(hue: Tensor, saturation: Tensor) -> Tensor:
     """(B, 3, 3): rotate each colour about the gray axis by `hue` radians and stretch its distance from it."""
     axis = torch.full((3,), 1 / math.sqrt(3))
     along = torch.outer(axis, axis)

@@ -26,7 +26,8 @@ def ssim(a: Tensor, b: Tensor, window: int = 11, sigma: float = 1.5, k1: float =
     """Structural similarity of images (B, 3, H, W) in [-1, 1], (B,); 1 for equal pictures.
 
     Wang et al. 2004, equation 13, with that paper's Gaussian window of 11x11 and sigma 1.5; each channel by itself,
-    then the mean over channels and over the positions at which the whole window lies inside the picture.
+    then the mean over channels and over the positions at which the whole window lies inside the picture, which must be
+    as large. (torchmetrics also counts positions at the border, where it reflects the picture.)
     """
     offset = torch.arange(window, dtype=torch.float64, device=a.device) - (window - 1) / 2
     bell = torch.exp(-0.5 * (offset / sigma) ** 2)

@@ -1,0 +1,141 @@
+"""What the tool writes is what encoding on the fly gives; it goes on where it stopped; it mixes no two models."""
+
+import runpy
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.checkpoints import native
+from ldm.config import DataConfig
+from ldm.data.latents import LatentLoader, latent_fingerprint
+from ldm.data.loader import Loader
+from ldm.data.shards import expand
+from ldm.errors import run
+
+ROOT = Path(__file__).parents[2]
+TOOL = str(ROOT / "tools" / "precompute_latents.py")
+SHARDS = str(ROOT / "tests" / "fixtures" / "icons" / "train-*.tar")
+DATA = DataConfig(shards=SHARDS, size=32, flip=True, caption="variants", streams=4, workers=0)
+
+
+@pytest.fixture
+def tool(monkeypatch, tiny_checkpoint, capsys):
+    """Run the tool on the fixture; returns (exit code, what it printed, what it complained of)."""
+
+    def call(output: Path, *words: object, stop_after: int | None = None) -> tuple[int, str, str]:
+        given = ["--autoencoder", tiny_checkpoint, "--text", tiny_checkpoint, "--shards", SHARDS, "--size", 32]
+        given += ["--flip", "--batch", 7, "--shard-samples", 10, "--output", output, *words]
+        monkeypatch.setattr(sys, "argv", [TOOL, *map(str, given)])
+        names = runpy.run_path(TOOL)
+        main = names["main"]
+        if stop_after is not None:
+            whole, calls = names["encode_captions"], iter(range(stop_after))
+
+            def interrupted(*arguments):
+                if next(calls, None) is None:
+                    raise KeyboardInterrupt
+                return whole(*arguments)
+
+            main.__globals__["encode_captions"] = interrupted
+        code = 0
+        try:
+            run(main)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_cached_is_what_encoding_on_the_fly_gives(tool, tmp_path, tiny_checkpoint, tiny_model):
+    code, out, _ = tool(tmp_path / "latents")
+    assert code == 0
+    assert f"wrote 48 samples to {tmp_path / 'latents'}" in out
+    prints = latent_fingerprint(str(tiny_checkpoint), str(tiny_checkpoint), DATA)
+    cached = LatentLoader(replace(DATA, shards=str(tmp_path / "latents")), 8, 0, 1, 3, prints)
+    whole = {}
+    for batch in islice(cached, 6):
+        whole.update({key: (batch.moments[i], batch.context[i]) for i, key in enumerate(batch.key)})
+    assert len(whole) == 48
+    seen = set()
+    for batch in islice(Loader(DATA, 8, 0, 1, 3), 6):  # the same draws of flip and caption
+        with torch.inference_mode():
+            moments = tiny_model.codec.posterior(batch.image).moments()
+            context = tiny_model.text.encode(batch.caption)
+        for i, key in enumerate(batch.key):
+            torch.testing.assert_close(whole[key][0], moments[i], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(whole[key][1], context[i], atol=5e-3, rtol=2e-3)  # stored in float16
+            seen.add(key)
+    assert len(seen) == 48
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tool, tmp_path):
+    assert tool(tmp_path / "whole")[0] == 0
+    code, _, err = tool(tmp_path / "parts", stop_after=4)  # 28 samples encoded: two shards of 10
+    assert code == 130
+    assert "interrupted" in err
+    assert sorted(contents(tmp_path / "parts")) == ["latents-00000.tar", "latents-00001.tar", "latents.json"]
+    code, out, _ = tool(tmp_path / "parts")
+    assert code == 0
+    assert "going on at sample 20 of 48" in out and "wrote 28 samples" in out
+    assert sorted(contents(tmp_path / "parts")) == sorted(contents(tmp_path / "whole"))
+    for name in ("latents-00000.tar", "latents-00001.tar", "latents.json"):  # later batches begin elsewhere: rounding
+        assert contents(tmp_path / "parts")[name] == contents(tmp_path / "whole")[name]
+    assert "complete already" in tool(tmp_path / "parts")[1]
+
+
+def test_latents_of_another_model_are_refused(tool, tmp_path, tiny_checkpoint):
+    assert tool(tmp_path / "latents")[0] == 0
+    before = contents(tmp_path / "latents")
+    state = native.read_part(tiny_checkpoint, "autoencoder")
+    key = next(key for key in state if key.endswith("weight"))
+    state[key] = state[key] + 1e-3
+    config = replace(native.read_config(tiny_checkpoint), text=None, unet=None, schedule=None)
+    native.save(tmp_path / "other", config, {"autoencoder": state})
+    for words in (("--autoencoder", tmp_path / "other"), ("--size", 64)):
+        code, _, err = tool(tmp_path / "latents", *words)
+        assert code == 1
+        assert "another fingerprint" in err and err.count("\n") == 1
+    assert contents(tmp_path / "latents") == before
+
+
+def test_settings_come_from_the_trainings_file_too(tool, monkeypatch, tmp_path, tiny_checkpoint, capsys):
+    assert tool(tmp_path / "by_options", "--where", "source=noto", "--where", "mode=plain")[0] == 0
+    config = tmp_path / "train.yaml"
+    config.write_text(
+        f"autoencoder: {tiny_checkpoint}\ntext: {tiny_checkpoint}\n"
+        "data: {size: 32, flip: true, where: {source: [noto], mode: [plain]}}\n"
+    )
+    words = ["--config", config, f"data.shards={SHARDS}", f"latents={tmp_path / 'by_file'}"]
+    monkeypatch.setattr(sys, "argv", [TOOL, *map(str, words), "--batch", "7", "--shard-samples", "10"])
+    runpy.run_path(TOOL, run_name="__main__")
+    assert "wrote" in capsys.readouterr().out
+    assert sorted(contents(tmp_path / "by_file")) == sorted(contents(tmp_path / "by_options"))
+    one = expand(str(tmp_path / "by_file" / "*.tar"))[0]
+    assert one.read_bytes() == (tmp_path / "by_options" / one.name).read_bytes()
+
+
+def test_mistakes_end_in_one_sentence(tool, tmp_path):
+    output = tmp_path / "latents"
+    for words, complaint in (
+        (("--size", 30), "multiples of 4"),
+        (("--where", "mode"), "and got 'mode'"),
+        (("--where", "mode=cubist"), "matches"),
+        (("--batch", 0), "--batch is 0"),
+        (("--text", tmp_path / "none"), "none"),
+        (("--shards", tmp_path / "none.tar"), "no file matches"),
+        (("--precision", "int3"), "no precision 'int3'"),
+    ):
+        code, _, err = tool(output, *words)
+        assert code == 1, words
+        assert err.startswith("error: ") and complaint in err and err.count("\n") == 1
+    assert not output.exists()

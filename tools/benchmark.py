@@ -1,0 +1,225 @@
+"""Measure speed: nothing in the tests asserts any, since it is the machine's as much as ours.
+
+    python tools/benchmark.py start                     # a fresh process, until its first picture is written
+    python tools/benchmark.py unet --config configs/diffusion/icons.yaml    # samples/s of training and sampling
+
+Torch is imported only by what measures in this process: `start` measures others, and must not be in their way.
+"""
+
+from __future__ import annotations
+
+import time
+
+BEGUN = time.time()  # before any other import, for the traced process
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from ldm.errors import UserError, run  # noqa: E402
+from ldm.files import atomic_write_text  # noqa: E402
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "txt2img.py"
+
+
+def main() -> None:
+    arguments = parse()
+    for name in ("runs", "steps", "batch", "side", "length", "threads"):
+        if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
+            raise UserError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
+    if arguments.command == "trace":
+        trace(arguments)
+        return
+    figures = {"start": start, "unet": unet}[arguments.command](arguments)
+    if arguments.output:
+        atomic_write_text(arguments.output, json.dumps(figures, indent=1) + "\n")
+        print(f"wrote {arguments.output}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="start | unet")
+
+    first = commands.add_parser("start", help="seconds from a fresh process to the first picture, and where they go")
+    traced = commands.add_parser("trace")  # what `start` runs in a process of its own
+    for command in (first, traced):
+        command.add_argument("--model", default="icons", help="shipped name, directory or file")
+        command.add_argument("--prompt", default="a red heart")
+        command.add_argument("--steps", type=int, default=30)
+        command.add_argument("--cfg", type=float, default=7.5)
+    first.add_argument("--runs", type=int, default=5, help="measured runs of each kind; one more goes before")
+    traced.add_argument("--spawned", type=float, required=True)
+    traced.add_argument("--out", required=True)
+
+    network = commands.add_parser("unet", help="a training step and a guided sampling step of a configuration's U-Net")
+    network.add_argument("--config", required=True, help="YAML of scripts/train_diffusion.py")
+    network.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
+    network.add_argument("--side", type=int, default=16, help="of the latent")
+    network.add_argument("--length", type=int, default=32, help="of the context, tokens")
+    network.add_argument("--batch", type=int, default=32, help="samples of a training step")
+    network.add_argument("--pictures", type=int, default=1, help="of a sampling step; guidance doubles the batch")
+    network.add_argument("--seconds", type=float, default=10.0, help="how long each is measured")
+    network.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+
+    for command in (first, network):
+        command.add_argument("--output", metavar="JSON", help="write the figures")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- start
+
+
+def start(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians over runs: the whole of scripts/txt2img.py, then the same work with a clock between its stages."""
+    options = ["--model", arguments.model, "--prompt", arguments.prompt]
+    options += ["--steps", str(arguments.steps), "--cfg", str(arguments.cfg)]
+    whole: list[float] = []
+    stages: list[dict[str, float]] = []
+    for turn in range(arguments.runs + 1):  # the first one reads the files into the page cache
+        with tempfile.TemporaryDirectory() as folder:
+            begun = time.time()
+            child([str(SCRIPT), *options, "--out", folder])
+            seconds = time.time() - begun
+            begun = time.time()
+            printed = child([__file__, "trace", *options, "--spawned", repr(begun), "--out", folder])
+            marks = json.loads(printed.splitlines()[-1])
+            marks["leave"] = time.time() - begun - sum(marks.values())
+        if turn:
+            whole.append(seconds)
+            stages.append(marks)
+    figures = {name: statistics.median(marks[name] for marks in stages) for name in stages[0]}
+    total = statistics.median(whole)
+    print(f"scripts/txt2img.py, {arguments.steps} steps, {os.cpu_count()} cores: {total:.2f} s from start to end")
+    print(f"  {arguments.runs} runs, {min(whole):.2f} to {max(whole):.2f} s; where the time goes:")
+    for name, seconds in figures.items():
+        print(f"  {name:24s}{seconds:6.2f} s")
+    return {"seconds": total, "all": whole, "stages": figures, "steps": arguments.steps, "cores": os.cpu_count()}
+
+
+def child(words: Sequence[str]) -> str:
+    """Run a Python script, return what it printed; raises UserError with its last words if it fails."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise UserError(f"{words[0]} ended with exit code {done.returncode}: {last.removeprefix('error: ')}")
+    return done.stdout
+
+
+def trace(arguments: argparse.Namespace) -> None:
+    """What scripts/txt2img.py does for one prompt, in the same order; prints seconds of each stage as JSON."""
+    marks = {"python": BEGUN - arguments.spawned}
+    last = BEGUN
+
+    def mark(name: str) -> None:
+        nonlocal last
+        now = time.time()
+        marks[name] = now - last
+        last = now
+
+    import torch
+
+    mark("import torch")
+    from ldm import generate, image_io, jobs, model, provenance
+
+    mark("import ldm")
+    from ldm.conditioning.clip import clip_tokenizer
+    from ldm.conditioning.torchvision_ops import declare_missing_operators
+
+    declare_missing_operators()
+    import open_clip.transformer  # noqa: F401
+
+    mark("import open_clip")
+    clip_tokenizer()
+    mark("make the tokenizer")
+    made = model.load(arguments.model)
+    mark("load the model")
+    requests = jobs.of_prompts([arguments.prompt])
+    settings = jobs.Settings(cfg=arguments.cfg, steps=arguments.steps)
+    with torch.inference_mode():
+        generate.encode(made, [arguments.prompt, ""])
+    mark("encode the prompt")
+    for step in generate.sample(made, requests, settings):
+        final = step
+    mark(f"sample, {arguments.steps} steps")
+    image = generate.decode(made, final)
+    mark("decode")
+    metadata = provenance.record(made, settings, requests, 0)
+    image_io.save_png(image[0], Path(arguments.out) / "traced.png", metadata)
+    mark("hash the model and save")
+    print(json.dumps(marks))
+
+
+# ---------------------------------------------------------------- unet
+
+
+def unet(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Samples/s of a training step (forward, backward, AdamW) and pictures x steps/s of guided sampling, float32."""
+    import torch
+
+    from ldm.config import DiffusionTraining, load
+    from ldm.unet.unet import UNet
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    config = load(DiffusionTraining, arguments.config, arguments.overrides).model
+    network = UNet(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parameters = sum(p.numel() for p in network.parameters())
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+
+    def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        x = torch.randn(batch, config.in_channels, arguments.side, arguments.side)
+        context = torch.randn(batch, arguments.length, config.context_width) if config.context_width else None
+        return x.contiguous(memory_format=torch.channels_last), torch.rand(batch) * 999, context
+
+    x, t, context = inputs(arguments.batch)
+
+    def training_step() -> None:
+        optimizer.zero_grad()
+        network(x, t, context).square().mean().backward()
+        optimizer.step()
+
+    training = seconds_each(training_step, arguments.seconds)
+
+    x2, t2, context2 = inputs(2 * arguments.pictures)
+    network.eval().requires_grad_(False)
+    with torch.inference_mode():
+        kv = network.project_context(context2) if context2 is not None else None
+        sampling = seconds_each(lambda: network(x2, t2, kv), arguments.seconds)
+
+    figures = {
+        "parameters": parameters,
+        "threads": torch.get_num_threads(),
+        "training_samples_per_second": arguments.batch / training,
+        "guided_step_seconds": sampling,
+        "guided_picture_steps_per_second": arguments.pictures / sampling,
+    }
+    latent = f"{config.in_channels}x{arguments.side}x{arguments.side}"
+    print(f"{parameters / 1e6:.2f} M parameters, latents {latent}, {figures['threads']} threads")
+    rate = arguments.batch / training
+    print(f"training, batch {arguments.batch}: {rate:.1f} samples/s ({training * 1e3:.0f} ms a step)")
+    print(f"guided sampling, {arguments.pictures} pictures: {sampling * 1e3:.1f} ms a step")
+    return figures
+
+
+def seconds_each(work: Callable[[], object], seconds: float) -> float:
+    """The median duration of `work` over `seconds`, three times at least, after two turns to warm up."""
+    work()
+    work()
+    durations: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(durations) < 3 or time.perf_counter() < until:
+        begun = time.perf_counter()
+        work()
+        durations.append(time.perf_counter() - begun)
+    return statistics.median(durations)
+
+
+if __name__ == "__main__":
+    run(main)
