@@ -11,23 +11,29 @@ from ldm.config import OptimizerConfig
 from ldm.errors import UserError
 
 
+LAWS = ("constant", "cosine")
+
+
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters of `module` that train; biases, norms and embeddings of one row are not decayed."""
+    """AdamW over the parameters of `module` that train; biases, norms and embeddings of one row are not decayed.
+
+    Raises UserError for a law that `rate_at` does not know.
+    """
+    if config.law not in LAWS:
+        raise UserError(f"unknown optimizer.law '{config.law}'; use one of {', '.join(LAWS)}")
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.rate, betas=config.betas, foreach=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.rate, betas=config.betas, fused=True)
 
 
 def rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of optimizer step `step` (from 0) in a run of `steps`; raises UserError for an unknown law."""
+    """The learning rate of optimizer step `step` (from 0) in a run of `steps`."""
     if step < config.warmup:
         return config.rate * (step + 1) / config.warmup
     if config.law == "constant":
         return config.rate
-    if config.law == "cosine":
-        done = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
-        return config.final_rate + (config.rate - config.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
-    raise UserError(f"unknown optimizer.law '{config.law}'; use constant or cosine")
+    done = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
+    return config.final_rate + (config.rate - config.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
