@@ -1,0 +1,46 @@
+"""The benchmark's commands run and name what they measured. No speed is asserted anywhere."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOL = str(ROOT / "tools" / "benchmark.py")
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    def call(*words: object) -> None:
+        monkeypatch.setattr(sys, "argv", [TOOL, *map(str, words)])
+        runpy.run_path(TOOL, run_name="__main__")
+
+    return call
+
+
+def test_unet(benchmark, tmp_path, capsys):
+    config = ROOT / "configs" / "diffusion" / "tiny.yaml"
+    benchmark("unet", "--config", config, "--batch", 2, "--side", 8, "--seconds", 0, "--output", tmp_path / "u.json")
+    figures = json.loads((tmp_path / "u.json").read_text())
+    assert figures["parameters"] > 0
+    assert figures["training_samples_per_second"] > 0
+    assert "guided sampling, 1 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_start(benchmark, tmp_path, tiny_checkpoint):
+    """Several fresh processes, each of which imports everything."""
+    benchmark("start", "--model", tiny_checkpoint, "--runs", 1, "--steps", 2, "--output", tmp_path / "s.json")
+    figures = json.loads((tmp_path / "s.json").read_text())
+    assert figures["seconds"] == figures["all"][0]
+    assert {"python", "import torch", "import open_clip", "load the model", "sample, 2 steps"} <= set(figures["stages"])
+    assert all(seconds >= 0 for seconds in figures["stages"].values())
+
+
+def test_a_model_that_is_not_there(benchmark, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        benchmark("start", "--model", tmp_path / "none", "--runs", 1)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "no model" in err and err.count("\n") == 1
