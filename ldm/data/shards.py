@@ -7,7 +7,7 @@ neighbours, and a name may hold dots (`photo.v1.2.webp` has the key `photo.v1.2`
 Each tar is indexed once, from its headers, and samples are then read by offset. We do not iterate tars as the
 webdataset library does, since order and resumption are ours: with an index, the order of samples is a function of
 (seed, position) alone (streams.py), a run resumes anywhere without reading what it skips, and what is incomplete is
-known before training begins. The library still writes our shards. Whoever adds remote stores replaces `index_shard`
+known before training begins. The library reads our shards all the same. Who adds remote stores replaces `index_shard`
 and `ShardReader`; nothing else opens a shard.
 """
 
@@ -24,7 +24,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
@@ -149,15 +149,23 @@ def _matching(pattern: str) -> list[str]:
 
 
 def index_shard(path: Path) -> ShardIndex:
-    """Read the headers of a tar. Of a torn tar, what is whole is kept and a warning names the shard.
+    """Read the headers of a tar, once for as long as the file stays as it is.
 
-    Raises UserError when the file cannot be read or is no tar at all.
+    Of a torn tar, what is whole is kept and a warning names the shard. Raises UserError when the file cannot be read
+    or is no tar at all.
     """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise explain_os_error(error, f"reading the shard {path}") from error
+    return _index(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _index(path: Path, size: int, modified: int) -> ShardIndex:
     samples: OrderedDict[str, Members] = OrderedDict()
     try:
         with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
             end = _read_members(file, size, samples)
             file.seek(end)
             torn = file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE)
@@ -169,7 +177,7 @@ def index_shard(path: Path) -> ShardIndex:
         _drop_torn_sample(samples)
         logger.warning(
             "%s is torn at byte %d of %d: its %d whole samples are used, what followed is lost; make it again",
-            path, end, size, len(samples),
+            path, min(end, size), size, len(samples),
         )  # fmt: skip
     return ShardIndex(path, tuple(samples), tuple(samples.values()))
 
@@ -194,10 +202,10 @@ def _read_members(file: BinaryIO, size: int, samples: OrderedDict[str, Members])
 
 
 def _drop_torn_sample(samples: OrderedDict[str, Members]) -> None:
-    """Forget the last sample of a torn shard if it lacks a member that the first sample has."""
+    """Forget the last sample of a torn shard unless it has all members of the first, to which it is compared."""
     if samples:
-        last = next(reversed(samples))
-        if not samples[last].keys() >= next(iter(samples.values())).keys():
+        first, last = next(iter(samples)), next(reversed(samples))
+        if first == last or not samples[last].keys() >= samples[first].keys():
             del samples[last]
 
 
@@ -233,7 +241,7 @@ def open_set(
     if len(made) == 0 and filtered:
         raise UserError(f"none of the {filtered} samples of {what} matches data.where={dict(where or {})}")
     if len(made) == 0:
-        raise UserError(f"{what} ({patterns}) has no sample that can be used ({tally or 'the shards are empty'})")
+        raise UserError(f"{what} ({patterns}) has no sample that can be used ({str(tally) or 'the shards are empty'})")
     return made
 
 

@@ -1,0 +1,173 @@
+"""Cached latents: what goes in comes out, what another network made does not."""
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.config import DataConfig
+from ldm.data.latents import LatentLoader, LatentSources, LatentWriter, latent_fingerprint
+from ldm.data.loader import Loader
+from ldm.errors import UserError
+
+from .shard_maker import sample, write_tar
+
+PRINT = {"autoencoder": "a1", "text": "t1", "pictures": "8 pixels, center crop"}
+
+
+def moments(image):
+    """A linear stand-in for an encoder: (B, 3, 8, 8) -> (B, 2 * 3, 2, 2), exact in float16 sums."""
+    pooled = torch.nn.functional.avg_pool2d(image, 4)
+    return torch.cat([pooled, -pooled], 1)
+
+
+def context(captions):
+    """(K, L = 2, D = 3): numbers of each caption's letters."""
+    return torch.tensor([[[len(text), ord(text[0]), ord(text[-1])]] * 2 for text in captions], dtype=torch.float32)
+
+
+@pytest.fixture
+def source(tmp_path) -> DataConfig:
+    members = []
+    for i in range(11):
+        captions = [f"caption of k{i}", f"{'x' * i} variant"] if i % 3 else []
+        members += sample(f"k{i}", i, **({"captions": captions} if captions else {}))
+    members[13:13] = [("broken.png", b"no"), ("broken.txt", b"text")]
+    config = DataConfig(shards=str(write_tar(tmp_path / "x.tar", members)), size=8, streams=2, workers=0)
+    return replace(config, flip=True, caption="variants")
+
+
+def fill(folder: Path, source: DataConfig, stop: int | None = None, flipped: bool = True, prints=PRINT, per_shard=4):
+    """Write (the first `stop` batches of) the set as precompute_latents.py would; returns where it began."""
+    sources = LatentSources(source)
+    writer = LatentWriter(folder, prints, sources.fingerprint, flipped, per_shard)
+    start = writer.start
+    for batch in islice(sources.batches(3, start), stop):
+        mirrored = moments(batch.image.flip(-1)).half() if flipped else None
+        writer.add(batch, moments(batch.image).half(), mirrored, [context(texts) for texts in batch.captions])
+    if stop is None:
+        writer.finish()
+    return start
+
+
+def load(folder, source, seed=2, **changes):
+    return LatentLoader(replace(source, shards=str(folder), **changes), 4, 0, 1, seed, PRINT)
+
+
+def test_cached_latents_are_what_the_pictures_would_have_given(tmp_path, source):
+    fill(tmp_path / "set", source)
+    latents = list(islice(load(tmp_path / "set", source), 12))
+    pictures = list(islice(Loader(source, 4, 0, 1, 2), 12))
+    wanted = {}
+    for batch in pictures:
+        for key, epoch, image, caption in zip(batch.key, batch.epoch, batch.image, batch.caption, strict=True):
+            wanted[key, epoch] = (moments(image[None])[0], context([caption])[0])
+    shared = 0
+    for batch in latents:
+        assert batch.moments.shape == (4, 6, 2, 2) and batch.context.shape == (4, 2, 3) and len(batch) == 4
+        assert batch.moments.dtype == batch.context.dtype == torch.float32
+        for row in range(4):
+            key = batch.key[row], batch.epoch[row]
+            if key in wanted:
+                shared += 1
+                torch.testing.assert_close(batch.moments[row], wanted[key][0], atol=1e-3, rtol=1e-3)
+                assert torch.equal(batch.context[row], wanted[key][1])
+    assert shared > 30
+
+
+def test_plain_settings_take_the_plain_picture_and_the_first_caption(tmp_path, source):
+    fill(tmp_path / "set", source, flipped=False)
+    batch = next(iter(load(tmp_path / "set", source, flip=False, caption="txt", workers=1)))
+    assert all(
+        batch.context[i, 0].tolist() == context([f"caption of {key}"])[0, 0].tolist() for i, key in enumerate(batch.key)
+    )
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3])
+def test_an_interrupted_set_goes_on_and_becomes_the_same_files(tmp_path, source, stop):
+    fill(tmp_path / "whole", source)
+    fill(tmp_path / "set", source, stop=stop)
+    if stop:
+        with pytest.raises(UserError, match=r"not complete|has no latents.json|no file matches"):
+            load(tmp_path / "set", source)
+    assert fill(tmp_path / "set", source) == {0: 0, 1: 0, 2: 4, 3: 9}[stop]  # sample 4 is the broken one
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == ["latents-00000.tar", "latents-00001.tar", "latents-00002.tar", "latents.json"]
+    for name in names:
+        assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_finished_sets_are_known_as_such(tmp_path, source):
+    fill(tmp_path / "set", source)
+    sources = LatentSources(source)
+    writer = LatentWriter(tmp_path / "set", PRINT, sources.fingerprint, True, 4)
+    assert writer.complete and writer.start == len(sources) == 12
+
+
+def test_a_stale_set_is_refused_by_the_name_of_what_changed(tmp_path, source):
+    fill(tmp_path / "set", source, prints={**PRINT, "autoencoder": "a2"})
+    with pytest.raises(UserError, match=r"stale: they were made with another autoencoder; make them again"):
+        load(tmp_path / "set", source)
+    with pytest.raises(UserError, match="holds latents with another fingerprint"):
+        fill(tmp_path / "set", source)
+    with pytest.raises(UserError, match="holds latents with another fingerprint and flipped"):
+        fill(tmp_path / "set", source, flipped=False)
+
+
+def test_what_a_set_cannot_serve_is_said(tmp_path, source):
+    fill(tmp_path / "set", source, flipped=False)
+    with pytest.raises(UserError, match=r"have no flipped copies; set data.flip=false"):
+        load(tmp_path / "set", source)
+    with pytest.raises(UserError, match=r"set data.crop=center"):
+        load(tmp_path / "set", source, crop="random")
+
+
+def test_damage_to_a_set_is_noticed(tmp_path, source):
+    folder = tmp_path / "set"
+    fill(folder, source)
+    shard, manifest = folder / "latents-00001.tar", folder / "latents.json"
+    content, text = shard.read_bytes(), manifest.read_text()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"hold \d+ samples where latents.json counts 11"):
+        load(folder, source)
+    shard.write_bytes(content)
+    for wrong, message in ((text[:50], "does not parse"), (json.dumps({"format": "x"}), "not of the format")):
+        manifest.write_text(wrong)
+        with pytest.raises(UserError, match=message):
+            load(folder, source)
+    manifest.unlink()
+    with pytest.raises(UserError, match=r"has no latents.json, so it is no set of latents"):
+        load(folder, source)
+
+
+def test_shards_of_a_set_may_be_chosen_and_filtered(tmp_path, source):
+    fill(tmp_path / "set", source)
+    some = LatentLoader(replace(source, shards=f"{tmp_path}/set/latents-00000.tar"), 4, 0, 1, 0, PRINT)
+    assert some.samples_per_epoch == 4
+    assert load(tmp_path / "set", source, where={"contexts": ["caption of k4"]}).samples_per_epoch == 1
+
+
+def test_the_fingerprint_follows_weights_reading_and_pictures_but_not_scale(tmp_path, tiny_checkpoint):
+    import shutil
+
+    from ldm.checkpoints import native
+
+    data = DataConfig(size=32)
+    path = str(tiny_checkpoint)
+    first = latent_fingerprint(path, path, data)
+    assert latent_fingerprint(path, "", data)["text"] == "none"
+    assert latent_fingerprint("", path, data)["autoencoder"] == "identity"
+    assert latent_fingerprint(path, path, replace(data, size=64))["pictures"] != first["pictures"]
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    config = native.read_config(copy)
+    assert config.autoencoder and config.text
+    rescaled = replace(config, autoencoder=replace(config.autoencoder, scale=(3.0,)))
+    native.save_config(copy, rescaled)
+    assert latent_fingerprint(str(copy), str(copy), data) == first
+    native.save_config(copy, replace(rescaled, text=replace(config.text, layer="penultimate")))
+    changed = latent_fingerprint(str(copy), str(copy), data)
+    assert changed["text"] != first["text"] and changed["autoencoder"] == first["autoencoder"]

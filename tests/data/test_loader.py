@@ -1,0 +1,105 @@
+"""Loader and validation on the fixture: the border they promise, and augmentation keyed by sample and epoch."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.config import DataConfig
+from ldm.data.loader import Loader, validation_batches
+from ldm.errors import UserError
+
+from .shard_maker import sample, write_tar
+
+ICONS = Path(__file__).parents[1] / "fixtures" / "icons"
+CONFIG = DataConfig(shards=f"{ICONS}/train-*.tar", validation=f"{ICONS}/val-*.tar", size=32, workers=0, streams=4)
+
+
+def by_key(batches):
+    """(key, epoch) -> (picture, caption)"""
+    rows = (zip(b.key, b.epoch, b.image, b.caption, strict=True) for b in batches)
+    return {(key, epoch): (image, caption) for batch in rows for key, epoch, image, caption in batch}
+
+
+def test_batches_keep_the_border():
+    loader = Loader(CONFIG, 12, 0, 1, 0)
+    assert loader.samples_per_epoch == 48
+    batches = list(islice(loader, 4))
+    assert sorted(key for batch in batches for key in batch.key) == [f"{i:04d}" for i in range(48)]
+    for batch in batches:
+        assert len(batch) == 12 and batch.image.shape == (12, 3, 32, 32) and batch.image.dtype == torch.float32
+        assert -1 <= batch.image.min() < -0.5 and 0.5 < batch.image.max() <= 1
+        assert all(batch.caption) and batch.epoch == [0] * 12
+
+
+def test_augmentation_depends_on_seed_key_and_epoch_alone(tmp_path):
+    members = [member for i in range(12) for member in sample(f"k{i}", i, captions=["one", "two", "three"])]
+    wide = DataConfig(shards=str(write_tar(tmp_path / "x.tar", members)), size=16, flip=True, crop="random")
+    config = replace(wide, caption="variants", workers=0, streams=4)
+    alone = by_key(islice(Loader(config, 4, 0, 1, 5), 6))
+    other = replace(config, workers=1, streams=2, shuffle=3)
+    shared = [batch for rank in range(2) for batch in islice(Loader(other, 12, rank, 2, 5), 2)]
+    again = by_key(shared)
+    assert len(alone) == 24 and alone.keys() == again.keys()
+    for row in alone:
+        assert torch.equal(alone[row][0], again[row][0]) and alone[row][1] == again[row][1]
+    assert any(not torch.equal(alone[f"k{i}", 0][0], alone[f"k{i}", 1][0]) for i in range(12))
+    assert {caption for _, caption in alone.values()} == {"one", "two", "three"}
+    reseeded = by_key(islice(Loader(config, 4, 0, 1, 6), 6))
+    assert any(alone[row][1] != reseeded[row][1] for row in alone)
+
+
+def test_validation_is_one_plain_pass_in_order():
+    config = replace(CONFIG, flip=True, crop="random", caption="variants")
+    batches = list(validation_batches(config, 5))
+    assert [len(batch) for batch in batches] == [5, 5, 2]
+    assert [key for batch in batches for key in batch.key] == [f"{i:04d}" for i in range(48, 60)]
+    plain = by_key(validation_batches(CONFIG, 12))
+    assert all(torch.equal(image, plain[row][0]) for row, (image, _) in by_key(batches).items())
+    assert list(validation_batches(replace(CONFIG, validation=""), 5)) == []
+
+
+def test_a_filter_counts_in_the_plan():
+    loader = Loader(replace(CONFIG, where={"licence": ["MIT"]}), 4, 0, 1, 0)
+    assert 0 < loader.samples_per_epoch < 48
+    assert f"{loader.samples_per_epoch} samples ({48 - loader.samples_per_epoch} filtered out" in loader.describe()
+    with pytest.raises(UserError, match=r"matches data.where"):
+        Loader(replace(CONFIG, where={"licence": ["GPL"]}), 4, 0, 1, 0)
+
+
+def test_a_broken_picture_is_left_out_with_its_reason(tmp_path, caplog):
+    members = [
+        *sample("a", 1),
+        ("broken.png", b"\x89PNG\r\n\x1a\n" + b"x" * 50),
+        ("broken.txt", b"text"),
+        *sample("b", 2),
+    ]
+    config = DataConfig(shards=str(write_tar(tmp_path / "x.tar", members)), size=8, streams=1)
+    loader = Loader(config, 3, 0, 1, 0)
+    batches = list(islice(loader, 2))
+    assert {key for batch in batches for key in batch.key} == {"a", "b"}
+    assert loader.tally.counts == {"the picture does not decode": 1}
+    assert caplog.text.count("the picture does not decode (the first is 'broken' in") == 1
+
+
+def test_other_decoders_fit_in(tmp_path):
+    config = DataConfig(shards=str(write_tar(tmp_path / "x.tar", sample("a"))), streams=1)
+    batch = next(iter(Loader(config, 2, 0, 1, 0, decode=_blank)))
+    assert batch.image.shape == (2, 3, 1, 1) and batch.caption == ["A", "A"]
+
+
+def _blank(record, rng):
+    return torch.zeros(3, 1, 1), record.key.upper()
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(UserError, match=r"data.caption is 'text'; it must be one of txt, variants"):
+        Loader(replace(CONFIG, caption="text"), 4, 0, 1, 0)
+    with pytest.raises(UserError, match=r"data.crop is 'left'"):
+        Loader(replace(CONFIG, crop="left"), 4, 0, 1, 0)
+    with pytest.raises(UserError, match=r"data.size is 0"):
+        Loader(replace(CONFIG, size=0), 4, 0, 1, 0)
+    with pytest.raises(UserError, match=r"data.shards: no file matches"):
+        Loader(replace(CONFIG, shards=f"{ICONS}/train-{{0000..0002}}.tar"), 4, 0, 1, 0)

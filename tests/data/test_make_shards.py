@@ -1,0 +1,223 @@
+"""tools/make_shards.py as people run it: on folders and tables, with broken files, killed in the middle."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm.config import DataConfig
+from ldm.data.loader import Loader
+from ldm.data.shards import ShardReader, index_shard
+
+from .shard_maker import picture
+
+TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
+
+
+def command(pictures: Path, output: Path, *options: object) -> list[str]:
+    return [sys.executable, str(TOOL), str(pictures), "--output", str(output), "--workers", "1", *map(str, options)]
+
+
+def make(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*args), capture_output=True, text=True)  # type: ignore[arg-type]
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def records(output: Path, glob: str = "*.tar"):
+    indices = [index_shard(path) for path in sorted(output.glob(glob))]
+    reader = ShardReader(indices)
+    return [reader.read(shard, i) for shard, index in enumerate(indices) for i in range(len(index))]
+
+
+def hashes(output: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.iterdir())}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Twelve good pictures in two folders, of three formats, and one of each fault."""
+    root = tmp_path / "pictures"
+    (root / "sub dir").mkdir(parents=True)
+    for i in range(12):
+        stem = root / ("sub dir" if i % 2 else ".") / f"photo.v{i}"
+        kind = ("png", "jpg", "webp")[i % 3]
+        Path(f"{stem}.{kind}").write_bytes(picture(i, (40 + i, 30), {"jpg": "JPEG"}.get(kind, kind.upper())))
+        if i % 4:
+            Path(f"{stem}.txt").write_text(f"picture \u2116 {i}\n", encoding="utf-8")
+        else:
+            Path(f"{stem}.json").write_text(json.dumps({"caption": f"picture \u2116 {i}", "author": "me"}))
+    (root / "broken.png").write_bytes(picture(50)[:100])
+    (root / "broken.txt").write_text("a broken picture")
+    (root / "mute.png").write_bytes(picture(51))
+    (root / "latin.png").write_bytes(picture(52))
+    (root / "latin.txt").write_bytes("gr\u00fcn".encode("latin-1"))
+    (root / "anim.gif").write_bytes(b"GIF89a")
+    (root / "notes.md").write_text("not a picture")
+    return root
+
+
+def test_a_folder_becomes_shards_that_train_and_a_report_of_what_was_left_out(folder, tmp_path):
+    done = make(folder, tmp_path / "out", "--per-shard", 5, "--size", 16)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["samples"] == 12
+    assert report["left_out"] == {
+        "the picture does not decode": ["broken.png"],
+        "no caption": ["mute.png"],
+        "the caption is not UTF-8": ["latin.png"],
+        "its format is not read; convert it to webp, png, jpg, jpeg": ["anim.gif"],
+    }
+    assert "12 samples in 4 shards" in done.stdout and "left out 1: no caption (mute.png)" in done.stdout
+    assert done.stderr == ""  # no progress bar in a pipe
+    found = records(tmp_path / "out")
+    assert sorted(r.fields["txt"].decode() for r in found) == sorted(f"picture \u2116 {i}" for i in range(12))
+    for record in found:
+        meta = json.loads(record.fields["json"])
+        assert (folder / meta["file"]).exists() and set(record.fields) == {"webp", "txt", "json"}
+        assert min(Image.open(io.BytesIO(record.fields["webp"])).size) == 16
+    assert [json.loads(r.fields["json"])["author"] for r in found if b"author" in r.fields["json"]] == ["me"] * 3
+    loader = Loader(DataConfig(shards=f"{tmp_path}/out/train-*.tar", size=16, streams=2, workers=0), 12, 0, 1, 0)
+    assert len(set(next(iter(loader)).key)) == 12
+
+
+def test_pictures_are_kept_as_they_are_where_nothing_is_to_be_done(folder, tmp_path):
+    make(folder, tmp_path / "out", "--format", "jpg")
+    for record in records(tmp_path / "out"):
+        name = json.loads(record.fields["json"])["file"]
+        same = record.fields["jpg"] == (folder / name).read_bytes()
+        assert same == name.endswith("jpg")
+    make(folder, tmp_path / "png", "--format", "png", "--size", 1000)  # nothing is enlarged
+    assert {Image.open(io.BytesIO(r.fields["png"])).height for r in records(tmp_path / "png")} == {30}
+
+
+def test_the_same_pictures_make_the_same_bytes_and_stay_on_their_side(folder, tmp_path):
+    options = ("--holdout", 0.4, "--per-shard", 4)
+    make(folder, tmp_path / "one", *options)
+    make(folder, tmp_path / "two", *options, "--workers", "2")
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    assert {name.split("-")[0] for name in hashes(tmp_path / "one")} == {"train", "val", "report.json", "shards.json"}
+    held = {json.loads(r.fields["json"])["file"] for r in records(tmp_path / "one", "val-*")}
+    (folder / "new.png").write_bytes(picture(99))
+    (folder / "new.txt").write_text("new")
+    make(folder, tmp_path / "three", *options)
+    assert held == {json.loads(r.fields["json"])["file"] for r in records(tmp_path / "three", "val-*")} - {"new.png"}
+    failed = make(folder, tmp_path / "one", *options, code=1)
+    assert "holds shards of other pictures" in failed.stderr
+    failed = make(folder, tmp_path / "three", code=1)
+    assert "holds shards of other options" in failed.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, how):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for i in range(60):
+        (root / f"{i}.png").write_bytes(picture(i, (200, 200)))
+        (root / f"{i}.txt").write_text(f"picture {i}")
+    options = ("--per-shard", 4, "--quality", 100)
+    process = subprocess.Popen(command(root, tmp_path / "out", *options), stderr=subprocess.PIPE)
+    while len(list((tmp_path / "out").glob("train-*.tar"))) < 2:
+        time.sleep(0.005)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=20)  # ends only when the worker processes, too, have gone
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130)
+    assert b"Traceback" not in errors
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("train-*.tar")}
+    assert 2 <= len(before) < 15
+    known = json.loads((tmp_path / "out" / "shards.json").read_text())["shards"]
+    make(root, tmp_path / "out", *options)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items() if path.name in known)
+    for stray in (tmp_path / "out").glob(".*.tmp"):  # what kill -9 leaves; a dot file that no pattern matches
+        stray.unlink()
+    make(root, tmp_path / "whole", *options)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_table_names_pictures_and_captions(folder, tmp_path, kind):
+    rows = [
+        {"path": "photo.v0.png", "text": "first, with a comma", "rating": "5"},
+        {"path": "photo.v0.png", "text": "the same again", "rating": "4"},
+        {"path": "sub dir/photo.v1.jpg", "text": "", "rating": "3"},
+        {"path": "gone.png", "text": "gone", "rating": "2"},
+        {"path": "broken.png", "text": "broken", "rating": "1"},
+    ]
+    table = tmp_path / f"table.{kind}"
+    if kind == "jsonl":
+        table.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        with open(table, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    columns = ("--image-column", "path", "--caption-column", "text")
+    make(folder, tmp_path / "out", "--table", table, *columns)
+    found = {r.fields["txt"].decode(): json.loads(r.fields["json"]) for r in records(tmp_path / "out")}
+    assert found == {
+        "first, with a comma": {"rating": "5", "file": "photo.v0.png"},
+        "the same again": {"rating": "4", "file": "photo.v0.png"},
+    }
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["left_out"] == {
+        "the caption is empty": ["sub dir/photo.v1.jpg"],
+        "no such picture": ["gone.png"],
+        "the picture does not decode": ["broken.png"],
+    }
+    failed = make(folder, tmp_path / "other", "--table", table, code=1)
+    assert "row 1 of" in failed.stderr and "has no column 'image' (it has: path, text, rating)" in failed.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_bad_tables_and_folders_end_in_a_sentence(folder, tmp_path):
+    broken, odd, none = tmp_path / "t.jsonl", tmp_path / "t.xlsx", tmp_path / "none"
+    broken.write_text('{"image": "a.png", "caption": "x"}\n{"image": ')
+    odd.write_text("x")
+    none.mkdir()
+    out = tmp_path / "out"
+    assert "line 2 of" in make(folder, out, "--table", broken, code=1).stderr
+    assert "is not a .csv, .tsv, .jsonl or .parquet file" in make(folder, out, "--table", odd, code=1).stderr
+    assert "no such file or folder" in make(folder, out, "--table", tmp_path / "gone.csv", code=1).stderr
+    assert "has no pictures" in make(none, out, code=1).stderr
+    assert "is not a folder" in make(tmp_path / "nowhere", out, code=1).stderr
+    assert "--holdout is out of range" in make(folder, out, "--holdout", 1.5, code=2).stderr
+
+
+def test_parquet_is_read_or_its_library_is_named(folder, tmp_path):
+    table = tmp_path / "t.parquet"
+    try:
+        from pyarrow import Table, parquet  # type: ignore[import-not-found]
+    except ImportError:
+        table.write_bytes(b"PAR1")
+        assert "needs pyarrow" in make(folder, tmp_path / "out", "--table", table, code=1).stderr
+        return
+    parquet.write_table(Table.from_pylist([{"image": "photo.v0.png", "caption": "x", "n": 3}]), table)
+    make(folder, tmp_path / "out", "--table", table)
+    assert json.loads(records(tmp_path / "out")[0].fields["json"])["n"] == 3
+
+
+def test_a_set_of_nothing_but_bad_pictures_fails(tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.png").write_bytes(b"x")
+    (tmp_path / "p" / "a.txt").write_text("x")
+    assert "none of the pictures can be used" in make(tmp_path / "p", tmp_path / "out", code=1).stderr
+
+
+def test_file_names_need_not_be_utf8(tmp_path):
+    root = os.fsencode(tmp_path / "p")
+    os.mkdir(root)
+    for name, content in ((b"\xff\xfe.png", picture()), (b"\xff\xfe.txt", b"x")):
+        with open(os.path.join(root, name), "wb") as file:
+            file.write(content)
+    make(tmp_path / "p", tmp_path / "out")
+    assert [json.loads(r.fields["json"])["file"] for r in islice(records(tmp_path / "out"), 2)] == [r"\udcff\udcfe.png"]
