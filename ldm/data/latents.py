@@ -158,6 +158,8 @@ class LatentWriter:
         if (flipped is not None) != self._manifest["flipped"]:
             raise ValueError("the writer was made for latents " + ("with" if flipped is None else "without") + " flips")
         for i, key in enumerate(batch.key):
+            if any(key == other for other, _ in self._waiting):
+                self._write()  # keys are unique within a source shard only: another one begins
             tensors = {
                 "moments": moments[i].cpu().contiguous(),
                 "context": contexts[i].to("cpu", torch.float16).contiguous(),
