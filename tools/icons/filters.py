@@ -19,7 +19,7 @@ _TEST_CONCEPT = 15  # of 1000
 _TEST_COMBO = 40  # of 1000
 _TONE_SHARE = 3  # one in so many single-tone variants is kept, else people would be half of the data
 
-_TONE_PHRASE = re.compile(rf"( with| and)? ({'|'.join(TONES)}) skin tone")
+_TONE_PHRASE = re.compile(rf"( with| and) ({'|'.join(TONES)}) skin tone( and\b)?")
 _PERSON_WORD = re.compile(r"\b(man|woman|person|men|women|people|male|female|boy|girl)('s|s)?\b")
 
 # Names of companies, products, games and their characters, as whole words; any name with the word "logo" goes as well.
@@ -29,15 +29,15 @@ _BRANDS = words(
     harry-potter ikea instagram javascript kickstarter kindle kubernetes lego linkedin linux macos mastodon
     mcdonalds metroid microsoft minecraft mozilla netflix nintendo npm nvidia openai pacman pac-man paypal photoshop
     pinterest playstation pokemon reddit sega skype snapchat spotify tetris tiktok trello tumblr twitter ubuntu usb
-    vimeo vue wechat whatsapp wifi wikipedia wordpress xbox yahoo youtube zelda"""
+    vimeo vue wechat whatsapp wikipedia wordpress xbox yahoo youtube zelda"""
 )
 _HARD = words(  # not drawn at all
     """nude naked nudity sex sexy erotic porn bikini-girl breast breasts penis vagina condom nazi swastika hitler kkk
-    klansman genocide suicide hanging hanged guillotine gallows torture corpse decapitation beheaded impaled
+    klansman genocide suicide hanged guillotine gallows torture corpse decapitation beheaded impaled
     pistol-whip middle-finger breast-feeding rape slave slavery"""
 )
 _SENSITIVE = words(  # drawn, and flagged
-    """ak47 anthrax axe-sword beer blood blunt bomb bottle-of-vodka bullet cannabis champagne cigar cigarette cocktail
+    """ak47 anthrax axe-sword beer blood blunt bomb bottle-of-vodka cannabis champagne cigar cigarette cocktail
     coffin dagger dynamite grenade gun handgun heroin knife machete marijuana missile musket pill pistol revolver rifle
     sake shotgun skull smoking sniper sword syringe tobacco tommy-gun uzi vodka weapon whiskey wine"""
 )
@@ -85,7 +85,7 @@ def keep_tone(source: str, identity: str, tones: int) -> bool:
 
 def concept(name: str) -> str:
     """What the picture is of, whatever skin tone, gender or article: 'a woman scientist' -> 'scientist'."""
-    text = _TONE_PHRASE.sub("", name).lower().replace("&", "and").replace("’", "'")
+    text = _TONE_PHRASE.sub(lambda tone: " with" if tone[3] else "", name).lower().replace("&", "and").replace("’", "'")
     text = re.sub(r"^(a|an|the) ", "", text)
     neutral = _PERSON_WORD.sub(" ", text)
     text = neutral if neutral.strip(" -") else text
