@@ -145,10 +145,9 @@ def trace(arguments: argparse.Namespace) -> None:
     with torch.inference_mode():
         generate.encode(made, [arguments.prompt, ""])
     mark("encode the prompt")
-    for step in generate.sample(made, requests, settings):
-        final = step
+    steps = list(generate.sample(made, requests, settings))
     mark(f"sample, {arguments.steps} steps")
-    image = generate.decode(made, final)
+    image = generate.decode(made, steps[-1])
     mark("decode")
     metadata = provenance.record(made, settings, requests, 0)
     image_io.save_png(image[0], Path(arguments.out) / "traced.png", metadata)
