@@ -96,11 +96,12 @@ def train(classifier: Classifier, seen: Pictures, left_out: Pictures, arguments:
         optimizer.step()
         law.step()
         running = loss.item() if step == 1 else 0.95 * running + 0.05 * loss.item()
-        if step % 100 == 0 or step == arguments.steps:
-            shares = [f"{name} {accuracy(classifier, seen, part):.1%}" for name, part in
-                      (("seen pictures", seen), ("left-out style", left_out)) if len(part)]  # fmt: skip
-            seconds = time.monotonic() - begun
-            print(f"step {step}: loss {running:.3f}, {', '.join(shares)}, {seconds:.0f} s", flush=True)
+        if step % 50 == 0:
+            print(f"step {step}: loss {running:.3f}, {time.monotonic() - begun:.0f} s", flush=True)
+        if step % -(-arguments.steps // 4) == 0 or step == arguments.steps:
+            parts = {"seen pictures": seen, "left-out style": left_out}
+            shares = [f"{name} {accuracy(classifier, seen, part):.1%}" for name, part in parts.items() if len(part)]
+            print(f"step {step}: nearest of {len(classifier.config.classes)}: {', '.join(shares)}", flush=True)
 
 
 @torch.inference_mode()
