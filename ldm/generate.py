@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -36,8 +37,7 @@ def txt2img(model: LatentDiffusion, requests: Sequence[Request], settings: Setti
     """
     drawn = []
     for batch in batches(requests, batch_size):
-        for step in sample(model, batch, settings):
-            last = step
+        last = deque(sample(model, batch, settings), maxlen=1).pop()
         drawn.append(decode(model, last).cpu())
     return torch.cat(drawn)
 

@@ -11,14 +11,19 @@ import argparse
 import dataclasses
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm import errors, image_io, jobs, provenance
 from ldm.errors import UserError
 from ldm.jobs import Request, Settings
 from ldm.model import SHIPPED, find
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from ldm.sampling import Step
 
 
 def main() -> None:
@@ -58,9 +63,7 @@ def main() -> None:
     requests: list[Request] = []
     with tqdm(total=len(batches) * settings.steps, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
         for batch in batches:
-            for step in generate.sample(model, batch, settings):
-                bar.update()
-                last = step
+            last = watch(generate.sample(model, batch, settings), bar)
             images = generate.decode(model, last).cpu()
             for index in range(len(batch)) if recipe is None else [recipe.index]:
                 path = folder / f"{first + len(pictures):05d}.png"
@@ -74,6 +77,15 @@ def main() -> None:
         sheet = image_io.grid(torch.stack(pictures))
         image_io.save_png(sheet, path, provenance.record_sheet(model, settings, requests))
         print(path)
+
+
+def watch(steps: Iterator[Step], bar: tqdm[NoReturn]) -> Step:
+    """Walk to the end of a trajectory, showing where it is; its last step."""
+    for step in steps:
+        bar.update()
+        if step.index + 1 == step.total:
+            return step
+    raise AssertionError("a sampler yields as many steps as it says")
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:

@@ -1,0 +1,282 @@
+"""scripts/txt2img.py as it is used: what it writes and says, and how it ends when something is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ldm import errors, image_io
+from ldm.model import SHIPPED
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
+
+
+class Cli:
+    """The script, run in this process: (exit code, standard output, standard error)."""
+
+    def __init__(self, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self.script, self.monkeypatch, self.capsys = script, monkeypatch, capsys
+
+    def __call__(self, *words: object) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["txt2img.py", *map(str, words)])
+        self.capsys.readouterr()
+        code = 0
+        try:
+            errors.run(self.script.main)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *self.capsys.readouterr()
+
+    def refused(self, *words: object) -> str:
+        """The one sentence that it ends with."""
+        code, out, err = self(*words)
+        assert code == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (code, out, err)
+        return err
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("txt2img", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cli(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(script, monkeypatch, capsys)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.array(picture)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------- what it writes
+
+NO_NETWORK = """
+import runpy, socket, sys
+def refuse(*_, **__):
+    raise AssertionError("the network was touched")
+class Refused(socket.socket):
+    __init__ = connect = connect_ex = refuse
+socket.socket = Refused
+socket.create_connection = socket.getaddrinfo = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_main_job_in_a_fresh_process_without_network(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The README's command, on the model that ships (on the tiny one in a checkout that has none)."""
+    model = [] if (SHIPPED["icons"] / "model.json").exists() else ["--model", str(tiny_checkpoint)]
+    words = ["--prompt", "a red heart", "--cfg", "7.5", *model]
+    done = subprocess.run(
+        [sys.executable, "-c", NO_NETWORK, str(SCRIPT), *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "outputs/00000.png  seed 0\n", "")
+    first = tmp_path / "outputs" / "00000.png"
+    assert names(first.parent) == ["00000.png"] and pixels(first).std() > 1
+    code, _, _ = cli("--reproduce", first, "--out", tmp_path)  # in another process than the one that made it
+    assert code == 0 and np.array_equal(pixels(tmp_path / "00000.png"), pixels(first))
+
+
+def test_help(cli: Cli) -> None:
+    code, out, err = cli("--help")
+    assert (code, err) == (0, "") and "--reproduce" in out
+
+
+def test_order_numbers_and_settings(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    run = ("--model", tiny_checkpoint, "--out", tmp_path / "out", "--steps", 3, "--device", "cpu")
+    what = ("--prompt", "a cat", "--prompt", "a red heart", "--negative", "blue", "--n", 3, "--seed", 7)
+    how = ("--sampler", "ddpm", "--spacing", "linspace", "--cfg", 2, "--cfg-interval", 0.1, 9)
+    code, out, err = cli(*what, *how, "--batch-size", 4, "--grid", *run)
+    lines = [f"{tmp_path}/out/{i:05d}.png  seed {7 + i}" for i in range(6)]
+    assert (code, err) == (0, "") and out.splitlines() == [*lines, f"{tmp_path}/out/grid-00000.png"]
+    records = [image_io.read_metadata(tmp_path / "out" / f"{i:05d}.png") for i in range(6)]
+    assert [record["prompt"] for record in records] == ["a cat"] * 3 + ["a red heart"] * 3
+    assert [record["batch"] for record in records][3:5] == [{"size": 4, "index": 3}, {"size": 2, "index": 0}]
+    expected = {"sampler": "ddpm", "spacing": "linspace", "cfg": 2.0, "cfg_interval": [0.1, 9.0], "steps": 3}
+    assert records[4].items() >= {**expected, "negative": "blue", "seed": 11, "width": 32, "height": 32}.items()
+
+    for index in (1, 3, 5):  # both batches, first and later rows
+        code, out, err = cli("--reproduce", tmp_path / "out" / f"{index:05d}.png", "--out", tmp_path / "again")
+        assert (code, err) == (0, "")
+        made = tmp_path / "again" / out.split("  ")[0].rsplit("/", 1)[1]
+        assert np.array_equal(pixels(made), pixels(tmp_path / "out" / f"{index:05d}.png"))
+        assert image_io.read_metadata(made)["seed"] == 7 + index
+
+    sentence = cli.refused("--reproduce", tmp_path / "out" / "00000.png", "--cfg", 2)
+    assert "--cfg does not go with --reproduce" in sentence
+
+    before = (tmp_path / "out" / "00000.png").read_bytes()
+    lines_file = tmp_path / "prompts.jsonl"
+    lines_file.write_text('{"prompt": "a cat", "seed": 40}\n{"prompt": "a red heart"}\n', encoding="utf-8")
+    code, out, err = cli("--from-file", lines_file, *run, "--cfg", 1, "--width", 40)
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [f"{tmp_path}/out/00006.png  seed 40", f"{tmp_path}/out/00007.png  seed 1"]
+    assert pixels(tmp_path / "out" / "00007.png").shape == (32, 40, 3)
+    assert (tmp_path / "out" / "00000.png").read_bytes() == before
+
+
+def test_a_long_prompt_and_another_model(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said once each on standard error, on a terminal beside the bar; the picture is drawn."""
+    prompt = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    run = ("--out", tmp_path, "--device", "cpu")
+    code, out, err = cli(
+        "--prompt", prompt, "--n", 3, "--batch-size", 1, "--steps", 2, "--model", tiny_checkpoint, *run
+    )
+    assert code == 0 and out.count("\n") == 3
+    assert err.count("\n") == 1 and err.startswith("warning: ") and "fifteen sixteen" in err
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    settings = json.loads((other / "model.json").read_text())
+    (other / "model.json").write_text(json.dumps({**settings, "parameterization": "eps"}))
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True, raising=False)
+    code, out, err = cli("--reproduce", tmp_path / "00000.png", "--model", other, *run)
+    assert code == 0 and "the model differs" in err and "2/2" in err
+
+
+# ---------------------------------------------------------------- what it refuses
+
+WITHOUT_TORCH = """
+import json, runpy, sys
+sys.modules["torch"] = None  # importing it fails
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["txt2img.py", *words]
+    try:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    except SystemExit as end:
+        print("exit", end.code, flush=True)
+""".replace("SCRIPT", repr(str(SCRIPT)))
+
+
+def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "latin.txt").write_text("ein Würfel", encoding="latin-1")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    cat = ["--prompt", "a cat"]
+    expected = {
+        "did you mean 'ddim'": [*cat, "--sampler", "dim"],
+        "0 steps": [*cat, "--steps", "0"],
+        "invalid int value: 'many'": [*cat, "--steps", "many"],
+        "unrecognized arguments: --sede": [*cat, "--sede", "3"],
+        "one of the two": [],
+        "at least 1": [*cat, "--n", "0"],
+        "a batch of 0": [*cat, "--batch-size", "0"],
+        "there is no model": [*cat, "--model", str(tmp_path / "missing")],
+        "preparing the output folder": [*cat, "--model", str(tmp_path), "--out", str(tmp_path / "file" / "out")],
+        "writing /proc/": [*cat, "--model", str(tmp_path), "--out", "/proc"],
+        "not UTF-8": ["--from-file", str(tmp_path / "latin.txt")],
+        "line 2 is not valid JSON": ["--from-file", str(tmp_path / "bad.jsonl")],
+        "carries no settings": ["--reproduce", str(tmp_path / "plain.png")],
+        "there is no picture": ["--reproduce", str(tmp_path / "missing.png")],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(list(expected.values()))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "exit 1\n" * len(expected)
+    sentences = done.stderr.splitlines()
+    assert len(sentences) == len(expected) and all(line.startswith("error: ") for line in sentences)
+    for words, line in zip(expected, sentences, strict=True):
+        assert words in line
+    assert names(tmp_path) == ["bad.jsonl", "file", "latin.txt", "plain.png"]
+
+
+def test_models_that_cannot_be_used(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = ("--prompt", "a cat", "--steps", 2, "--device", "cpu", "--out", out, "--model")
+    unet = tiny_checkpoint / "unet.safetensors"
+
+    def copy(name: str) -> Path:
+        shutil.copytree(tiny_checkpoint, tmp_path / name)
+        return tmp_path / name
+
+    assert "multiples of 4" in cli.refused(*run, tiny_checkpoint, "--width", 34)
+
+    torn = copy("torn")
+    (torn / "unet.safetensors").write_bytes(unet.read_bytes()[: unet.stat().st_size // 2])
+    assert "truncated or damaged" in cli.refused(*run, torn)
+
+    wider = copy("wider")
+    settings = json.loads((wider / "model.json").read_text())
+    settings["unet"]["channels"] = 64
+    (wider / "model.json").write_text(json.dumps(settings))
+    assert "another architecture" in cli.refused(*run, wider)
+
+    class Malice:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    torch.save({"state_dict": Malice()}, tmp_path / "evil.ckpt")
+    assert "pickle" in cli.refused(*run, tmp_path / "evil.ckpt")
+    evil = copy("evil")
+    (evil / "unet.safetensors").write_bytes(pickle.dumps(Malice()))
+    assert "pickle" in cli.refused(*run, evil)
+    assert not (tmp_path / "executed").exists()
+
+    for part, key in (("autoencoder", "decoder.conv_out.weight"), ("unet", "conv_in.weight")):
+        spoilt = copy(f"spoilt {part}")
+        state = load_file(spoilt / f"{part}.safetensors")
+        state[key][0, 0, 0, 0] = torch.nan
+        save_file(state, spoilt / f"{part}.safetensors")
+        assert "not finite" in cli.refused(*run, spoilt)
+    assert names(out) == []
+
+
+def test_a_full_disk(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # less than a picture takes, more than the messages
+    try:
+        sentence = cli.refused("--prompt", "a cat", "--steps", 1, "--model", tiny_checkpoint, "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "limit was reached while writing" in sentence and names(tmp_path) == []
+
+
+def test_ctrl_c_in_the_middle(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """What is done stays, whole; nothing else is left; the exit code is the shell's for an interrupt."""
+    words = ["--prompt", "a cat", "--n", "1000", "--batch-size", "1", "--steps", "20", "--model", str(tiny_checkpoint)]
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), *words, "--out", str(tmp_path), "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout and process.stderr
+        said = [process.stdout.readline() for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        said += process.stdout.readlines()
+        err = process.stderr.read()
+    assert process.returncode == 130
+    assert err.strip().count("\n") == 0 and "interrupted" in err
+    assert 2 <= len(said) <= len(names(tmp_path)) <= len(said) + 1 < 1000  # one may be written and not yet told
+    for name in names(tmp_path):
+        assert name.endswith(".png") and pixels(tmp_path / name).shape == (32, 32, 3)
