@@ -1,6 +1,6 @@
 """Train the concept classifier whose features prompt accuracy is measured in.
 
-    python tools/train_classifier.py --shards 'data/icons/train-*.tar' --output runs/classifier
+    python tools/train_classifier.py --shards 'data/all/shards/*.tar' --where kind=plain --output runs/classifier
 
 It learns the concepts of --concepts, or else all that have pictures enough, in every style but the left-out one: what
 it then says of that style's pictures is what it can say of pictures it never saw. "twemoji" is left out because
