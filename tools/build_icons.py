@@ -103,7 +103,7 @@ def _of_source(key: str, names: EmojiNames | None, packages: Packages, args: arg
     if source.kind == "icon":
         return list(read_iconify(key, package, None, None))
     if source.kind == "avatar":
-        return list(read_avatars(key, [_get(packages, npm_package, *CORE), package], args.work, source.style))
+        return list(read_avatars(key, [_get(packages, npm_package, *CORE), package], source.style))
     if names is None:
         raise Unavailable("its pictures' names could not be had")
     if source.kind == "clipart":

@@ -272,7 +272,7 @@ def test_an_avatars_caption_says_what_was_asked_for(key):
 def test_avatars_need_node(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Unavailable, match=r"Node\.js is not installed"):
-        list(avatars.read_avatars("personas", [], tmp_path, "avatar", count=1))
+        list(avatars.read_avatars("personas", [], "avatar", count=1))
 
 
 def test_node_gets_the_options_and_gives_svgs(tmp_path, monkeypatch):
@@ -281,12 +281,15 @@ def test_node_gets_the_options_and_gives_svgs(tmp_path, monkeypatch):
         pytest.skip("Node.js is not installed")
     core, style = tmp_path / "core", tmp_path / "style"
     code = "export const createAvatar = (style, options) => ({ toString: () => style.mark + JSON.stringify(options) });"
-    for folder, name, text in ((core, "core", code), (style, "personas", "export const mark = '<svg>';")):
+    for folder, name, text in (
+        (core, "core", code),
+        (style, "personas", "import '@dicebear/core'; export const mark = '<svg>';"),
+    ):
         folder.mkdir()
         about = {"name": f"@dicebear/{name}", "type": "module", "exports": "./index.js"}
         (folder / "package.json").write_text(json.dumps(about))
         (folder / "index.js").write_text(text)
-    found = list(avatars.read_avatars("personas", [core, style], tmp_path / "work", "avatar", count=3))
+    found = list(avatars.read_avatars("personas", [core, style], "avatar", count=3))
     assert [one.id for one in found] == ["personas-0", "personas-1", "personas-2"]
     assert found[0].svg.startswith("<svg>{") and '"backgroundColor"' in found[0].svg
     assert found[0].alternatives[0] == f"avatar of {found[0].phrase}"

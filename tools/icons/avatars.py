@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ _BACKGROUNDS = {
     "white": "ffffff",
 }
 
-_PERSONAS_HAIR = {  # "{}" takes the colour
+_PERSONAS_HAIR = {  # "{}" takes the colour; cuts whose colour does not show (buzz cut, fade) are left out
     "long": "with long {} hair",
     "extraLong": "with very long {} hair",
     "sideShave": "with side-shaved {} hair",
@@ -69,15 +70,13 @@ _PERSONAS_HAIR = {  # "{}" takes the colour
     "pigtails": "with {} pigtails",
     "curlyBun": "with a {} curly bun",
     "straightBun": "with a {} bun",
-    "buzzcut": "with a {} buzz cut",
-    "fade": "with a {} fade",
     "mohawk": "with a {} mohawk",
     "balding": "with balding {} hair",
     "bald": "with a bald head",
     "cap": "with a cap",
     "beanie": "with a beanie",
 }
-_PERSONAS_BEARD = {"beardMustache": "a beard", "walrus": "a walrus mustache", "goatee": "a goatee"}
+_PERSONAS_BEARD = {"walrus": "a walrus mustache", "goatee": "a goatee"}
 _PERSONAS_MOUTH = {
     "smile": "smiling",
     "bigSmile": "with a big smile",
@@ -108,29 +107,29 @@ _TOON_CLOTHES = {
 _TOON_SKIN = {"light": "f1c3a5", "medium": "b98e6a", "dark": "5c3829"}
 
 
-def read_avatars(key: str, packages: Sequence[Path], work: Path, style: str, count: int = COUNT) -> Iterator[Drawing]:
+def read_avatars(key: str, packages: Sequence[Path], style: str, count: int = COUNT) -> Iterator[Drawing]:
     """`count` avatars of one style. `packages`: the unpacked core and style. Raises Unavailable without Node."""
     people = [_PEOPLE[key](random.Random(f"{key}-{number}")) for number in range(count)]
-    svgs = _draw(key, [options for options, _, _ in people], packages, work / "node")
+    svgs = _draw(key, [options for options, _, _ in people], packages)
     for number, ((_, person, scene), svg) in enumerate(zip(people, svgs, strict=True)):
         whole = f"{person}, {scene}"
         others = (f"{style} of {whole}", person)
         yield Drawing(key, f"{key}-{number}", whole, (), False, svg=svg, phrase=whole, alternatives=others)
 
 
-def _draw(key: str, avatars: list[dict[str, Any]], packages: Sequence[Path], folder: Path) -> list[str]:
+def _draw(key: str, avatars: Sequence[dict[str, Any]], packages: Sequence[Path]) -> list[str]:
     node = shutil.which("node")
     if node is None:
         raise Unavailable("Node.js is not installed")
-    for package in packages:
-        link = folder / "node_modules" / "@dicebear" / json.loads((package / "package.json").read_text())["name"][10:]
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to(package.resolve(), target_is_directory=True)
     asked = json.dumps({"style": key, "avatars": avatars})
-    done = subprocess.run([node, str(_SCRIPT)], input=asked, cwd=folder, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for package in packages:  # copies: Node looks for a package's own imports from where its files really are
+            name = json.loads((package / "package.json").read_text(encoding="utf-8"))["name"]
+            shutil.copytree(package, Path(folder, "node_modules", name))
+        done = subprocess.run([node, str(_SCRIPT)], input=asked, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise Unavailable(f"Node.js could not draw them ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
+        said = [line for line in done.stderr.splitlines() if "Error" in line] or ["no message"]
+        raise Unavailable(f"Node.js could not draw them: {said[0].strip()}")
     return json.loads(done.stdout)
 
 

@@ -35,7 +35,8 @@ class Emoji:
 class EmojiNames:
     """Emoji by code points ("1f9d1-200d-2696") or by the slug of their name ("judge").
 
-    Variation selectors do not count. `vocabulary`: the words of all names and keywords.
+    Variation selectors do not count. `vocabulary`: the words of names and keywords, flags and
+    proper names aside.
     """
 
     def __init__(self, emojis: dict[str, Emoji], slugs: dict[str, str]) -> None:
@@ -45,8 +46,9 @@ class EmojiNames:
         self.vocabulary = frozenset(
             word
             for emoji in emojis.values()
+            if emoji.group != "Flags"
             for phrase in (emoji.name, *emoji.keywords)
-            for word in re.findall(r"[a-z]+", phrase.lower())
+            for word in re.findall(r"\b[a-z]+", phrase)
         )
 
     @classmethod

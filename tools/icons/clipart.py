@@ -19,6 +19,7 @@ _LEFT_OUT = words(  # flags, maps, signs, ornaments, screen themes; people/ hold
     """computer decorations geography gradients logos patterns people shapes signs_and_symbols special theme themes
     unsorted"""
 )
+_LEFT_OUT_TITLES = words("dead mermaid pinup bride model")  # what is drawn there is not what an emoji would show
 _LARGEST = 600_000  # bytes; what is larger is a traced photograph
 _STOP = words("a an the of on in with and by at to for from")
 _GENERIC = words(
@@ -52,7 +53,7 @@ def title(svg: str, vocabulary: frozenset[str]) -> str:
     text = re.sub(r"\bby\b.*|[_\d.,:;()\[\]!?\"/-]+", " ", text)
     said = text.split()
     meant = [word for word in said if word not in _STOP]
-    if not 1 <= len(meant) <= 4 or all(word in _GENERIC for word in meant):
+    if not 1 <= len(meant) <= 4 or _GENERIC.issuperset(meant) or _LEFT_OUT_TITLES.intersection(meant):
         return ""
     return " ".join(said) if all(len(word) > 1 and _known(word, vocabulary) for word in meant) else ""
 
