@@ -94,14 +94,16 @@ def test_spoken_names_become_phrases(spoken, name):
 
 
 def test_captions_and_keywords():
-    said = captions.captions("judge", "3d render", ("judge", "justice", "law", "143", "scales", "court"))
+    said = captions.captions("judge", "a judge", "3d render", ("judge", "justice", "law", "143", "scales", "court"))
     assert said == [
         "a judge, 3d render",
         "3d render of a judge",
         "judge",
         "judge, justice, law, scales, 3d render",
     ]
-    assert len(captions.captions("rolled-up newspaper", "x", ("news", "paper", "rolled"))) == 3  # nothing new to say
+    assert (
+        len(captions.captions("rolled-up newspaper", "y", "x", ("news", "paper", "rolled"))) == 3
+    )  # nothing new to say
 
 
 def test_other_sets_spellings_are_understood():
@@ -292,4 +294,4 @@ def test_node_gets_the_options_and_gives_svgs(tmp_path, monkeypatch):
     found = list(avatars.read_avatars("personas", [core, style], "avatar", count=3))
     assert [one.id for one in found] == ["personas-0", "personas-1", "personas-2"]
     assert found[0].svg.startswith("<svg>{") and '"backgroundColor"' in found[0].svg
-    assert found[0].alternatives[0] == f"avatar of {found[0].phrase}"
+    assert found[0].phrases[:2] == (found[0].name, f"avatar of {found[0].name}")

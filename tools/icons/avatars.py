@@ -113,8 +113,8 @@ def read_avatars(key: str, packages: Sequence[Path], style: str, count: int = CO
     svgs = _draw(key, [options for options, _, _ in people], packages)
     for number, ((_, person, scene), svg) in enumerate(zip(people, svgs, strict=True)):
         whole = f"{person}, {scene}"
-        others = (f"{style} of {whole}", person)
-        yield Drawing(key, f"{key}-{number}", whole, (), False, svg=svg, phrase=whole, alternatives=others)
+        phrases = (whole, f"{style} of {whole}", person)
+        yield Drawing(key, f"{key}-{number}", whole, (), False, svg=svg, phrases=phrases)
 
 
 def _draw(key: str, avatars: Sequence[dict[str, Any]], packages: Sequence[Path]) -> list[str]:

@@ -19,8 +19,10 @@ from PIL import Image
 
 from ldm.data.compose import BACKGROUNDS, RELATIONS, Composition, Sprite, on_background, pair, plain, tint
 
+from .captions import with_article
 from .filters import concept
 from .masters import Master
+from .rasterise import lossless_webp
 
 Fields = dict[str, bytes]
 
@@ -98,9 +100,7 @@ def sample(composition: Composition, one: Master) -> Fields:
         list(one.captions) if composition.settings["kind"] == "plain" else _paraphrases(composition.caption, one.style)
     )
     meta = {**one.meta(), **composition.settings, "captions": said}
-    out = io.BytesIO()
-    composition.picture.save(out, "WEBP", lossless=True, quality=60, method=4)
-    return {"webp": out.getvalue(), "txt": said[0].encode(), "json": _json(meta)}
+    return {"webp": lossless_webp(composition.picture), "txt": said[0].encode(), "json": _json(meta)}
 
 
 def master_sample(one: Master) -> Fields:
@@ -118,7 +118,7 @@ def held_out_prompts(masters: Iterable[Master], count: int) -> list[str]:
     """Up to `count` captions that no training sample has: objects of training on backgrounds and in pairs held out."""
     things = {(one.style, one.name): one for one in masters if one.object and one.split == "train"}
     prompts = {
-        f"{one.phrase} on a{'n' if colour == 'orange' else ''} {colour} background, {one.style}"
+        f"{with_article(one.name)} on a{'n' if colour == 'orange' else ''} {colour} background, {one.style}"
         for one in things.values()
         for colour in BACKGROUNDS
         if held_out(one.name, colour)
@@ -128,7 +128,7 @@ def held_out_prompts(masters: Iterable[Master], count: int) -> list[str]:
         other = rng.choice(sorted({name for style, name in things if style == one.style}))
         relation = rng.choice(list(RELATIONS))
         if concept(other) != concept(one.name) and held_out(one.name, relation, other):
-            prompts.add(f"{one.phrase} {relation} {things[one.style, other].phrase}, {one.style}")
+            prompts.add(f"{with_article(one.name)} {relation} {with_article(other)}, {one.style}")
     return sorted(sorted(prompts, key=lambda prompt: hashlib.md5(prompt.encode()).digest())[:count])
 
 
@@ -144,8 +144,8 @@ def _partner(one: Master, draw: int, shelf: Sequence[Master]) -> Master | None:
 
 
 def _sprite(one: Master) -> Sprite:
-    style = one.style if one.captions[0].endswith(f", {one.style}") else ""
-    return Sprite(Image.open(io.BytesIO(one.webp)).convert("RGBA"), one.name, one.phrase, style)
+    picture = Image.open(io.BytesIO(one.webp)).convert("RGBA")
+    return Sprite(picture, one.name, with_article(one.name), one.style)
 
 
 def _paraphrases(caption: str, style: str) -> list[str]:

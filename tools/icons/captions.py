@@ -257,9 +257,8 @@ def caption_keywords(name: str, keywords: Sequence[str]) -> tuple[str, ...]:
     return tuple(fresh[:_KEYWORDS_IN_CAPTION])
 
 
-def captions(name: str, style: str, keywords: Sequence[str]) -> list[str]:
-    """The main caption first, then the alternatives. `name` comes without article."""
-    phrase = with_article(name)
+def captions(name: str, phrase: str, style: str, keywords: Sequence[str]) -> list[str]:
+    """The main caption first, then the alternatives. `phrase` is the name as a sentence has it, with its article."""
     found = [f"{phrase}, {style}", f"{style} of {phrase}", name]
     extra = caption_keywords(name, keywords)
     if extra:

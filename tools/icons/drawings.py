@@ -28,8 +28,7 @@ class Drawing:
     svg: str = ""
     file: Path | None = None
     spill: bool = False  # drawn beyond its page: render a larger one and crop to what is drawn
-    phrase: str = ""  # the caption itself, for pictures that a name with a style does not describe
-    alternatives: tuple[str, ...] = ()
+    phrases: tuple[str, ...] = ()  # the captions, for pictures that a name with a style does not describe
 
 
 def fit(name: str) -> bool:

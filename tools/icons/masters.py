@@ -14,7 +14,7 @@ from typing import Any
 
 from ldm.errors import UserError, explain_os_error
 
-from .captions import captions, shown_keywords
+from .captions import captions, shown_keywords, with_article
 from .drawings import Drawing
 from .filters import is_sensitive, split
 from .sources import SOURCES
@@ -38,11 +38,6 @@ class Master:
     sensitive: bool
     webp: bytes
 
-    @property
-    def phrase(self) -> str:
-        """The name with its article, as the main caption has it."""
-        return self.captions[0].removesuffix(f", {self.style}")
-
     def meta(self) -> dict[str, Any]:
         """Everything but the picture, as the sample's json keeps it."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "webp"}
@@ -51,11 +46,8 @@ class Master:
 def master(drawing: Drawing, webp: bytes) -> Master:
     """A rendered drawing with its captions, licence and split."""
     source = SOURCES[drawing.source]
-    said = (
-        (drawing.phrase, *drawing.alternatives)
-        if drawing.phrase
-        else captions(drawing.name, source.style, drawing.keywords)
-    )
+    phrase = drawing.name if source.kind == "icon" else with_article(drawing.name)  # icons' names are not all nouns
+    said = drawing.phrases or captions(drawing.name, phrase, source.style, drawing.keywords)
     return Master(
         source=drawing.source,
         id=drawing.id,

@@ -30,7 +30,7 @@ from .parallel import ordered_map
 _CHUNK = 256  # drawings in a file of the cache
 _OPAQUE_SHARE = 0.005  # of the pixels; with fewer the picture is blank
 _COLOURED = 0.02  # share of a clip-art drawing's pixels that must have a colour: line art has none
-_RECIPE = 1  # to be raised when the rendering below changes
+_RECIPE = 2  # to be raised when the rendering below changes
 
 
 def render_all(drawings: Sequence[Drawing], size: int, work: Path, processes: int) -> list[bytes | None]:
@@ -73,8 +73,13 @@ def render(drawing: Drawing, size: int) -> bytes | None:
     solid = pixels[..., 3] >= 128
     if solid.mean() < _OPAQUE_SHARE or (drawing.spill and not _is_coloured(pixels[solid])):
         return None
+    return lossless_webp(picture)
+
+
+def lossless_webp(picture: Image.Image) -> bytes:
+    """WebP that decodes to the same pixels (transparent ones aside); 2.4 ms at 128 px, 7 % larger than at 11 ms."""
     out = io.BytesIO()
-    picture.save(out, "WEBP", lossless=True, quality=60, method=4)
+    picture.save(out, "WEBP", lossless=True, quality=20, method=2)
     return out.getvalue()
 
 
