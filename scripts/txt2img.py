@@ -66,7 +66,7 @@ def main() -> None:
             last = watch(generate.sample(model, batch, settings), bar)
             images = generate.decode(model, last).cpu()
             for index in range(len(batch)) if recipe is None else [recipe.index]:
-                path = folder / f"{first + len(pictures):05d}.png"
+                path = folder / f"{image_io.next_number(folder):05d}.png"  # another run may be writing here too
                 image_io.save_png(images[index], path, provenance.record(model, settings, batch, index))
                 bar.write(f"{path}  seed {batch[index].seed}", file=sys.stdout)
                 sys.stdout.flush()

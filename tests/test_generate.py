@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from ldm import generate, jobs, provenance
+from ldm.autoencoder.codec import Codec
+from ldm.config import AutoencoderConfig
 from ldm.errors import UserError
 from ldm.image_io import save_png
 from ldm.jobs import Request, Settings
 from ldm.model import LatentDiffusion, assemble, load
+from ldm.unet import UNet
 
 FAST = Settings(steps=4, cfg=3.0)
 
@@ -203,6 +206,33 @@ def test_half_precision_agrees(tiny_model: LatentDiffusion, tiny_checkpoint: Pat
     for precision, tolerance in (("fp16", 0.03), ("bf16", 0.3)):
         image = draw(load(tiny_checkpoint, "cpu", precision), [Request("a cat")])
         assert float((image - draw(tiny_model, [Request("a cat")])).abs().max()) < tolerance
+
+
+def test_a_pixel_model(tiny_model: LatentDiffusion) -> None:
+    """The identity codec: everything downstream of it works on pixels, and nothing else changes."""
+    autoencoder = AutoencoderConfig(kind="identity", scale=(1.0,))
+    assert tiny_model.config.unet
+    config = dataclasses.replace(
+        tiny_model.config,
+        autoencoder=autoencoder,
+        unet=dataclasses.replace(tiny_model.config.unet, in_channels=3, out_channels=3),
+        image_size=16,
+    )
+    assert config.unet
+    pixels = assemble(config, Codec(None, autoencoder), tiny_model.text, UNet(config.unet).requires_grad_(False))
+    assert draw(pixels, [Request("a cat")]).shape == (1, 3, 16, 16)
+    assert len(pixels.hash) == 64
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_picture(tiny_model: LatentDiffusion, tiny_checkpoint: Path) -> None:
+    """The noise is the CPU's, so pictures agree to rounding, and bit for bit with themselves."""
+    requests = [Request("a cat", "", 3), Request("a red heart", "blue", 4)]
+    for precision, tolerance in (("fp32", 0.01), ("fp16", 0.05)):
+        model = load(tiny_checkpoint, "cuda", precision)
+        image = draw(model, requests, sampler="ddpm")
+        assert float((image - draw(tiny_model, requests, sampler="ddpm")).abs().max()) < tolerance
+        assert torch.equal(image, draw(model, requests, sampler="ddpm"))
 
 
 def test_parts_that_do_not_fit(tiny_model: LatentDiffusion) -> None:

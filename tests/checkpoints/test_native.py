@@ -225,8 +225,8 @@ def test_a_foreign_safetensors_file(tmp_path: Path) -> None:
 
 def test_a_header_as_long_as_a_pickle_begins(tmp_path: Path) -> None:
     """A header of 640 bytes begins with 80 02, as a pickle of protocol 2 does."""
+    file = tmp_path / "odd.safetensors"
     for padding in range(1000):
-        file = tmp_path / "odd.safetensors"
         save_file({"x": torch.zeros(1)}, file, {"model": "{}", "padding": "." * padding})
         if file.read_bytes()[:2] == b"\x80\x02":
             break

@@ -40,7 +40,8 @@ class Cli:
             errors.run(self.script.main)
         except SystemExit as end:
             code = int(end.code or 0)
-        return code, *self.capsys.readouterr()
+        out, err = self.capsys.readouterr()
+        return code, out, err
 
     def refused(self, *words: object) -> str:
         """The one sentence that it ends with."""
