@@ -305,12 +305,13 @@ def from_dict(cls: type[T], plain: Any, where: str) -> T:
         raise UserError(f"{where}: expected a mapping of settings, found {type(plain).__name__}")
     _check_keys(cls, plain, where, "")
     _refuse_interpolations(plain, where)
+    light, tables = _without_tables(plain)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(plain))
+        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(light))
         made = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {_first_line(error)}") from error
-    return _tuples(made)  # type: ignore[return-value]
+    return _tuples(made, tables)  # type: ignore[return-value]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -351,17 +352,35 @@ def _refuse_interpolations(value: Any, where: str) -> None:
         raise UserError(f"{where}: '{value}' has an interpolation, which settings may not; write the value itself")
 
 
-def _tuples(value: Any) -> Any:
-    """OmegaConf gives lists where the dataclass says tuple; put the tuples back, all the way down."""
+TABLE = 100  # whole numbers; OmegaConf takes 0.1 ms for each, and a tower's list of tokens has thousands
+
+
+def _without_tables(plain: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`plain` without its long lists of whole numbers, and these by key, nested as they were."""
+    light, tables = {}, {}
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            light[key], inner = _without_tables(value)
+            if inner:
+                tables[key] = inner
+        elif isinstance(value, list) and len(value) > TABLE and all(type(item) is int for item in value):
+            light[key], tables[key] = value[:1], tuple(value)  # one stays: its field must be one of numbers
+        else:
+            light[key] = value
+    return light, tables
+
+
+def _tuples(value: Any, tables: dict[str, Any]) -> Any:
+    """OmegaConf may give lists where the dataclass says tuple; put tuples back, and the tables, all the way down."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     changes: dict[str, Any] = {}
     for f in dataclasses.fields(value):
         item = getattr(value, f.name)
-        if isinstance(item, list) and str(f.type).startswith("tuple"):
-            changes[f.name] = tuple(item)
+        if isinstance(item, list | tuple) and str(f.type).startswith("tuple"):
+            changes[f.name] = tables.get(f.name, tuple(item))
         elif dataclasses.is_dataclass(item):
-            changes[f.name] = _tuples(item)
+            changes[f.name] = _tuples(item, tables.get(f.name, {}))
     return dataclasses.replace(value, **changes)
 
 
