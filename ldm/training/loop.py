@@ -7,6 +7,8 @@ accelerate is used here and nowhere else: device, precision, process group, grad
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import math
 import os
 import signal
 import time
@@ -32,10 +34,11 @@ from ldm.training.report import Report
 from ldm.training.state import load_state, save_state
 
 BAD_STEPS_IN_A_ROW = 10  # non-finite gradients that are skipped before the run gives up
+TRACKERS = ("tensorboard", "wandb")
 
 
 class Batches(Protocol):
-    """Endless batches: dataclasses of tensors and lists with this process' part of a batch, and `key`."""
+    """Endless batches: dataclasses of tensors and lists with this process' part of a batch, `key` and `epoch`."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -112,22 +115,48 @@ def divide(loop: LoopConfig, processes: int) -> Division:
 
 
 def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
-    """The accelerator of a run; raises UserError for a precision that this device has not."""
+    """The accelerator of a run; raises UserError for settings that cannot work, or not on this machine."""
+    _check(loop)
     precisions = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
     if loop.precision not in precisions:
         raise UserError(f"unknown loop.precision '{loop.precision}'; use one of {', '.join(precisions)}")
     if loop.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("loop.precision=fp16 needs a GPU; use bf16 or fp32 on this machine")
+    world = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
+        # Unless told that it is on CPUs, accelerate makes of each of several processes a run of its own there.
+        cpu=world > 1 and not torch.accelerator.is_available(),
         mixed_precision=precisions[loop.precision],
         log_with=list(loop.trackers) or None,
         project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if accelerator.num_processes < world:
+        raise UserError(f"{world} processes were launched, of which accelerate joins {accelerator.num_processes}")
     if accelerator.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(loop.threads or max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(loop.threads or max(1, _cores() // local))
     return accelerator
+
+
+def _check(loop: LoopConfig) -> None:
+    least = {"log_every": 1, "validate_every": 1, "save_every": 1}
+    least |= {"micro_batch": 0, "sample_every": 0, "max_minutes": 0, "threads": 0}
+    for name, number in least.items():
+        if getattr(loop, name) < number:
+            raise UserError(f"loop.{name} must be at least {number}, not {getattr(loop, name)}")
+    if not 0 <= loop.ema < 1:
+        raise UserError(f"loop.ema must be at least 0 and below 1, not {loop.ema}")
+    for name in loop.trackers:
+        if name not in TRACKERS:
+            raise UserError(f"unknown tracker '{name}' in loop.trackers; use one of {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:  # accelerate would track nothing and say nothing
+            raise UserError(f"loop.trackers names {name}, which is not installed; pip install 'ldm[track]'")
+
+
+def _cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_output(output: str, resume: str) -> Path:
@@ -156,16 +185,25 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
         player.module.to(accelerator.device)
     optimizers = {name: build_optimizer(player.module, player.optimizer) for name, player in players.items()}
     averages = {name: EMA(p.module, loop.ema) for name, p in players.items() if p.averaged and loop.ema}
+    scaler = accelerator.scaler  # of fp16's loss, None in other precisions
 
     step = 0
     found = load_state(output)
     if found is not None:
         step, state = found
-        for name, player in players.items():
-            player.module.load_state_dict(state["modules"][name])
-            optimizers[name].load_state_dict(state["optimizers"][name])
-        for name, average in averages.items():
-            average.load_state_dict(state["averages"][name])
+        try:
+            for name, player in players.items():
+                player.module.load_state_dict(state["modules"][name])
+                optimizers[name].load_state_dict(state["optimizers"][name])
+            for name, average in averages.items():
+                average.load_state_dict(state["averages"][name])
+            if scaler is not None:
+                scaler.load_state_dict(state["scaler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the state in {output / 'state'} is of other networks ({str(error).splitlines()[0]}); go on with the "
+                f"settings in {output / 'config.json'}, or choose another output"
+            ) from error
         stage.batches.load_state_dict(state["batches"])
 
     if main:
@@ -177,7 +215,7 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
             player.module.compile()
         networks[name], optimizers[name] = accelerator.prepare(player.module, optimizers[name])
     if loop.trackers:
-        accelerator.init_trackers("ldm", settings.to_dict(everything))
+        accelerator.init_trackers("ldm", _flat(settings.to_dict(everything)))
     report = Report(output, step, loop.steps) if main else None
 
     def save() -> None:
@@ -189,6 +227,7 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
                     "modules": {name: player.module.state_dict() for name, player in players.items()},
                     "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
                     "averages": {name: average.state_dict() for name, average in averages.items()},
+                    "scaler": scaler.state_dict() if scaler is not None else None,
                     "batches": stage.batches.state_dict(),
                 },
             )
@@ -210,7 +249,7 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
                     stage.draw(output, step)
         accelerator.wait_for_everyone()
 
-    sums: dict[str, float] = defaultdict(float)
+    sums: dict[str, list[float]] = defaultdict(list)
     counted = bad = skipped = 0
     began = interval = time.monotonic()
     waiting = 0.0
@@ -222,40 +261,49 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
             waiting += time.monotonic() - before
             torch.manual_seed(loop.seed + step * accelerator.num_processes + accelerator.process_index)  # for dropout
             logs, played = _backward(stage, batch, division, networks, accelerator, loop.seed, step)
+            # What accelerate does to clip and to step updates the scale after each optimizer; with two of them, as in
+            # a GAN, the second would meet a scale that is not its gradients'.
             norms = {}
             for name in played:
-                clip = players[name].optimizer.clip or float("inf")
-                norm = accelerator.clip_grad_norm_(networks[name].parameters(), clip)
-                norms[name] = float(torch.as_tensor(norm))
-            if all(torch.isfinite(torch.tensor(norm)) for norm in norms.values()):
+                if scaler is not None:
+                    scaler.unscale_(optimizers[name].optimizer)
+                clip = players[name].optimizer.clip or math.inf
+                norms[name] = float(nn.utils.clip_grad_norm_(networks[name].parameters(), clip))
+            if all(map(math.isfinite, norms.values())):
                 bad = 0
                 for name in played:
                     rate = rate_at(players[name].optimizer, step, loop.steps)
                     for group in optimizers[name].param_groups:
                         group["lr"] = rate
-                    optimizers[name].step()
+                    if scaler is not None:
+                        scaler.step(optimizers[name].optimizer)
+                    else:
+                        optimizers[name].step()
                     if name in averages:
                         averages[name].update()
-            elif loop.precision != "fp16":  # fp16's scaler looks for the right scale by overflowing now and then
+            else:
                 bad, skipped = bad + 1, skipped + 1
-                if bad == BAD_STEPS_IN_A_ROW:
+                # The scaler finds its scale by overflowing, and begins at 2 ** 16.
+                if bad == BAD_STEPS_IN_A_ROW * (1 if scaler is None else 2):
                     raise UserError(
                         f"gradients were not finite {bad} steps in a row up to step {step} (samples "
                         f"{', '.join(batch.key[:4])}, ...); lower optimizer.rate or use loop.precision=fp32; "
                         f"the last good state is in {output / 'state'}"
                     )
+            if scaler is not None:
+                scaler.update()
             for name in played:
                 optimizers[name].zero_grad()
             step += 1
             counted += 1
             for key, value in {**logs, **{f"gradient/{name}": norm for name, norm in norms.items()}}.items():
-                sums[key] += value
+                sums[key].append(value)
             if report is not None:
                 report.advance()
 
             if step % loop.log_every == 0 or step == loop.steps:
                 spent = time.monotonic() - interval
-                values = {key: value / counted for key, value in sums.items()}
+                values = _over_processes({key: sum(each) / len(each) for key, each in sums.items()}, accelerator)
                 values["rate"] = rate_at(next(iter(players.values())).optimizer, step - 1, loop.steps)
                 values["images"] = step * loop.global_batch
                 values["images_per_s"] = counted * loop.global_batch / spent
@@ -277,6 +325,7 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
                 if report is not None:
                     report.say(f"stopped at step {step} as asked; --resume auto goes on from there")
                     report.close()
+                accelerator.end_training()
                 if stop == signal.SIGINT:
                     raise KeyboardInterrupt
                 return
@@ -289,9 +338,8 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
     if report is not None:
         report.say(f"finished at step {step} after {(time.monotonic() - began) / 60:.1f} minutes: {output}")
         report.close()
-    if loop.trackers:
-        accelerator.end_training()
     accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def split(batch: Any, size: int) -> Iterator[Any]:
@@ -319,7 +367,9 @@ def _backward(
         with ExitStack() as stack:
             for network in networks.values():  # gradients are exchanged once, after the last micro-batch
                 stack.enter_context(nullcontext() if last else accelerator.no_sync(network))
-            draws = Draws(seed, step, micro.key, accelerator.device)
+            # With the epoch, for a sample may be twice in a batch that is larger than the data.
+            names = [f"{key} {epoch}" for key, epoch in zip(micro.key, micro.epoch, strict=True)]
+            draws = Draws(seed, step, names, accelerator.device)
             for name, loss, values in stage.losses(micro, draws, step, networks):
                 accelerator.backward(loss / division.accumulation)
                 if name not in played:
@@ -364,6 +414,15 @@ def _agree(asked: list[int], accelerator: Accelerator) -> int:
     return int(_largest(number, accelerator))
 
 
+def _over_processes(values: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """The mean over the processes, which have each seen their own share of the batches."""
+    if accelerator.num_processes == 1:
+        return values
+    mean = accelerator.reduce(torch.tensor(list(values.values()), device=accelerator.device), "mean")
+    assert isinstance(mean, Tensor)
+    return dict(zip(values, mean.tolist(), strict=True))
+
+
 def _any(condition: bool, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return condition
@@ -388,6 +447,17 @@ def _print_plan(stage: Stage, loop: LoopConfig, division: Division, accelerator:
         f"precision   {loop.precision} on {accelerator.device}, {torch.get_num_threads()} threads",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """{"a": {"b": 1}, "c": [2]} -> {"a.b": 1, "c": "[2]"}: what trackers take for a run's settings."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
 
 
 def _json(everything: Any) -> str:

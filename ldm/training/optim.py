@@ -10,7 +10,6 @@ from torch import nn
 from ldm.config import OptimizerConfig
 from ldm.errors import UserError
 
-
 LAWS = ("constant", "cosine")
 
 

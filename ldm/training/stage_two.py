@@ -45,6 +45,8 @@ class DiffusionStage:
     """The training of `config` on this process' share of the data."""
 
     def __init__(self, config: DiffusionTraining, rank: int, world: int, device: torch.device):
+        if not 0 <= config.loss.caption_dropout <= 1:
+            raise UserError(f"loss.caption_dropout is a share from 0 to 1, not {config.loss.caption_dropout}")
         torch.manual_seed(config.loop.seed)
         self.config, self.device = config, device
         self.schedule = make_schedule(config.schedule)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -17,10 +16,19 @@ KEPT = 2  # the newest, and one more in case the newest cannot be read
 
 
 def save_state(output: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` (tensors, numbers, strings, containers of them) as the state after `step` optimizer steps."""
+    """Write `state` (tensors, numbers, strings, containers of them) as the state after `step` optimizer steps.
+
+    Raises UserError if the disk does not take it; the states before then stay as they are.
+    """
     path = output / "state" / f"{step:08d}.pt"
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # When a write fails torch still closes its archive, and complains of that instead.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
     for old in _saved(output)[:-KEPT]:
         old.unlink(missing_ok=True)
     return path
@@ -36,7 +44,7 @@ def load_state(output: Path) -> tuple[int, dict[str, Any]] | None:
     for path in reversed(paths):
         try:
             return int(path.stem), torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged file can fail in any way; the one before it may still do
             reason = str(error).strip().splitlines()
             print(f"warning: {path} cannot be read ({reason[0][:120] if reason else error})", file=sys.stderr)
     if paths:
