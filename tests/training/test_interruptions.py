@@ -1,0 +1,115 @@
+"""Real processes that are interrupted, killed, or run out of disk, and what is left of them."""
+
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.training.state import load_state
+
+from .toys import ICONS, log_of
+
+ROOT = Path(__file__).parents[2]
+WORDS = [
+    f"data.shards={ICONS}/train-*.tar",
+    "data.size=16",
+    "data.workers=2",
+    "model.multipliers=[1]",
+    "loss.perceptual=0",
+    "loss.adversarial=0",
+    "loop.log_every=2",
+    "loop.validate_every=1000000",
+    "loop.ema=0.9",
+    "scale_samples=8",
+]
+
+pytestmark = pytest.mark.slow
+
+
+def command(output: Path, *words: str) -> list[str]:
+    script = ROOT / "scripts" / "train_autoencoder.py"
+    recipe = ROOT / "configs" / "autoencoder" / "tiny.yaml"
+    return [sys.executable, str(script), "--config", str(recipe), *WORDS, f"output={output}", *words]
+
+
+def interrupted(number: int, output: Path, *words: str) -> tuple[int, str, str]:
+    """Send signal `number` to a run of far too many steps when it has logged twice; exit code, stdout, stderr."""
+    process = subprocess.Popen(
+        command(output, "loop.steps=1000000", "optimizer.law=constant", *words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("step       4"):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)  # that its data readers end too, or the pipes would stay open
+    return process.returncode, said + out, err
+
+
+def test_sigterm_saves_exits_0_and_the_run_goes_on(tmp_path):
+    code, out, err = interrupted(signal.SIGTERM, tmp_path)
+    assert (code, err) == (0, "")
+    found = load_state(tmp_path)
+    assert found is not None
+    step = found[0]
+    assert f"stopped at step {step} as asked; --resume auto goes on from there" in out
+    assert not (tmp_path / "model.json").exists()
+    more = ["--resume", "auto", f"loop.steps={step + 4}", "optimizer.law=constant"]
+    done = subprocess.run(command(tmp_path, *more), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"steps       {step} to {step + 4}" in done.stdout
+    steps = [line["step"] for line in log_of(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-1] == step + 4
+    assert (tmp_path / "model.json").exists()
+
+
+def test_ctrl_c_saves_and_exits_130_with_one_sentence(tmp_path):
+    code, _, err = interrupted(signal.SIGINT, tmp_path)
+    assert code == 130
+    assert err.strip() == "interrupted: what was finished before is on disk, nothing is half-written"
+    assert load_state(tmp_path) is not None
+
+
+def test_a_run_killed_at_any_moment_goes_on_from_its_last_state(tmp_path):
+    code, _, _ = interrupted(signal.SIGKILL, tmp_path, "loop.save_every=1")
+    assert code == -signal.SIGKILL
+    found = load_state(tmp_path)
+    assert found is not None and found[0] >= 4
+    more = ["--resume", "auto", f"loop.steps={found[0] + 1}", "optimizer.law=constant"]
+    done = subprocess.run(command(tmp_path, *more), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "autoencoder.safetensors").exists()
+
+
+def test_a_disk_that_fills_up_ends_in_one_sentence_and_keeps_the_last_state(tmp_path):
+    whole = subprocess.run(command(tmp_path, "loop.steps=2", "loop.save_every=1"), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    before = load_state(tmp_path)
+    assert before is not None and before[0] == 2
+
+    def little_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    done = subprocess.run(
+        command(tmp_path, "loop.steps=9", "loop.save_every=1", "--resume", "auto"),
+        capture_output=True,
+        text=True,
+        preexec_fn=little_disk,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the file-size limit was reached while writing ")
+    assert done.stderr.count("\n") == 1
+    after = load_state(tmp_path)
+    assert after is not None and after[0] == 2
+    for key, tensor in before[1]["modules"]["autoencoder"].items():
+        assert torch.equal(tensor, after[1]["modules"]["autoencoder"][key])
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["00000001.pt", "00000002.pt"]

@@ -1,0 +1,187 @@
+"""Stage two, mostly as a pixel model (the identity codec), which needs no stage one."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ldm
+from ldm.checkpoints import native
+from ldm.config import DiffusionTraining, ModelConfig, TextConfig
+from ldm.errors import UserError
+from ldm.training.draws import Draws
+from ldm.training.stage_two import DiffusionStage
+
+from .toys import CPU, LOOP, PIXELS, log_of, run
+
+TEXT = TextConfig(
+    context_length=16, token_ids=(0, *range(300, 1300), 49406, 49407), width=32, heads=2, layers=1, embed_dim=16
+)
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text tower with random weights, as train_clip.py would leave it."""
+    from ldm.conditioning.clip import TextTower
+
+    path = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    native.save(path, ModelConfig(text=TEXT), {"text": TextTower(TEXT)})
+    return str(path)
+
+
+@pytest.fixture
+def pixels(tower: str) -> DiffusionTraining:
+    return replace(PIXELS, text=tower)
+
+
+class Spy(nn.Module):
+    """A network that remembers what it was given and says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.x: list[Tensor] = []
+        self.t: list[Tensor] = []
+        self.context: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        self.x.append(x)
+        self.t.append(t)
+        self.context.append(context)
+        return x * self.weight
+
+
+def spied(config: DiffusionTraining, steps: int) -> tuple[DiffusionStage, Spy]:
+    """What the network is given in the first `steps` steps on the same eight samples."""
+    stage, spy = DiffusionStage(config, 0, 1, CPU), Spy()
+    batch = next(iter(stage.batches))
+    for step in range(steps):
+        list(stage.losses(batch, Draws(0, step, batch.key), step, {"unet": spy}))
+    return stage, spy
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_captions_dropped_to_the_empty_prompt(pixels, share):
+    """Within four standard deviations; a dropped row is the empty prompt's context exactly."""
+    steps = 40 if 0 < share < 1 else 2
+    config = replace(pixels, loss=replace(pixels.loss, caption_dropout=share))
+    stage, spy = spied(config, steps)
+    assert stage.text is not None
+    null = stage.text.encode([""])
+    dropped = torch.stack([(context == null).all(2).all(1) for context in spy.context]).double()
+    assert dropped.numel() == 8 * steps
+    deviation = math.sqrt(share * (1 - share) / dropped.numel())
+    assert abs(float(dropped.mean()) - share) <= 4 * deviation
+    if share == 0.3:
+        assert bool(((dropped.mean(0) > 0) & (dropped.mean(0) < 1)).all())  # not always the same samples
+    batch = next(iter(DiffusionStage(config, 0, 1, CPU).batches))
+    captions = stage.text.encode(batch.caption)
+    for row in range(8):
+        expected = null[0] if dropped[0, row] else captions[row]
+        assert torch.equal(spy.context[0][row], expected)
+
+
+def test_a_share_beyond_1_is_refused(pixels):
+    with pytest.raises(UserError, match="caption_dropout is a share from 0 to 1, not 10"):
+        DiffusionStage(replace(pixels, loss=replace(pixels.loss, caption_dropout=10.0)), 0, 1, CPU)
+
+
+def test_levels_are_drawn_anew_for_every_sample_and_step_over_the_whole_range(pixels):
+    stage, spy = spied(pixels, 40)
+    t = torch.stack(spy.t)
+    assert len(t.unique()) > 0.8 * t.numel()
+    assert float(t.min()) < 60 and float(t.max()) > 940
+    assert stage.schedule.steps == 1000
+    # x_in = c_in (x0 + sigma n) has about unit variance at high noise, whatever the level
+    high = torch.cat(spy.x)[t.flatten() > 700]
+    assert abs(float(high.var()) - 1) < 0.1
+
+
+def test_it_learns_samples_and_is_read_back(pixels, tmp_path):
+    """The identity codec trains and samples with the same classes: 40 steps on 48 icons of 8 px."""
+    loop = replace(LOOP, steps=40, global_batch=16, log_every=10, save_every=40, validate_every=20)
+    config = replace(pixels, loop=loop, sample=replace(pixels.sample, prompts=("a red heart",), steps=2))
+    stage = DiffusionStage(config, 0, 1, CPU)
+    with torch.no_grad():
+        before = stage.validate()
+        assert before == stage.validate()  # the same noise and levels each time
+    smaller = DiffusionStage(replace(config, loop=replace(loop, global_batch=4)), 0, 1, CPU)
+    with torch.no_grad():
+        assert smaller.validate()["validation/loss"] == pytest.approx(before["validation/loss"], rel=1e-5)
+    run(stage, loop, tmp_path, config)
+
+    after = [line["validation/loss"] for line in log_of(tmp_path) if "validation/loss" in line]
+    assert len(after) == 2
+    assert after[-1] < 0.75 * before["validation/loss"]
+    losses = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
+    assert losses[-1] < 0.75 * losses[0]
+    assert (tmp_path / "samples" / "00000040.png").exists()
+
+    model = ldm.load(tmp_path, device="cpu")
+    assert model.config.autoencoder is not None and model.config.autoencoder.kind == "identity"
+    assert (model.config.parameterization, model.config.image_size) == ("v", 8)
+    image = model.txt2img("a red heart", cfg=2.0, steps=3, seed=1)
+    assert image.shape == (1, 3, 8, 8) and bool(image.isfinite().all()) and float(image.std()) > 0
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(pixels):
+    found = []
+    for checkpointing in (False, True):
+        stage = DiffusionStage(replace(pixels, gradient_checkpointing=checkpointing), 0, 1, CPU)
+        torch.manual_seed(1)
+        for parameter in stage.unet.parameters():  # the zeros that a new network begins with hide gradients
+            if not bool(parameter.detach().any()):
+                nn.init.normal_(parameter, std=0.1)
+        batch = next(iter(stage.batches))
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            ((_, loss, _),) = stage.losses(batch, Draws(0, 0, batch.key), 0, {"unet": stage.unet})
+        loss.backward()
+        gradients = [p.grad.clone() for p in stage.unet.parameters() if p.grad is not None]
+        found.append((kept, float(loss.detach()), gradients))
+    (plenty, loss, gradients), (little, same_loss, same_gradients) = found
+    assert little < 0.5 * plenty
+    assert same_loss == pytest.approx(loss, rel=1e-6)
+    assert len(gradients) == len(same_gradients) > 0
+    for a, b in zip(gradients, same_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_class_less_network_without_captions_trains_too(tmp_path):
+    model = replace(PIXELS.model, context_width=0)
+    config = replace(PIXELS, model=model, loop=replace(LOOP, steps=1))
+    stage = DiffusionStage(config, 0, 1, CPU)
+    run(stage, config.loop, tmp_path, config)
+    assert native.read_config(tmp_path).text is None
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"in_channels": 4}, r"latents have 3; set model.in_channels=3 model.out_channels=3"),
+        ({"context_width": 48}, r"the text tower's width is 32; set model.context_width=32"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named_with_the_setting_that_mends_it(pixels, model, words):
+    with pytest.raises(UserError, match=words):
+        DiffusionStage(replace(pixels, model=replace(pixels.model, **model)), 0, 1, CPU)
+
+
+def test_captions_need_a_text_tower():
+    with pytest.raises(UserError, match="no text tower is named; say text="):
+        DiffusionStage(PIXELS, 0, 1, CPU)
+
+
+def test_a_text_tower_that_is_not_there(tmp_path: Path):
+    with pytest.raises(UserError, match="nowhere"):
+        DiffusionStage(replace(PIXELS, text=str(tmp_path / "nowhere")), 0, 1, CPU)

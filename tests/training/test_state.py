@@ -1,0 +1,125 @@
+"""States on disk: whole or not there, and never executed."""
+
+import os
+import pickle
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.errors import UserError
+from ldm.training.state import KEPT, load_state, save_state
+
+LARGE = {"weights": torch.arange(1_000_000, dtype=torch.float32)}
+
+
+def in_a_process_of_its_own(work) -> int:
+    """Run `work` in a fork, which shares what is in memory and dies alone; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+    finally:
+        os._exit(3)
+
+
+def test_what_was_saved_is_loaded_and_the_newest_two_are_kept(tmp_path):
+    for step in (2, 4, 10):
+        path = save_state(tmp_path, step, {"tensor": torch.full((2,), step), "nested": {"list": [step, "text"]}})
+        assert path.name == f"{step:08d}.pt"
+    found = load_state(tmp_path)
+    assert found is not None
+    step, state = found
+    assert step == 10 and state["tensor"].tolist() == [10, 10] and state["nested"] == {"list": [10, "text"]}
+    assert KEPT == 2 and sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000004.pt", "00000010.pt"]
+
+
+def test_nothing_there(tmp_path):
+    assert load_state(tmp_path) is None
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "notes.pt").write_text("not a state")
+    assert load_state(tmp_path) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_newest_state_falls_back_to_the_one_before_with_a_warning(tmp_path, capsys, share):
+    save_state(tmp_path, 1, {"tensor": torch.ones(1000)})
+    newest = save_state(tmp_path, 2, {"tensor": torch.zeros(1000)})
+    newest.write_bytes(newest.read_bytes()[: int(share * newest.stat().st_size)])
+    found = load_state(tmp_path)
+    assert found is not None and found[0] == 1 and bool(found[1]["tensor"].all())
+    assert f"warning: {newest} cannot be read" in capsys.readouterr().err
+
+
+def test_when_no_state_can_be_read_that_is_said(tmp_path):
+    for step in (1, 2):
+        save_state(tmp_path, step, {}).write_bytes(b"torn")
+    with pytest.raises(UserError, match="can be read; start in another output folder, or remove it"):
+        load_state(tmp_path)
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))])
+def test_a_malicious_state_is_not_executed(tmp_path, write):
+    (tmp_path / "state").mkdir()
+    write({"weights": Malicious(tmp_path / "executed")}, tmp_path / "state" / "00000001.pt")
+    with pytest.raises(UserError, match="can be read"):
+        load_state(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_process_killed_while_it_saves_leaves_the_state_before(tmp_path):
+    def save_for_ever() -> None:
+        for step in range(2, 10**6):
+            save_state(tmp_path, step, LARGE)
+
+    save_state(tmp_path, 1, LARGE)
+    torn = 0
+    for _ in range(4):
+        child = in_a_process_of_its_own(save_for_ever)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:  # until a file is being written
+            half = [path for path in (tmp_path / "state").glob(".*.tmp") if path.exists() and path.stat().st_size]
+            if half:
+                break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        torn += len(list((tmp_path / "state").glob(".*.tmp")))
+        found = load_state(tmp_path)
+        assert found is not None and torch.equal(found[1]["weights"], LARGE["weights"])
+    assert torn, "no kill came in the middle of a save"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_disk_that_is_full_is_one_sentence_and_keeps_the_state_before(tmp_path):
+    """The limit on a file's size stands for the disk's: the write fails in its middle in the same way."""
+
+    def save_with_a_limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            save_state(tmp_path, 2, LARGE)
+        except UserError as error:
+            (tmp_path / "message").write_text(str(error))
+            os._exit(0)
+
+    save_state(tmp_path, 1, LARGE)
+    _, status = os.waitpid(in_a_process_of_its_own(save_with_a_limit), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    message = (tmp_path / "message").read_text()
+    assert message.startswith("the file-size limit was reached while writing") and "\n" not in message
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["00000001.pt"]
+    found = load_state(tmp_path)
+    assert found is not None and found[0] == 1
