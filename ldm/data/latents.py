@@ -54,8 +54,11 @@ def latent_fingerprint(autoencoder: str, text: str, data: DataConfig) -> dict[st
     if autoencoder and "autoencoder" in native.part_names(native.read_config(autoencoder)):
         made["autoencoder"] = native.fingerprint(native.read_part(autoencoder, "autoencoder"))
     if text:
-        settings = json.dumps(asdict(native.read_config(text).text or ()), sort_keys=True)  # type: ignore[call-overload]
-        made["text"] = native.fingerprint(native.read_part(text, "text")) + f" {settings}"
+        settings = native.read_config(text).text
+        if settings is None:
+            raise UserError(f"{text} has no text tower; name a checkpoint that train_clip.py wrote")
+        weights = native.fingerprint(native.read_part(text, "text"))
+        made["text"] = f"{weights} {json.dumps(asdict(settings), sort_keys=True)}"
     return made
 
 
@@ -138,7 +141,7 @@ class LatentWriter:
                     f"{folder} holds latents with another {' and '.join(differing)}; remove the folder or name another"
                 )
             self._manifest = found
-        self._waiting: list[tuple[str, dict[str, bytes]]] = []
+        self._waiting: dict[str, dict[str, bytes]] = {}
         self._next = self.start
 
     @property
@@ -158,7 +161,7 @@ class LatentWriter:
         if (flipped is not None) != self._manifest["flipped"]:
             raise ValueError("the writer was made for latents " + ("with" if flipped is None else "without") + " flips")
         for i, key in enumerate(batch.key):
-            if any(key == other for other, _ in self._waiting):
+            if key in self._waiting:
                 self._write()  # keys are unique within a source shard only: another one begins
             tensors = {
                 "moments": moments[i].cpu().contiguous(),
@@ -168,7 +171,7 @@ class LatentWriter:
             if flipped is not None:
                 tensors["moments_flipped"] = flipped[i].cpu().contiguous()
             meta = json.dumps({**batch.meta[i], "contexts": batch.captions[i]}, ensure_ascii=False)
-            self._waiting.append((key, {"safetensors": save(tensors), "json": meta.encode()}))
+            self._waiting[key] = {"safetensors": save(tensors), "json": meta.encode()}
             self._next = batch.sample[i] + 1
             if len(self._waiting) == self._per_shard:
                 self._write()
@@ -182,10 +185,10 @@ class LatentWriter:
 
     def _write(self) -> None:
         name = f"latents-{len(self._manifest['shards']):05d}.tar"
-        count = write_shard(self._folder / name, self._waiting)
+        count = write_shard(self._folder / name, self._waiting.items())
         self._manifest["shards"].append({"name": name, "samples": count, "next": self._next})
         self._save_manifest()
-        self._waiting = []
+        self._waiting = {}
 
     def _save_manifest(self) -> None:
         atomic_write_text(self._folder / MANIFEST, json.dumps(self._manifest, indent=1) + "\n")

@@ -184,7 +184,7 @@ def _index(path: Path, size: int, modified: int) -> ShardIndex:
 
 def _read_members(file: BinaryIO, size: int, samples: OrderedDict[str, Members]) -> int:
     """Fill `samples` and return the offset behind the last whole member, where a sound tar has a block of zeros."""
-    end = 0
+    end, twice = 0, False
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while True:
             try:
@@ -198,7 +198,11 @@ def _read_members(file: BinaryIO, size: int, samples: OrderedDict[str, Members])
             if member.isfile():
                 key, _, extension = member.name.rpartition(".")
                 if key and not os.path.basename(member.name).startswith("."):
-                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+                    sample = samples.setdefault(key, {})
+                    if extension.lower() in sample and not twice:
+                        twice = True
+                        logger.warning("%s has two members '%s'; the later of such is used", file.name, member.name)
+                    sample[extension.lower()] = (member.offset_data, member.size)
 
 
 def _drop_torn_sample(samples: OrderedDict[str, Members]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.config import DataConfig
+from ldm.config import DataConfig, ModelConfig
 from ldm.data.latents import LatentLoader, LatentSources, LatentWriter, latent_fingerprint
 from ldm.data.loader import Loader
 from ldm.errors import UserError
@@ -100,6 +100,13 @@ def test_an_interrupted_set_goes_on_and_becomes_the_same_files(tmp_path, source,
         assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_source_shards_may_number_their_samples_alike(tmp_path, source):
+    write_tar(tmp_path / "y.tar", [member for i in range(3) for member in sample(f"k{i}", 50 + i)])
+    both = replace(source, shards=f"{tmp_path}/*.tar", caption="txt")
+    fill(tmp_path / "set", both, per_shard=100)
+    assert load(tmp_path / "set", both).samples_per_epoch == 14
+
+
 def test_finished_sets_are_known_as_such(tmp_path, source):
     fill(tmp_path / "set", source)
     sources = LatentSources(source)
@@ -161,6 +168,9 @@ def test_the_fingerprint_follows_weights_reading_and_pictures_but_not_scale(tmp_
     assert latent_fingerprint(path, "", data)["text"] == "none"
     assert latent_fingerprint("", path, data)["autoencoder"] == "identity"
     assert latent_fingerprint(path, path, replace(data, size=64))["pictures"] != first["pictures"]
+    with pytest.raises(UserError, match=r"has no text tower"):
+        native.save(tmp_path / "bare", ModelConfig(), {})
+        latent_fingerprint("", str(tmp_path / "bare"), data)
     copy = tmp_path / "copy"
     shutil.copytree(tiny_checkpoint, copy)
     config = native.read_config(copy)

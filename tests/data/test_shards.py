@@ -52,6 +52,12 @@ def test_members_are_grouped_wherever_they_lie_and_whatever_dots_they_have(tmp_p
     assert reader.member(0, 1, "json") is None
 
 
+def test_a_name_that_comes_twice_is_said(tmp_path, caplog):
+    index = index_shard(write_tar(tmp_path / "x.tar", [("a.txt", b"1"), ("a.txt", b"22")]))
+    assert ShardReader([index]).read(0, 0).fields == {"txt": b"22"}
+    assert "x.tar has two members 'a.txt'" in caplog.text
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_tar_dialect_is_read(tmp_path, format):
     name = ("n" * 90 + "/") * 1 + "\u00e9" * 20 + ("m" * 80 if format != tarfile.USTAR_FORMAT else "")
