@@ -187,7 +187,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the set")
     parser.add_argument(
-        "--work", type=Path, default=Path("icons-work"), help="cache of downloads and renders [%(default)s]"
+        "--work", type=Path, default=Path("data/icons-work"), help="cache of downloads and renders [%(default)s]"
     )
     parser.add_argument(
         "--from-masters", type=Path, metavar="PACK", help="folder of a dense pack to build from instead"

@@ -16,7 +16,7 @@ from pathlib import Path
 from .words import words
 
 TONES = ("medium-light", "medium-dark", "light", "medium", "dark")
-TONE_MODIFIERS = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
+_TONE_MODIFIERS = frozenset(range(0x1F3FB, 0x1F400))
 _SELECTOR = 0xFE0F  # variation selector 16, "draw it as a picture": some sets write it, some do not
 _KEYWORDS = 8  # kept in the json
 _KEYWORDS_IN_CAPTION = 3
@@ -24,7 +24,7 @@ _KEYWORDS_IN_CAPTION = 3
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji as Unicode describes it. `tones` counts its skin-tone modifiers."""
+    """One emoji as Unicode describes it. `tones` counts its different skin tones."""
 
     name: str
     keywords: tuple[str, ...]
@@ -64,7 +64,7 @@ class EmojiNames:
         for text, entry in sorted(entries.items()):
             points = code_points(text)
             spoken = entry["tts"][0]
-            tones = sum(int(point, 16) in TONE_MODIFIERS for point in points.split("-"))
+            tones = len(_TONE_MODIFIERS.intersection(int(point, 16) for point in points.split("-")))
             group = group_of.get(_without_tones(points), "")
             if not group:
                 continue  # CLDR also names punctuation and mathematical signs, which no emoji set draws
@@ -107,7 +107,7 @@ def code_points(text: str) -> str:
 
 
 def _without_tones(points: str) -> str:
-    return "-".join(point for point in points.split("-") if int(point, 16) not in TONE_MODIFIERS)
+    return "-".join(point for point in points.split("-") if int(point, 16) not in _TONE_MODIFIERS)
 
 
 def slug(name: str) -> str:

@@ -33,9 +33,7 @@ class Drawing:
 
 def fit(name: str) -> bool:
     """False for brands, for what is not drawn at all and for names without letters."""
-    return bool(re.search("[A-Za-z]{2}", name) or name.startswith(("letter ", "keycap "))) and not (
-        is_brand(name) or is_unfit(name)
-    )
+    return bool(re.search("[A-Za-z]", name)) and len(name) > 1 and not is_brand(name) and not is_unfit(name)
 
 
 def read_iconify(key: str, package: Path, chars: Path | None, names: EmojiNames | None) -> Iterator[Drawing]:
@@ -65,11 +63,19 @@ def read_iconify(key: str, package: Path, chars: Path | None, names: EmojiNames 
 
 
 def read_files(key: str, package: Path, names: EmojiNames) -> Iterator[Drawing]:
-    """The drawings of a package with one picture for each emoji, assets/<code points>.webp."""
+    """The drawings of a package with one picture for each emoji, assets/<code points>.webp.
+
+    Some of its names have variation selectors, some not, and some pictures are there under both; an id has none.
+    """
+    seen: set[str] = set()
     for path in sorted((package / "assets").glob("*.webp")):
         emoji = names.by_code_points(path.stem)
-        if emoji is not None and keep_tone(key, path.stem, emoji.tones) and fit(emoji.name):
-            yield _drawing(key, path.stem, emoji.name, emoji, file=path)
+        identity = path.stem.replace("-fe0f", "")
+        if emoji is None or identity in seen:
+            continue
+        seen.add(identity)
+        if keep_tone(key, identity, emoji.tones) and fit(emoji.name):
+            yield _drawing(key, identity, emoji.name, emoji, file=path)
 
 
 def _drawing(
