@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
-from tests.tools.icon_packages import Registry, fill
+from .icon_packages import Registry, fill
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
