@@ -1,7 +1,7 @@
 """Measure a model on held-out pictures and on prompts.
 
     python scripts/evaluate.py autoencoder --model icons --shards 'data/icons/shards/test_*.tar'
-    python scripts/evaluate.py prompts --model icons --shards 'data/all/shards/*.tar' --where kind=plain \\
+    python scripts/evaluate.py prompts --model icons --shards 'data/icons/masters/*.tar' --where mono=false \\
         --classifier runs/classifier
 
 Each prints a table, and with --output writes its figures as JSON together with the protocol that they were made by.

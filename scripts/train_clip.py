@@ -13,7 +13,8 @@ def main() -> None:
     arguments = training_arguments(__doc__)
     from ldm import config
     from ldm.training.clip import ClipStage
-    from ldm.training.loop import make_accelerator, prepare_output, train
+    from ldm.training.loop import prepare_output, train
+    from ldm.training.processes import make_accelerator
 
     settings = config.load(config.ClipTraining, arguments.config, arguments.overrides)
     output = prepare_output(settings.output, settings.resume)

@@ -13,7 +13,8 @@ from ldm.training.command import training_arguments
 def main() -> None:
     arguments = training_arguments(__doc__)
     from ldm import config
-    from ldm.training.loop import make_accelerator, prepare_output, train
+    from ldm.training.loop import prepare_output, train
+    from ldm.training.processes import make_accelerator
     from ldm.training.stage_two import DiffusionStage
 
     settings = config.load(config.DiffusionTraining, arguments.config, arguments.overrides)

@@ -33,7 +33,8 @@ from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.data.shards import ShardReader, open_set
 from ldm.errors import UserError
 from ldm.training.draws import Draws
-from ldm.training.loop import Batches, Player, divide
+from ldm.training.processes import divide
+from ldm.training.stage import Batches, Player
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 CANDIDATES = 256  # captions a held-out picture's own is sought among, and the other way round

@@ -1,162 +1,37 @@
 """The loop that all trainings share: micro-batches, accumulation, optimizer steps, EMA, logs, states.
 
 A *stage* (stage_one.py, clip.py, stage_two.py) says what is trained and what its loss is; the loop knows no network.
-accelerate is used here and nowhere else: device, precision, process group, gradient synchronisation.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import os
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import nn
 
 from ldm import config as settings
-from ldm.config import LoopConfig, OptimizerConfig
+from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.files import atomic_write_text
 from ldm.training.draws import Draws
 from ldm.training.ema import EMA
 from ldm.training.optim import build_optimizer, rate_at
+from ldm.training.processes import Division, agree, any_process, divide, over_processes
 from ldm.training.report import Report
+from ldm.training.stage import Player, Stage
 from ldm.training.state import load_state, save_state
 
 BAD_STEPS_IN_A_ROW = 10  # non-finite gradients that are skipped before the run gives up
-TRACKERS = ("tensorboard", "wandb")
-
-
-class Batches(Protocol):
-    """Endless batches: dataclasses of tensors and lists with this process' part of a batch, `key` and `epoch`."""
-
-    def __iter__(self) -> Iterator[Any]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def describe(self) -> str: ...
-
-
-@dataclasses.dataclass
-class Player:
-    """A network with an optimizer of its own. A GAN has two, everything else one."""
-
-    module: nn.Module
-    optimizer: OptimizerConfig
-    averaged: bool = True
-
-
-class Stage(Protocol):
-    """What a training is, as the loop sees it."""
-
-    players: dict[str, Player]
-    batches: Batches
-
-    def losses(
-        self, batch: Any, draws: Draws, step: int, networks: Mapping[str, nn.Module]
-    ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Yield (player, mean loss of the micro-batch, what to log); each is back-propagated before the next."""
-        ...
-
-    def validate(self) -> dict[str, float]:
-        """Figures on held-out data; the players hold their averaged weights meanwhile."""
-        ...
-
-    def draw(self, output: Path, step: int) -> None:
-        """Write pictures that show how far the run has come."""
-        ...
-
-    def export(self, output: Path, finished: bool) -> None:
-        """Write what others read from `output`; the players hold their averaged weights meanwhile."""
-        ...
-
-    def describe(self) -> list[str]:
-        """Lines of the plan that only the stage knows."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Division:
-    """How a global batch is divided: global = processes * accumulation * micro."""
-
-    processes: int
-    accumulation: int
-    micro: int
-
-    @property
-    def share(self) -> int:
-        """Samples of one optimizer step in one process."""
-        return self.accumulation * self.micro
-
-
-def divide(loop: LoopConfig, processes: int) -> Division:
-    """Raises UserError if the global batch cannot be divided as asked."""
-    share, rest = divmod(loop.global_batch, processes)
-    micro = loop.micro_batch or share
-    if loop.steps < 1 or loop.global_batch < 1:
-        raise UserError(
-            f"loop.steps and loop.global_batch must be at least 1, not {loop.steps} and {loop.global_batch}"
-        )
-    if rest or share % micro:
-        raise UserError(
-            f"loop.global_batch={loop.global_batch} is not {processes} processes times a multiple of "
-            f"loop.micro_batch={micro}; change one of them"
-        )
-    return Division(processes, share // micro, micro)
-
-
-def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
-    """The accelerator of a run; raises UserError for settings that cannot work, or not on this machine."""
-    _check(loop)
-    precisions = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-    if loop.precision not in precisions:
-        raise UserError(f"unknown loop.precision '{loop.precision}'; use one of {', '.join(precisions)}")
-    if loop.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("loop.precision=fp16 needs a GPU; use bf16 or fp32 on this machine")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    accelerator = Accelerator(
-        # Unless told that it is on CPUs, accelerate makes of each of several processes a run of its own there.
-        cpu=world > 1 and not torch.accelerator.is_available(),
-        mixed_precision=precisions[loop.precision],
-        log_with=list(loop.trackers) or None,
-        project_dir=output,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    if accelerator.num_processes < world:
-        raise UserError(f"{world} processes were launched, of which accelerate joins {accelerator.num_processes}")
-    if accelerator.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(loop.threads or max(1, _cores() // local))
-    return accelerator
-
-
-def _check(loop: LoopConfig) -> None:
-    least = {"log_every": 1, "validate_every": 1, "save_every": 1}
-    least |= {"micro_batch": 0, "sample_every": 0, "max_minutes": 0, "threads": 0}
-    for name, number in least.items():
-        if getattr(loop, name) < number:
-            raise UserError(f"loop.{name} must be at least {number}, not {getattr(loop, name)}")
-    if not 0 <= loop.ema < 1:
-        raise UserError(f"loop.ema must be at least 0 and below 1, not {loop.ema}")
-    for name in loop.trackers:
-        if name not in TRACKERS:
-            raise UserError(f"unknown tracker '{name}' in loop.trackers; use one of {', '.join(TRACKERS)}")
-        if importlib.util.find_spec(name) is None:  # accelerate would track nothing and say nothing
-            raise UserError(f"loop.trackers names {name}, which is not installed; pip install 'ldm[track]'")
-
-
-def _cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_output(output: str, resume: str) -> Path:
@@ -183,7 +58,8 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
     players = stage.players
     for player in players.values():
         player.module.to(accelerator.device)
-    optimizers = {name: build_optimizer(player.module, player.optimizer) for name, player in players.items()}
+    # Any: accelerate's wrapper of an optimizer, once prepared
+    optimizers: dict[str, Any] = {name: build_optimizer(p.module, p.optimizer) for name, p in players.items()}
     averages = {name: EMA(p.module, loop.ema) for name, p in players.items() if p.averaged and loop.ema}
     scaler = accelerator.scaler  # of fp16's loss, None in other precisions
 
@@ -303,7 +179,7 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
 
             if step % loop.log_every == 0 or step == loop.steps:
                 spent = time.monotonic() - interval
-                values = _over_processes({key: sum(each) / len(each) for key, each in sums.items()}, accelerator)
+                values = over_processes({key: sum(each) / len(each) for key, each in sums.items()}, accelerator)
                 values["rate"] = rate_at(next(iter(players.values())).optimizer, step - 1, loop.steps)
                 values["images"] = step * loop.global_batch
                 values["images_per_s"] = counted * loop.global_batch / spent
@@ -316,9 +192,9 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
             if step % loop.validate_every == 0 or (loop.sample_every and step % loop.sample_every == 0):
                 look(step % loop.validate_every == 0, bool(loop.sample_every) and step % loop.sample_every == 0)
                 interval = time.monotonic()
-            stop = _agree(asked, accelerator)
+            stop = agree(asked, accelerator)
             over = bool(loop.max_minutes) and time.monotonic() - began > 60 * loop.max_minutes
-            over = _any(over, accelerator)
+            over = any_process(over, accelerator)
             if stop or over or step == loop.steps or step % loop.save_every == 0:
                 save()
             if stop:
@@ -404,35 +280,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _agree(asked: list[int], accelerator: Accelerator) -> int:
-    """The signal that any process got, 0 if none: all stop at the same step, or a gradient exchange would hang."""
-    number = asked[0] if asked else 0
-    if accelerator.num_processes == 1:
-        return number
-    return int(_largest(number, accelerator))
-
-
-def _over_processes(values: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
-    """The mean over the processes, which have each seen their own share of the batches."""
-    if accelerator.num_processes == 1:
-        return values
-    mean = accelerator.reduce(torch.tensor(list(values.values()), device=accelerator.device), "mean")
-    assert isinstance(mean, Tensor)
-    return dict(zip(values, mean.tolist(), strict=True))
-
-
-def _any(condition: bool, accelerator: Accelerator) -> bool:
-    if accelerator.num_processes == 1:
-        return condition
-    return bool(_largest(int(condition), accelerator))
-
-
-def _largest(number: int, accelerator: Accelerator) -> int:
-    gathered = accelerator.gather(torch.tensor([number], device=accelerator.device))
-    assert isinstance(gathered, Tensor)
-    return int(gathered.max())
 
 
 def _print_plan(stage: Stage, loop: LoopConfig, division: Division, accelerator: Accelerator, step: int) -> None:

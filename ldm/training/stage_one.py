@@ -25,7 +25,7 @@ from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.errors import UserError
 from ldm.metrics.quality import psnr, ssim
 from ldm.training.draws import Draws
-from ldm.training.loop import Player
+from ldm.training.stage import Batches, Player
 
 SHOWN = 16  # pictures in a reconstruction grid
 
@@ -68,7 +68,7 @@ class AutoencoderStage:
         # A codec of unit scale: shapes and the posterior; the real scale is known only at the end.
         self.codec = Codec(autoencoder, dataclasses.replace(config.model, shift=(0.0,), scale=(1.0,)))
         self.latent_shape = self.codec.latent_shape(config.data.size, config.data.size)
-        self.batches = Loader(config.data, config.loop.global_batch, rank, world, config.loop.seed)
+        self.batches: Batches = Loader(config.data, config.loop.global_batch, rank, world, config.loop.seed)
 
     def describe(self) -> list[str]:
         c, h, w = self.latent_shape

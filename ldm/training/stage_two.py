@@ -35,7 +35,7 @@ from ldm.errors import UserError
 from ldm.image_io import grid, save_png
 from ldm.model import assemble
 from ldm.training.draws import Draws
-from ldm.training.loop import Player
+from ldm.training.stage import Batches, Player
 from ldm.unet.unet import UNet
 
 VALIDATION_SAMPLES = 512  # held-out samples of the validation loss, at most
@@ -65,7 +65,7 @@ class DiffusionStage:
         if config.latents:
             expected = latent_fingerprint(config.autoencoder, config.text, config.data)
             data = dataclasses.replace(config.data, shards=config.latents)
-            self.batches = LatentLoader(data, loop.global_batch, rank, world, loop.seed, expected)
+            self.batches: Batches = LatentLoader(data, loop.global_batch, rank, world, loop.seed, expected)
         else:
             self.batches = Loader(config.data, loop.global_batch, rank, world, loop.seed)
 

@@ -124,7 +124,8 @@ def test_retrieval_does_not_punish_the_same_words():
 def test_a_run_leaves_what_others_read(tmp_path: Path):
     """Twelve steps on the fixture through the loop; the loss falls, both towers can be read back and agree."""
     from ldm.checkpoints import native
-    from ldm.training.loop import make_accelerator, train
+    from ldm.training.loop import train
+    from ldm.training.processes import make_accelerator
 
     made = stage()
     train(made, TRAINING.loop, make_accelerator(TRAINING.loop, tmp_path), tmp_path, TRAINING)

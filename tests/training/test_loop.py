@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from ldm.config import LoopConfig
 from ldm.errors import UserError
-from ldm.training.loop import BAD_STEPS_IN_A_ROW, Division, divide, make_accelerator, prepare_output, split, train
+from ldm.training.loop import BAD_STEPS_IN_A_ROW, prepare_output, split, train
+from ldm.training.processes import Division, divide, make_accelerator
 from ldm.training.state import load_state
 
 from .toys import LOOP, Rows, ToyStage, log_of, run
@@ -90,7 +91,7 @@ def test_half_precision_needs_a_gpu(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_and_not_silence(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.training.loop.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("ldm.training.processes.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"names wandb, which is not installed; pip install 'ldm\[track\]'"):
         make_accelerator(replace(LOOP, trackers=("wandb",)), tmp_path)
 

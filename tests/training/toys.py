@@ -22,7 +22,9 @@ from ldm.config import (
     UNetConfig,
 )
 from ldm.training.draws import Draws, generator
-from ldm.training.loop import Player, make_accelerator, train
+from ldm.training.loop import train
+from ldm.training.processes import make_accelerator
+from ldm.training.stage import Player
 
 ICONS = Path(__file__).parents[1] / "fixtures" / "icons"
 DATA = DataConfig(

@@ -1,0 +1,125 @@
+"""The processes of a run: the accelerator they share, how they divide a batch, and what they must agree upon.
+
+accelerate is used here and in loop.py, and nowhere else: device, precision, process group, gradient synchronisation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from ldm.config import LoopConfig
+from ldm.errors import UserError
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a global batch is divided: global = processes * accumulation * micro."""
+
+    processes: int
+    accumulation: int
+    micro: int
+
+    @property
+    def share(self) -> int:
+        """Samples of one optimizer step in one process."""
+        return self.accumulation * self.micro
+
+
+def divide(loop: LoopConfig, processes: int) -> Division:
+    """Raises UserError if the global batch cannot be divided as asked."""
+    share, rest = divmod(loop.global_batch, processes)
+    micro = loop.micro_batch or share
+    if loop.steps < 1 or loop.global_batch < 1:
+        raise UserError(
+            f"loop.steps and loop.global_batch must be at least 1, not {loop.steps} and {loop.global_batch}"
+        )
+    if rest or share % micro:
+        raise UserError(
+            f"loop.global_batch={loop.global_batch} is not {processes} processes times a multiple of "
+            f"loop.micro_batch={micro}; change one of them"
+        )
+    return Division(processes, share // micro, micro)
+
+
+def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
+    """The accelerator of a run; raises UserError for settings that cannot work, or not on this machine."""
+    _check(loop)
+    precisions = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+    if loop.precision not in precisions:
+        raise UserError(f"unknown loop.precision '{loop.precision}'; use one of {', '.join(precisions)}")
+    if loop.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("loop.precision=fp16 needs a GPU; use bf16 or fp32 on this machine")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        # Unless told that it is on CPUs, accelerate makes of each of several processes a run of its own there.
+        cpu=world > 1 and not torch.accelerator.is_available(),
+        mixed_precision=precisions[loop.precision],
+        log_with=list(loop.trackers) or None,
+        project_dir=output,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes < world:
+        raise UserError(f"{world} processes were launched, of which accelerate joins {accelerator.num_processes}")
+    if accelerator.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(loop.threads or max(1, _cores() // local))
+    return accelerator
+
+
+def _check(loop: LoopConfig) -> None:
+    least = {"log_every": 1, "validate_every": 1, "save_every": 1}
+    least |= {"micro_batch": 0, "sample_every": 0, "max_minutes": 0, "threads": 0}
+    for name, number in least.items():
+        if getattr(loop, name) < number:
+            raise UserError(f"loop.{name} must be at least {number}, not {getattr(loop, name)}")
+    if not 0 <= loop.ema < 1:
+        raise UserError(f"loop.ema must be at least 0 and below 1, not {loop.ema}")
+    for name in loop.trackers:
+        if name not in TRACKERS:
+            raise UserError(f"unknown tracker '{name}' in loop.trackers; use one of {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:  # accelerate would track nothing and say nothing
+            raise UserError(f"loop.trackers names {name}, which is not installed; pip install 'ldm[track]'")
+
+
+def _cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def agree(asked: list[int], accelerator: Accelerator) -> int:
+    """The signal that any process got, 0 if none: all stop at the same step, or a gradient exchange would hang."""
+    number = asked[0] if asked else 0
+    if accelerator.num_processes == 1:
+        return number
+    return int(_largest(number, accelerator))
+
+
+def over_processes(values: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """The mean over the processes, which have each seen their own share of the batches."""
+    if accelerator.num_processes == 1:
+        return values
+    mean = accelerator.reduce(torch.tensor(list(values.values()), device=accelerator.device), "mean")
+    assert isinstance(mean, Tensor)
+    return dict(zip(values, mean.tolist(), strict=True))
+
+
+def any_process(condition: bool, accelerator: Accelerator) -> bool:
+    if accelerator.num_processes == 1:
+        return condition
+    return bool(_largest(int(condition), accelerator))
+
+
+def _largest(number: int, accelerator: Accelerator) -> int:
+    gathered = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    assert isinstance(gathered, Tensor)
+    return int(gathered.max())
