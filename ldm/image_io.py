@@ -94,9 +94,14 @@ def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """(B, 3, H, W) -> one picture (3, H', W'), row by row, `gap` white pixels between; None: about as wide as high."""
+    """(B, 3, H, W) -> one picture (3, H', W'), row by row, `gap` white pixels between.
+
+    Without `columns` the sheet is about as wide as high, and full where up to twice as many columns as rows allow it.
+    """
     count, channels, height, width = images.shape
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    side = math.ceil(math.sqrt(count))
+    full = (c for c in range(side, count) if count % c == 0 and c * c <= 2 * count)
+    columns = min(columns or next(full, side), count)
     rows = math.ceil(count / columns)
     sheet = images.new_ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
     for i, image in enumerate(images):

@@ -119,6 +119,13 @@ def test_a_grid_goes_row_by_row() -> None:
     assert image_io.grid(images[:1], columns=9).shape == (3, 4, 6)
 
 
+def test_a_grid_without_columns_is_full_where_it_can_be():
+    def columns(count: int) -> int:
+        return (image_io.grid(torch.zeros(count, 3, 1, 1), gap=0)).shape[-1]
+
+    assert [columns(n) for n in (1, 2, 3, 4, 6, 7, 8, 16, 32)] == [1, 2, 2, 2, 3, 3, 4, 4, 8]
+
+
 def test_numbers_go_on_from_the_highest(tmp_path: Path) -> None:
     assert image_io.next_number(tmp_path) == image_io.next_number(tmp_path / "missing") == 0
     for name in ("00003.png", "100000.png", "grid-200000.png", "7.txt"):
