@@ -52,6 +52,8 @@ def write_folder(
     index = _index(folder)
     hashes = {name: _digest(items, fingerprint) for name, items in planned.items()}
     wanted = [name for name in planned if not _is_done(folder / name, index.get(name), hashes[name])]
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()  # of a build that was killed in the middle of a file
     for name in index.keys() - planned.keys():
         (folder / name).unlink(missing_ok=True)
     index = {name: index[name] for name in planned if name in index and name not in wanted}
