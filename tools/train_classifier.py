@@ -1,6 +1,7 @@
 """Train the concept classifier whose features prompt accuracy is measured in.
 
-    python tools/train_classifier.py --shards 'data/all/shards/*.tar' --where kind=plain --output runs/classifier
+    python tools/train_classifier.py --shards 'data/icons/masters/*.tar' --where mono=false \\
+        --concepts configs/evaluation/classifier.yaml --output runs/classifier
 
 It learns the concepts of --concepts, or else all that have pictures enough, in every style but the left-out one: what
 it then says of that style's pictures is what it can say of pictures it never saw. "twemoji" is left out because
@@ -53,9 +54,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--left-out", default="twemoji", help="the style it never sees")
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--channels", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     for name in ("size", "channels", "steps", "batch", "pictures"):
