@@ -1,4 +1,4 @@
-"""Synthetic packages in npm's layout, and an `npm` that packs them: no network, no real art."""
+"""Synthetic packages in npm's layout, an `npm` that packs them, and readers of what is built from them."""
 
 from __future__ import annotations
 
@@ -122,3 +122,25 @@ def fill(registry: Registry) -> None:
 
 def slug(name: str) -> str:
     return name.replace("’", "").replace(" ", "-")
+
+
+# ---------------------------------------------------------------- what a build left
+
+
+def samples(folder: Path) -> list[dict]:
+    """Every sample of a folder of shards: members by extension, json parsed, and the shard's name."""
+    found: dict[tuple[str, str], dict] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                key, extension = member.name.rsplit(".", 1)
+                found.setdefault((path.name, key), {"shard": path.name})[extension] = file.read()
+    for one in found.values():
+        one["json"] = json.loads(one["json"])
+    return list(found.values())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -18,7 +17,8 @@ import pytest
 from PIL import Image
 
 from ldm.errors import UserError
-from .icon_packages import Registry, fill
+
+from .icon_packages import Registry, files, fill, samples
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -65,25 +65,6 @@ def build(output: Path, *words: str, work: Path | None = None, sources: str = SO
 def run_main(*words: str) -> None:
     with mock.patch.object(sys, "argv", ["build_icons.py", "--processes", "1", *words]):
         build_icons.main()
-
-
-def samples(folder: Path) -> list[dict]:
-    """Every sample of a folder of shards: members by extension, json parsed, and the shard's name."""
-    found: dict[tuple[str, str], dict] = {}
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                assert file is not None
-                key, extension = member.name.rsplit(".", 1)
-                found.setdefault((path.name, key), {"shard": path.name})[extension] = file.read()
-    for one in found.values():
-        one["json"] = json.loads(one["json"])
-    return list(found.values())
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # ---------------------------------------------------------------- the build
