@@ -83,7 +83,7 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_last_state(tmp_path):
     code, _, _ = interrupted(signal.SIGKILL, tmp_path, "loop.save_every=1")
     assert code == -signal.SIGKILL
     found = load_state(tmp_path)
-    assert found is not None and found[0] >= 4
+    assert found is not None and found[0] >= 3  # a step's line is said before its state is saved
     more = ["--resume", "auto", f"loop.steps={found[0] + 1}", "optimizer.law=constant"]
     done = subprocess.run(command(tmp_path, *more), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
