@@ -118,7 +118,7 @@ def _efficientnet_lite0() -> Any:
 def _lpips() -> nn.Module:
     declare_missing_operators()  # lpips imports torchvision
     try:
-        import lpips
+        import lpips  # pyright: ignore[reportMissingImports]  # of an extra
     except ImportError as error:
         raise UserError(
             "perceptual_net=lpips needs the package lpips; install it with pip install 'ldm[lpips]'"
