@@ -277,18 +277,18 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] 
 
     where = str(path) if path else "the arguments"
     try:
-        merged = OmegaConf.create()
-        if path:
-            merged = OmegaConf.create(read_text(path))
-            if not OmegaConf.is_dict(merged):
-                raise UserError(f"{path} is not a mapping of settings; see configs/ for examples")
-        words = list(overrides)
-        for word in words:
-            if "=" not in word:
+        plain = OmegaConf.to_container(OmegaConf.create(read_text(path) if path else {}), resolve=False)
+        if not isinstance(plain, dict):
+            raise UserError(f"{path} is not a mapping of settings; see configs/ for examples")
+        for word in overrides:
+            key, given, _ = word.partition("=")
+            if not given:
                 raise UserError(f"'{word}' is not of the form key=value")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(words))
-        plain = OmegaConf.to_container(merged, resolve=False)
-    except (YAMLError, OmegaConfBaseException) as error:
+            value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)
+            for name in key.split("."):
+                value = value[name]
+            _replace(plain, key.split("."), value)
+    except (YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:  # the last two: odd keys, as a[0]
         raise UserError(f"{where}: {_first_line(error)}") from error
     return from_dict(cls, plain, where)
 
@@ -312,6 +312,15 @@ def from_dict(cls: type[T], plain: Any, where: str) -> T:
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {_first_line(error)}") from error
     return _tuples(made, tables)  # type: ignore[return-value]
+
+
+def _replace(plain: dict[Any, Any], key: Sequence[str], value: Any) -> None:
+    """Set a nested key. A value takes the old one's place whole: data.where={} lifts a file's filter."""
+    for name in key[:-1]:
+        if not isinstance(plain.get(name), dict):
+            plain[name] = {}
+        plain = plain[name]
+    plain[key[-1]] = value
 
 
 def to_dict(config: Any) -> dict[str, Any]:

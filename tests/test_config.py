@@ -164,3 +164,12 @@ def test_long_lists_of_numbers_come_back_whole_and_in_their_place():
 def test_a_long_list_where_a_number_belongs_is_refused():
     with pytest.raises(UserError, match="here"):
         from_dict(ModelConfig, {"text": {"width": list(range(200))}}, "here")
+
+
+def test_a_word_replaces_what_the_file_says(tmp_path):
+    """Merged, an empty mapping would change nothing, and a file's filter could not be lifted."""
+    (tmp_path / "a.yaml").write_text("data: {size: 32, where: {style: [flat emoji]}}")
+    read = load(DiffusionTraining, tmp_path / "a.yaml", ["data.where={}"])
+    assert (read.data.where, read.data.size) == ({}, 32)
+    read = load(DiffusionTraining, tmp_path / "a.yaml", ["data.where.name=[sun]"])
+    assert read.data.where == {"style": ["flat emoji"], "name": ["sun"]}
