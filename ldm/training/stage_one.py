@@ -65,6 +65,11 @@ class AutoencoderStage:
             )
             rate = dataclasses.replace(config.optimizer, rate=config.loss.discriminator_rate, betas=(0.5, 0.9))
             self.players["discriminator"] = Player(self.discriminator, rate, averaged=False)
+            if config.loop.compile:
+                # The adaptive weight goes back through the graph before the backward pass does: keep what it needs.
+                from torch._functorch import config as functorch_config
+
+                functorch_config.donated_buffer = False
         # A codec of unit scale: shapes and the posterior; the real scale is known only at the end.
         self.codec = Codec(autoencoder, dataclasses.replace(config.model, shift=(0.0,), scale=(1.0,)))
         self.latent_shape = self.codec.latent_shape(config.data.size, config.data.size)
