@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,8 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
     counted = bad = skipped = 0
     began = interval = time.monotonic()
     waiting = 0.0
-    batches = iter(stage.batches) if step < loop.steps else iter(())
-    with _signals() as asked:
+    batches = iter(stage.batches)
+    with _signals() as asked, _ending(batches):
         while step < loop.steps:
             before = time.monotonic()
             batch = next(batches)
@@ -268,6 +268,16 @@ def _averaged(players: Mapping[str, Player], averages: Mapping[str, EMA]) -> Ite
         finally:
             for player in players.values():
                 player.module.train()
+
+
+@contextmanager
+def _ending(batches: Iterator[Any]) -> Iterator[None]:
+    """However the loop ends, its data readers end with it: they heed no signal, and the process would wait for them."""
+    try:
+        yield
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
 
 
 @contextmanager
