@@ -51,6 +51,12 @@ class AutoencoderStage:
             raise UserError(
                 "the identity codec has nothing to train; train_diffusion.py without autoencoder= makes a pixel model"
             )
+        if config.loss.adversarial and config.loop.compile:
+            # torch refuses it, and with donated buffers switched off gives wrong gradients instead (2.13, one thread).
+            raise UserError(
+                "loop.compile does not go with loss.adversarial: the adaptive weight goes back through the graph first, "
+                "and compiled code overwrites what the second time needs; leave one of them out"
+            )
         torch.manual_seed(config.loop.seed)
         self.config, self.device = config, device
         autoencoder = AutoencoderKL(config.model)
@@ -65,11 +71,6 @@ class AutoencoderStage:
             )
             rate = dataclasses.replace(config.optimizer, rate=config.loss.discriminator_rate, betas=(0.5, 0.9))
             self.players["discriminator"] = Player(self.discriminator, rate, averaged=False)
-            if config.loop.compile:
-                # The adaptive weight goes back through the graph before the backward pass does: keep what it needs.
-                from torch._functorch import config as functorch_config
-
-                functorch_config.donated_buffer = False
         # A codec of unit scale: shapes and the posterior; the real scale is known only at the end.
         self.codec = Codec(autoencoder, dataclasses.replace(config.model, shift=(0.0,), scale=(1.0,)))
         self.latent_shape = self.codec.latent_shape(config.data.size, config.data.size)

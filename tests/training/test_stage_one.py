@@ -190,3 +190,22 @@ def test_the_identity_codec_has_nothing_to_train():
 def test_a_size_that_f_does_not_divide_is_refused():
     with pytest.raises(UserError, match="multiples of 2"):
         stage_of(replace(AUTOENCODER, data=replace(AUTOENCODER.data, size=15)))
+
+
+def test_compiling_and_the_adaptive_weight_exclude_each_other():
+    with pytest.raises(UserError, match=r"loop\.compile does not go with loss\.adversarial"):
+        stage_of(replace(AUTOENCODER, loop=replace(LOOP, compile=True)))
+
+
+@pytest.mark.slow
+def test_compiled_networks_learn_the_same(tmp_path):
+    """Losses agree, not each weight: Adam makes a whole step of a gradient that is zero but for rounding."""
+    losses = []
+    for compiled in (False, True):
+        loop = replace(LOOP, steps=4, log_every=1, compile=compiled)
+        config = replace(AUTOENCODER, loop=loop, loss=replace(AUTOENCODER.loss, adversarial=0.0))
+        run(stage_of(config), loop, tmp_path / str(compiled), config)
+        losses.append([line["loss"] for line in log_of(tmp_path / str(compiled)) if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    decoded = native.load_autoencoder(tmp_path / "True").decode(torch.zeros(1, 3, 8, 8))
+    assert bool(decoded.isfinite().all())

@@ -157,6 +157,19 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(pixels):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same_and_draws(pixels, tmp_path):
+    losses = []
+    for compiled in (False, True):
+        loop = replace(LOOP, steps=4, log_every=1, compile=compiled)
+        config = replace(pixels, loop=loop, sample=replace(pixels.sample, prompts=("a red heart",), steps=2))
+        run(DiffusionStage(config, 0, 1, CPU), loop, tmp_path / str(compiled), config)
+        losses.append([line["loss"] for line in log_of(tmp_path / str(compiled)) if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert (tmp_path / "True" / "samples" / "00000004.png").exists()
+    assert ldm.load(tmp_path / "True", device="cpu").config.image_size == 8
+
+
 def test_a_class_less_network_without_captions_trains_too(tmp_path):
     model = replace(PIXELS.model, context_width=0)
     config = replace(PIXELS, model=model, loop=replace(LOOP, steps=1))
