@@ -54,7 +54,7 @@ class AutoencoderStage:
         if config.loss.adversarial and config.loop.compile:
             # torch refuses it, and with donated buffers switched off gives wrong gradients instead (2.13, one thread).
             raise UserError(
-                "loop.compile does not go with loss.adversarial: the adaptive weight goes back through the graph first, "
+                "loop.compile does not go with loss.adversarial: the adaptive weight walks the graph first, "
                 "and compiled code overwrites what the second time needs; leave one of them out"
             )
         torch.manual_seed(config.loop.seed)
