@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ Sampler = Callable[[Denoiser, Tensor, Tensor, Noise], Iterator[Step]]
 Law = Callable[[float, float], tuple[float, float]]
 """(sigma, sigma_next) -> (keep, add): deviations of the noise kept from x and of the noise added."""
 
+Advance = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
+"""(x at sigma, sigma, sigma_next) -> (x at sigma_next, x0): one step, the denoiser and any memory closed over."""
+
 
 def start(noise: Tensor, schedule: Schedule, sigmas: Tensor) -> Tensor:
     """The state at the grid's first level: the chain's z is pure unit `noise` (B, C, h, w) there, and x = z / alpha."""
@@ -49,17 +53,39 @@ def solver_state(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
+def flow(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """Along the probability flow dx / dsigma = (x - x0) / sigma from `sigma` to `sigma_next`, were x0 constant.
+
+    One step of Euler's method is this with the denoiser's x0; the methods of higher order are this with an average of
+    several, and differ in nothing else. No term grows with sigma, and sigma_next = 0 gives `x0` exactly.
+    """
+    return x0 + (sigma_next / sigma) * (x - x0)
+
+
+def trajectory(x: Tensor, sigmas: Tensor, advance: Advance) -> Iterator[Step]:
+    """Every sampler's loop: `advance` over each interval of the grid, from `x` (B, C, h, w) at its first level."""
+    x = solver_state(x)
+    levels = [float(sigma) for sigma in sigmas]
+    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        x, x0 = advance(x, sigma, sigma_next)
+        yield Step(index, len(levels) - 1, sigma, sigma_next, x, x0)
+
+
+def level(sigma: float) -> Tensor:
+    """`sigma` as a denoiser takes it: (), float64, on the CPU like the grid."""
+    return torch.tensor(sigma, dtype=torch.float64)
+
+
 def walk(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, law: Law) -> Iterator[Step]:
-    """Every sampler of one evaluation a step: x <- x0 + keep (x - x0) / sigma + add n, with keep and add from `law`.
+    """Every sampler of one evaluation a step and no memory: x <- x0 + keep (x - x0) / sigma + add n, by `law`.
 
     (x - x0) / sigma is the noise that the denoiser sees in x. Noise is asked for only where some is added.
     """
-    x = solver_state(x)
-    for index in range(len(sigmas) - 1):
-        sigma, sigma_next = float(sigmas[index]), float(sigmas[index + 1])
-        x0 = denoiser(x, sigmas[index])
+
+    def advance(x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+        x0 = denoiser(x, level(sigma))
         keep, add = law(sigma, sigma_next)
         x = x0 + (keep / sigma) * (x - x0)
-        if add > 0:
-            x = x + add * noise(sigma, sigma_next).to(x)
-        yield Step(index, len(sigmas) - 1, sigma, sigma_next, x, x0)
+        return (x + add * noise(sigma, sigma_next).to(x) if add > 0 else x), x0
+
+    return trajectory(x, sigmas, advance)
