@@ -89,11 +89,16 @@ class UNetConfig:
 class ScheduleConfig:
     """The law t <-> sigma of the training noise. The defaults are Stable Diffusion's."""
 
-    kind: str = "scaled_linear"  # linear, scaled_linear (linear in sqrt(beta)), cosine
-    steps: int = 1000
-    beta_start: float = 0.00085
+    kind: str = "scaled_linear"  # chains: linear, scaled_linear (in sqrt(beta)), cosine, sigmoid; or vp, ve, flow
+    steps: int = 1000  # trained levels; vp, ve and flow are trained between them too
+    beta_start: float = 0.00085  # linear, scaled_linear
     beta_end: float = 0.012
     zero_terminal_snr: bool = False  # rescale so that the last step is pure noise (Lin et al. 2024, algorithm 1)
+    beta_min: float = 0.1  # vp: beta of the continuous chain at time 0 and 1 (Song et al. 2021, appendix C)
+    beta_max: float = 20.0
+    time_min: float = 1e-3  # vp: the first trained time
+    sigma_min: float = 0.002  # ve: its ends (Karras et al. 2022; Song et al. 2021 have 0.01 and 50)
+    sigma_max: float = 80.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,9 @@ class ModelConfig:
     text: TextConfig | None = None
     unet: UNetConfig | None = None
     schedule: ScheduleConfig | None = None
-    parameterization: str = "eps"  # eps, x0, v
+    parameterization: str = "eps"  # eps, x0, v, flow (n - x0), score, edm
+    sigma_data: float = 1.0  # the data's deviation, for edm; latents have 1, pixels about 0.5
+    learned_variance: bool = False  # the U-Net's second half of channels says the reverse steps' variance
     image_size: int = 512  # pixels, the side it was trained at
 
 
@@ -223,11 +230,15 @@ class ClipTraining:
 class DiffusionLossConfig:
     """Stage two: w(sigma) |D - x0|^2 with sigma drawn by a law of its own."""
 
-    weight: str = "uniform"  # uniform (on the network's own target), snr, min_snr
+    weight: str = "uniform"  # uniform (on the network's own target), snr, min_snr, edm, elbo
     min_snr_gamma: float = 5.0
-    levels: str = "uniform"  # uniform in t, or lognormal in sigma
-    level_mean: float = -1.2  # of ln sigma, for lognormal (Karras et al. 2022, table 1)
-    level_std: float = 1.2
+    levels: str = "uniform"  # uniform in t, lognormal in sigma, logit_normal in rectified flow's t
+    level_mean: float | None = None  # of ln sigma = logit t; none: lognormal -1.2 (EDM), logit_normal 0 (SD 3)
+    level_std: float | None = None  # none: lognormal 1.2, logit_normal 1
+    stratified: bool = False  # each of the global batch's equal shares of probability gives one level
+    variance_bound: float = 0.001  # weight of the bound that trains a learned variance
+    offset_noise: float = 0.0  # deviation of a constant added to each channel's noise; 0.1 is usual
+    input_perturbation: float = 0.0  # deviation of noise that the input has beyond the target's; 0.1 is usual
     caption_dropout: float = 0.1  # share of samples trained on the encoded empty prompt
 
 
@@ -252,6 +263,8 @@ class DiffusionTraining:
     model: UNetConfig = UNetConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parameterization: str = "v"
+    sigma_data: float = 1.0
+    learned_variance: bool = False  # model.out_channels is then twice model.in_channels
     data: DataConfig = DataConfig()
     loss: DiffusionLossConfig = DiffusionLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -326,6 +339,22 @@ def _replace(plain: dict[Any, Any], key: Sequence[str], value: Any) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`: plain dicts, lists and numbers, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """What of `to_dict` differs from the dataclass' own defaults, nested ones too."""
+    plain = to_dict(config)
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value, default = getattr(config, f.name), _default(f)
+        if value == default:
+            continue
+        found[f.name] = changed(value) if dataclasses.is_dataclass(value) else plain[f.name]
+    return found
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _check_keys(cls: Any, plain: dict[Any, Any], where: str, prefix: str) -> None:

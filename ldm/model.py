@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.config import ModelConfig, ScheduleConfig, to_dict
+from ldm.config import ModelConfig, ScheduleConfig, changed
 from ldm.errors import UserError
 from ldm.jobs import Settings, of_prompts
 
@@ -55,7 +55,8 @@ class LatentDiffusion:
 
     @cached_property
     def hash(self) -> str:
-        """sha256, in hex, of the config and the weights: of the stored ones, whatever precision they run in here."""
+        """sha256, in hex, of the config's settings that are not the defaults, and of the stored weights, whatever
+        precision they run in here."""
         from ldm.checkpoints import native
 
         if self.path is not None:
@@ -63,7 +64,7 @@ class LatentDiffusion:
         else:
             parts = {"autoencoder": self.codec.autoencoder, "text": self.text, "unet": self.unet}
             weights = "".join(native.fingerprint(part) for part in parts.values() if part is not None)
-        document = json.dumps(to_dict(self.config), sort_keys=True)
+        document = json.dumps(changed(self.config), sort_keys=True)  # a setting added later changes no old model
         return hashlib.sha256(f"{document}\n{weights}".encode()).hexdigest()
 
     def txt2img(

