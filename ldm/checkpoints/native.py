@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm.checkpoints.reading import read_metadata, read_tensors
 from ldm.config import ModelConfig, from_dict, to_dict
-from ldm.errors import UserError, explain_os_error
+from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_text, read_text
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 FORMAT = "ldm-1"
 PARTS = ("autoencoder", "text", "unet")
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 Weights = nn.Module | Mapping[str, Tensor]
 
 
@@ -127,7 +127,7 @@ def read_config(path: str | Path) -> ModelConfig:
             raise UserError(f"{path} has no model.json, so it is not a checkpoint; name the directory a training wrote")
         text = read_text(where)
     else:
-        text = _metadata(path).get("model", "")
+        text = read_metadata(path).get("model", "")
         if not text:
             raise UserError(
                 f"{path} has no model config in its metadata, so it is not a native checkpoint; foreign checkpoints "
@@ -211,9 +211,8 @@ def load_unet(
 def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
     """The state dict of one part ("autoencoder", "text", "unet") as it is stored, on the CPU; raises UserError."""
     file, prefix = _place(Path(path), name)
-    with _open(file) as stored:
-        keys = [key for key in stored.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
-        return {key.removeprefix(prefix): stored.get_tensor(key) for key in keys}
+    stored = read_tensors(file)
+    return {key.removeprefix(prefix): stored[key] for key in stored if key.startswith(prefix)}
 
 
 def read_parts(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
@@ -278,35 +277,6 @@ def _form(tensor: Tensor) -> str:
 
 def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-# ---------------------------------------------------------------- files
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with _open(path) as stored:
-        return stored.metadata() or {}
-
-
-def _open(path: Path) -> safe_open:
-    """`path` opened with its header checked; raises UserError for what is missing, torn, or could execute."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise explain_os_error(error, f"reading {path}") from error
-    safetensors = head[8:] == b"{"  # after 8 bytes of length, which may happen to begin as a pickle does
-    if not safetensors and (head.startswith((b"PK\x03\x04", b"\x80")) or path.suffix in PICKLES):
-        raise UserError(
-            f"{path} is a pickle, which can execute code when it is read, and was not opened; foreign checkpoints are "
-            "not read in this version, native ones are safetensors"
-        )
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from error
-    except OSError as error:
-        raise explain_os_error(error, f"reading {path}") from error
 
 
 # ---------------------------------------------------------------- identity
