@@ -26,17 +26,19 @@ def ddim(eta: float = 0.0) -> Sampler:
     if not eta >= 0:
         raise UserError(f"eta is {eta:g}; choose 0 (deterministic) or more")
 
-    def law(sigma: float, sigma_next: float) -> tuple[float, float]:
-        add = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
-        return math.sqrt(max(sigma_next**2 - add**2, 0.0)), add
-
     def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
         largest = largest_eta(sigmas)
         if eta > largest * (1 + 1e-9):  # the caller may have rounded the largest one
             raise UserError(f"eta is {eta:g}, but this grid admits at most {largest:.4f}; choose a smaller eta")
-        return walk(denoiser, x, sigmas, noise, law)
+        return walk(denoiser, x, sigmas, noise, lambda s, r: ancestral(s, r, eta))
 
     return sample
+
+
+def ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """(keep, add) of the step above, with no more added than sigma_next: keep^2 + add^2 = sigma_next^2."""
+    add = min(eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2), sigma_next)
+    return math.sqrt(sigma_next**2 - add**2), add
 
 
 def largest_eta(sigmas: Tensor) -> float:

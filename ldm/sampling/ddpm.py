@@ -8,9 +8,36 @@ Bayes' rule for x' at level r given x at level s and x0 (their equation 7, in x 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.step import Law, Sampler, walk
+from ldm.sampling.step import Law, Noise, Sampler, Step, level, trajectory, walk
+
+VARIANCES = ("posterior", "beta", "learned")
+
+Fraction = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, C, h, w), sigma ()) -> v (B, C, h, w): -1 means the posterior variance, 1 beta, geometric between."""
+
+
+def ddpm(variance: str = "posterior", schedule: Schedule | None = None, fraction: Fraction | None = None) -> Sampler:
+    """`variance`: posterior (beta-tilde) or beta, the two of Ho et al. 2020, section 3.2, or learned, between them.
+
+    `schedule` is the law whose beta is meant, the variance-preserving one if left out. `fraction` belongs to learned
+    (Nichol & Dhariwal 2021, equation 15): it is asked at each step, after the denoiser and with the very same tensors,
+    so it may read what that evaluation left behind. Raises UserError for another variance, and for learned without it.
+    """
+    if variance not in VARIANCES:
+        raise UserError(f"the variance of ddpm is '{variance}'; choose one of {', '.join(VARIANCES)}")
+    if variance == "learned":
+        if fraction is None:
+            raise UserError("the variance of ddpm is 'learned', but this model predicts none; choose posterior or beta")
+        return _learned(fraction, schedule)
+    law = posterior if variance == "posterior" else beta_law(schedule)
+    return lambda denoiser, x, sigmas, noise: walk(denoiser, x, sigmas, noise, law)
 
 
 def posterior(sigma: float, sigma_next: float) -> tuple[float, float]:
@@ -18,24 +45,44 @@ def posterior(sigma: float, sigma_next: float) -> tuple[float, float]:
     return sigma_next**2 / sigma, sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
 
 
-def beta(sigma: float, sigma_next: float) -> tuple[float, float]:
-    """The same mean with the forward step's variance: right if the data were N(0, I) already.
+def beta_law(schedule: Schedule | None = None) -> Law:
+    """The posterior's mean with the variance of the forward step from r to s, z_s = (a_s / a_r) z_r + noise.
 
-    beta = 1 - alpha_bar / alpha_bar_next of the variance-preserving chain, divided by alpha_bar_next, is
-    (s^2 - r^2) (1 + r^2) / (1 + s^2). The step to 0 adds none, as in algorithm 2.
+    In z = a x that noise has variance a_s^2 (s^2 - r^2), so in x', which is z_r / a_r,
+
+        add^2 = (s^2 - r^2) (a_s / a_r)^2.
+
+    On the variance-preserving law it is beta = 1 - alpha_bar_s / alpha_bar_r over alpha_bar_r, right if the data were
+    N(0, I) already. The step to 0 adds none, as in algorithm 2.
     """
-    keep, _ = posterior(sigma, sigma_next)
-    if sigma_next == 0:
-        return keep, 0.0
-    return keep, math.sqrt((sigma**2 - sigma_next**2) * (1 + sigma_next**2) / (1 + sigma**2))
+
+    def alpha(sigma: float) -> float:
+        return 1 / math.hypot(1, sigma) if schedule is None else float(schedule.alpha(level(sigma)))
+
+    def law(sigma: float, sigma_next: float) -> tuple[float, float]:
+        keep, _ = posterior(sigma, sigma_next)
+        if sigma_next == 0:
+            return keep, 0.0
+        return keep, math.sqrt(sigma**2 - sigma_next**2) * alpha(sigma) / alpha(sigma_next)
+
+    return law
 
 
-VARIANCES: dict[str, Law] = {"posterior": posterior, "beta": beta}
+def _learned(fraction: Fraction, schedule: Schedule | None) -> Sampler:
+    """Each value's log variance is interpolated: ((1 + v) log beta + (1 - v) log beta-tilde) / 2."""
+    largest = beta_law(schedule)
 
+    def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+        def advance(x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+            at = level(sigma)
+            x0 = denoiser(x, at)
+            if sigma_next == 0:
+                return x0, x0
+            keep, low = posterior(sigma, sigma_next)
+            _, high = largest(sigma, sigma_next)
+            add = low * (high / low) ** ((1 + fraction(x, at).to(x)) / 2)
+            return x0 + (keep / sigma) * (x - x0) + add * noise(sigma, sigma_next).to(x), x0
 
-def ddpm(variance: str = "posterior") -> Sampler:
-    """`variance`: posterior (beta-tilde) or beta, the two of Ho et al. 2020, section 3.2. Raises UserError."""
-    if variance not in VARIANCES:
-        raise UserError(f"the variance of ddpm is '{variance}'; choose one of {', '.join(VARIANCES)}")
-    law = VARIANCES[variance]
-    return lambda denoiser, x, sigmas, noise: walk(denoiser, x, sigmas, noise, law)
+        return trajectory(x, sigmas, advance)
+
+    return sample

@@ -1,0 +1,96 @@
+"""Langevin dynamics on the score of each level, (D(x, sigma) - x) / sigma^2: alone, annealed, or after a predictor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.errors import UserError
+from ldm.sampling.step import Noise, Sampler, Step, level, trajectory
+
+
+def langevin(moves: int = 10, step_size: float = 0.1) -> Sampler:
+    """Annealed Langevin dynamics (Song & Ermon 2019, algorithm 1): `moves` moves at each level of the grid.
+
+    The state enters a level as it left the one before; the first level is where it starts, and gets no moves. With h =
+    `step_size` a move at level r is
+
+        x <- x + h r^2 score + sqrt(2 h) r n = x + h (D - x) + sqrt(2 h) r n,
+
+    so h is half of Song and Ermon's epsilon over the square of their last level. The moves are not corrected by an
+    accept-reject step: where the score is that of pure noise they settle at the variance r^2 / (1 - h / 2), not r^2.
+    The step to 0 gives D, one evaluation; every other takes `moves`. `Step.x0` is the last one made.
+    Raises UserError for no moves and for h outside (0, 2), where the chain has no stationary law.
+    """
+    if moves < 1:
+        raise UserError(f"langevin was given {moves} moves a level; choose 1 or more")
+    if not 0 < step_size < 2:
+        raise UserError(f"the step_size of langevin is {step_size:g}; choose one between 0 and 2, well below 1")
+
+    def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+        def advance(x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+            if sigma_next == 0:
+                x0 = denoiser(x, level(sigma))
+                return x0, x0
+            for _ in range(moves):
+                x0 = denoiser(x, level(sigma_next))
+                score, n = (x0 - x) / sigma_next**2, noise(sigma, sigma_next).to(x)
+                x = move(x, score, step_size * sigma_next**2, n)
+            return x, x0
+
+        return trajectory(x, sigmas, advance)
+
+    return sample
+
+
+def pc(snr: float = 0.16, moves: int = 1) -> Sampler:
+    """Predictor-corrector sampling (Song et al. 2021, "Score-based generative modeling", algorithms 2 and 4).
+
+    Predictor: the reverse diffusion step of the variance-exploding law, which x = x0 + sigma n follows whatever the
+    model's own one, x + (s^2 - r^2) score(x, s) + sqrt(s^2 - r^2) n. Corrector: `moves` Langevin moves at r, of step
+
+        epsilon = (snr |n| / |score|)^2       (half of the paper's)
+
+    where each picture has its own norms, so that none changes another. (The paper's code averages them over the batch.)
+    An epsilon so chosen depends on the state, and in a few dimensions on chance: it is made for pictures. `snr` = 0, or
+    no moves, leaves the predictor alone. The step to 0 gives D, one evaluation; every other takes 1 + `moves`.
+    `Step.x0` is the last one made. Raises UserError for negative options.
+    """
+    if not snr >= 0:
+        raise UserError(f"the snr of pc is {snr:g}; choose 0 or more, as 0.16")
+    if moves < 0:
+        raise UserError(f"pc was given {moves} moves a level; choose 0 or more")
+
+    def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
+        def advance(x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+            x0 = denoiser(x, level(sigma))
+            if sigma_next == 0:
+                return x0, x0
+            difference = sigma**2 - sigma_next**2
+            x = x + (difference / sigma**2) * (x0 - x) + math.sqrt(difference) * noise(sigma, sigma_next).to(x)
+            for _ in range(moves):
+                x0 = denoiser(x, level(sigma_next))
+                score, n = (x0 - x) / sigma_next**2, noise(sigma, sigma_next).to(x)
+                x = move(x, score, (snr * norms(n) / norms(score)) ** 2, n)
+            return x, x0
+
+        return trajectory(x, sigmas, advance)
+
+    return sample
+
+
+def move(x: Tensor, score: Tensor, epsilon: Tensor | float, n: Tensor) -> Tensor:
+    """x + epsilon score + sqrt(2 epsilon) n: Euler-Maruyama on Langevin's equation, `epsilon` a number or (B, 1, 1, 1).
+
+    On N(0, 1) the chain's own stationary variance is 1 / (1 - epsilon / 2).
+    """
+    return x + epsilon * score + (2 * torch.as_tensor(epsilon).to(x)).sqrt() * n
+
+
+def norms(x: Tensor) -> Tensor:
+    """(B, 1, 1, 1): the Euclidean norm of each picture of (B, C, h, w)."""
+    return x.flatten(1).norm(dim=1).reshape(-1, *(1,) * (x.ndim - 1))
