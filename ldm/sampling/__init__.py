@@ -10,25 +10,69 @@ latent = finish(x, schedule, sigmas)
 
 from collections.abc import Callable
 
+from ldm.sampling.ancestral import euler_a
+from ldm.sampling.consistency import lcm
 from ldm.sampling.ddim import ddim
 from ldm.sampling.ddpm import ddpm
-from ldm.sampling.grid import GRIDS, make_grid
-from ldm.sampling.noise import NoiseStream
+from ldm.sampling.dpm_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
+from ldm.sampling.grid import GRIDS, listed, make_grid, tail
+from ldm.sampling.langevin import langevin, pc
+from ldm.sampling.multistep import dpmpp_2m, plms, unipc
+from ldm.sampling.noise import BrownianPath, NoiseStream
+from ldm.sampling.ode import ode
+from ldm.sampling.one_step import dpm_2, euler, heun
+from ldm.sampling.reverse_sde import euler_maruyama
 from ldm.sampling.step import Noise, Sampler, Step, finish, start
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {"ddim": ddim, "ddpm": ddpm}
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "euler": euler,
+    "heun": heun,
+    "dpm_2": dpm_2,
+    "dpmpp_2m": dpmpp_2m,
+    "plms": plms,
+    "unipc": unipc,
+    "ode": ode,
+    "euler_a": euler_a,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpmpp_sde": dpmpp_sde,
+    "lcm": lcm,
+    "langevin": langevin,
+    "pc": pc,
+    "euler_maruyama": euler_maruyama,
+}
 """Each name's factory; what it takes (eta, variance) is in its docstring."""
 
 __all__ = [
     "GRIDS",
     "SAMPLERS",
+    "BrownianPath",
     "Noise",
     "NoiseStream",
     "Sampler",
     "Step",
     "ddim",
     "ddpm",
+    "dpm_2",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
+    "euler",
+    "euler_a",
+    "euler_maruyama",
     "finish",
+    "heun",
+    "langevin",
+    "lcm",
+    "listed",
     "make_grid",
+    "ode",
+    "pc",
+    "plms",
     "start",
+    "tail",
+    "unipc",
 ]

@@ -1,18 +1,33 @@
 """The grid: the decreasing levels that a sampler walks. N steps asked are N steps run.
 
-The three spacings are those of Lin et al. 2024, table 2, on the trained levels t = 0 .. T - 1:
+Three spacings are those of Lin et al. 2024, table 2, on the trained levels t = 0 .. T - 1, so N is at most T:
 
-    trailing   t = round(T - i T / N) - 1, then sigma = 0. Starts at the last level: right for few steps.
-    linspace   N levels evenly from T - 1 to 0, then sigma = 0 (a single step starts at T - 1).
-    leading    t = i (T // N) + 1 for i = N - 1 .. 0, then the smallest trained level, t = 0, not sigma = 0. This is the
-               original DDIM's grid, as Stable Diffusion was released with it (the offset of 1 and "set_alpha_to_one"
-               false): it starts short of the last level by about T / N, so it needs many steps. N = T leaves no room
-               for the offset and is the full chain, which ends at 0.
+    trailing     t = round(T - i T / N) - 1, then sigma = 0. Starts at the last level: right for few steps.
+    linspace     N levels evenly from T - 1 to 0, then sigma = 0 (a single step starts at T - 1).
+    leading      t = i (T // N) + 1 for i = N - 1 .. 0, then the smallest trained level, t = 0, not sigma = 0. This is
+                 the original DDIM's grid, as Stable Diffusion was released with it (the offset of 1 and
+                 "set_alpha_to_one" false): it starts short of the last level by about T / N, so it needs many steps.
+                 N = T leaves no room for the offset and is the full chain, which ends at 0.
+
+Three are formulas in sigma between the law's ends, for any N:
+
+    karras       N levels, even in sigma^(1/7), then sigma = 0 (Karras et al. 2022, equation 5).
+    exponential  N levels, even in log sigma, then sigma = 0: a last step removes what noise is left at sigma_min.
+    logsnr       N + 1 levels, even in log SNR = -2 log sigma, and no 0: as in DPM-Solver (Lu et al. 2022, section 3.4).
+                 The spacing is that of `exponential`; what differs is that it ends at sigma_min, so every step is of
+                 one length and none is left to the first order.
+
+Between the levels at which anything is to be seen, that is. A law that begins beyond `HIGHEST` (zero terminal SNR, a
+flow, the cosine law) would have these three spend most of their steps in pure noise, where nothing happens. They are
+spaced from `HIGHEST` down, and their first level alone is then moved up to where the law begins.
+
+`listed` checks levels written out, and `tail` is the part of a grid that changes a given picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,16 +35,22 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 
+RHO = 7.0
+"""Karras et al. 2022, appendix D.1: 3 makes the steps' errors even; 5 to 10, shorter steps near sigma_min, look best."""
+
+HIGHEST = 160.0
+"""The SNR of unit-variance data is 4e-5 there. Just above the continuous variance-preserving law's end, 152."""
+
 
 def trailing(schedule: Schedule, steps: int) -> Tensor:
     """(N + 1,) from the last trained level to 0, evenly from the end."""
     spans = torch.arange(steps, dtype=torch.float64) * (schedule.steps / steps)
-    return _levels(schedule, (schedule.steps - spans).round() - 1, end=0.0)
+    return _to_zero(_trained(schedule, (schedule.steps - spans).round() - 1))
 
 
 def linspace(schedule: Schedule, steps: int) -> Tensor:
     """(N + 1,) over all trained levels, both ends included, then 0."""
-    return _levels(schedule, torch.linspace(schedule.steps - 1, 0, steps, dtype=torch.float64).round(), end=0.0)
+    return _to_zero(_trained(schedule, torch.linspace(schedule.steps - 1, 0, steps, dtype=torch.float64).round()))
 
 
 def leading(schedule: Schedule, steps: int) -> Tensor:
@@ -37,24 +58,98 @@ def leading(schedule: Schedule, steps: int) -> Tensor:
     if steps == schedule.steps:
         return trailing(schedule, steps)
     times = torch.arange(steps - 1, -1, -1) * (schedule.steps // steps) + 1
-    return _levels(schedule, times, end=schedule.sigma_min)
+    return torch.cat([_trained(schedule, times), schedule.sigmas[:1]])
 
 
-GRIDS: dict[str, Callable[[Schedule, int], Tensor]] = {
-    "leading": leading,
-    "trailing": trailing,
-    "linspace": linspace,
-}
+def karras(schedule: Schedule, steps: int) -> Tensor:
+    """(N + 1,) evenly in sigma^(1 / rho) from sigma_max to sigma_min, then 0."""
+    return _to_zero(_between(schedule, steps, lambda sigma: sigma ** (1 / RHO), lambda root: root**RHO))
+
+
+def exponential(schedule: Schedule, steps: int) -> Tensor:
+    """(N + 1,) evenly in log sigma from sigma_max to sigma_min, then 0."""
+    return _to_zero(_between(schedule, steps, math.log, torch.exp))
+
+
+def logsnr(schedule: Schedule, steps: int) -> Tensor:
+    """(N + 1,) evenly in log sigma from sigma_max to sigma_min, where it ends."""
+    return _between(schedule, steps + 1, math.log, torch.exp)
+
+
+Grid = Callable[[Schedule, int], Tensor]
+
+TRAINED_GRIDS: dict[str, Grid] = {"leading": leading, "trailing": trailing, "linspace": linspace}
+GRIDS: dict[str, Grid] = {**TRAINED_GRIDS, "karras": karras, "exponential": exponential, "logsnr": logsnr}
 
 
 def make_grid(schedule: Schedule, steps: int, spacing: str = "trailing") -> Tensor:
-    """(steps + 1,) float64 on the CPU, strictly decreasing. UserError for steps outside [1, T] or another spacing."""
+    """(steps + 1,) float64 on the CPU, strictly decreasing, from the schedule's last level (leading: from below it).
+
+    Raises UserError for an unknown spacing, for steps < 1, and for more steps than trained levels where it walks those.
+    """
     if spacing not in GRIDS:
         raise UserError(f"the grid is '{spacing}'; choose one of {', '.join(GRIDS)}")
-    if not 1 <= steps <= schedule.steps:
+    if spacing in TRAINED_GRIDS and not 1 <= steps <= schedule.steps:
         raise UserError(f"{steps} steps were asked for; choose between 1 and {schedule.steps}, the trained levels")
+    if steps < 1:
+        raise UserError(f"{steps} steps were asked for; choose at least 1")
     return GRIDS[spacing](schedule, steps)
 
 
-def _levels(schedule: Schedule, times: Tensor, end: float) -> Tensor:
-    return torch.cat([schedule.sigmas[times.long()], torch.tensor([end], dtype=torch.float64)])
+def listed(schedule: Schedule, sigmas: Sequence[float]) -> Tensor:
+    """(len(sigmas),) the grid of levels written out: N + 1 of them for N steps, strictly decreasing, 0 or more.
+
+    Raises UserError for anything else, and for a first level beyond the schedule's last, which no model knows.
+    """
+    levels = torch.tensor(list(sigmas), dtype=torch.float64)
+    if len(levels) < 2:
+        raise UserError(f"the list of sigmas has {len(levels)} levels; one step takes 2, such as 14.6, 0")
+    if not bool(levels.isfinite().all()) or float(levels.min()) < 0:
+        raise UserError("the list of sigmas has a level that is negative or not finite; choose 0 or more")
+    for index in range(len(levels) - 1):
+        if levels[index + 1] >= levels[index]:
+            above, below = float(levels[index]), float(levels[index + 1])
+            raise UserError(f"the list of sigmas goes from {above:g} to {below:g}; each level must be below the last")
+    if levels[0] > schedule.sigma_max * (1 + 1e-6):  # a written number is rounded
+        raise UserError(
+            f"the list of sigmas begins at {float(levels[0]):g}, but the model's noise schedule ends at "
+            f"{schedule.sigma_max:g}; begin there or below"
+        )
+    return levels
+
+
+def tail(sigmas: Tensor, strength: float) -> Tensor:
+    """The last floor(strength N) of a grid's N steps: where a given picture, noised to their first level, is taken up.
+
+    Strength 1 is the whole grid. The floor is the field's convention: 30 steps at strength 0.75 are 22. It counts
+    steps, not noise, so the level that a strength means depends on the spacing. Raises UserError for a strength
+    outside (0, 1] and for one that leaves no step.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"the strength is {strength:g}; choose it above 0 (hardly changed) and at most 1 (drawn anew)")
+    total = len(sigmas) - 1
+    run = math.floor(strength * total + 1e-9)  # 0.29 of 100 steps is 29, though 0.29 * 100 < 29
+    if run < 1:
+        raise UserError(
+            f"strength {strength:g} of {total} steps is less than one step; use {1 / total:.2g} or more, or more steps"
+        )
+    return sigmas[total - run :].clone()
+
+
+def _trained(schedule: Schedule, times: Tensor) -> Tensor:
+    return schedule.sigmas[times.long()]
+
+
+def _to_zero(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+
+
+def _between(
+    schedule: Schedule, count: int, forth: Callable[[float], float], back: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`count` levels evenly spaced in `forth` of sigma, from the schedule's sigma_max to its sigma_min, both exact."""
+    high, low = min(schedule.sigma_max, HIGHEST), schedule.sigma_min
+    sigmas = back(torch.linspace(forth(high), forth(low), count, dtype=torch.float64))
+    sigmas[-1] = low
+    sigmas[0] = schedule.sigma_max
+    return sigmas

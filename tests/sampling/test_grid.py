@@ -1,6 +1,8 @@
-"""Grids: N steps asked are N steps run, where each spacing starts and ends."""
+"""Grids: N steps asked are N steps run, where each spacing starts and ends, and what is even in it."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -8,49 +10,128 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion import make_schedule
+from ldm.diffusion import Schedule, make_schedule
 from ldm.errors import UserError
-from ldm.sampling import GRIDS, make_grid
+from ldm.sampling import GRIDS, listed, make_grid, tail
+from ldm.sampling.grid import HIGHEST, TRAINED_GRIDS
 
 SCHEDULE = make_schedule(ScheduleConfig())
+PURE_NOISE = make_schedule(ScheduleConfig(zero_terminal_snr=True))
+COSINE = make_schedule(ScheduleConfig(kind="cosine"))
+EDM = Schedule(torch.logspace(math.log10(0.002), math.log10(80), 50, dtype=torch.float64))
 
 
-@given(steps=st.integers(1, 1000), spacing=st.sampled_from(sorted(GRIDS)))
+@given(
+    steps=st.integers(1, 1000),
+    spacing=st.sampled_from(sorted(GRIDS)),
+    schedule=st.sampled_from([SCHEDULE, PURE_NOISE, COSINE]),
+)
 @settings(deadline=None)
-def test_a_grid_has_the_steps_asked_for_and_decreases(steps: int, spacing: str) -> None:
-    sigmas = make_grid(SCHEDULE, steps, spacing)
+def test_a_grid_has_the_steps_asked_for_and_decreases(steps: int, spacing: str, schedule: Schedule) -> None:
+    sigmas = make_grid(schedule, steps, spacing)
     assert sigmas.shape == (steps + 1,) and sigmas.dtype == torch.float64 and sigmas.device.type == "cpu"
     assert bool((sigmas.diff() < 0).all())
-    times = SCHEDULE.t(sigmas[:-1])
-    torch.testing.assert_close(times, times.round(), rtol=0, atol=1e-9)
+    if spacing in TRAINED_GRIDS:
+        times = schedule.t(sigmas[:-1])
+        torch.testing.assert_close(times, times.round(), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 30])
-def test_ends(steps: int) -> None:
-    for spacing in ("trailing", "linspace"):
-        sigmas = make_grid(SCHEDULE, steps, spacing)
-        assert sigmas[0] == SCHEDULE.sigma_max and sigmas[-1] == 0
-    assert make_grid(SCHEDULE, steps, "leading")[-1] == SCHEDULE.sigma_min
-    assert make_grid(SCHEDULE, max(steps, 2), "linspace")[-2] == SCHEDULE.sigma_min
+@pytest.mark.parametrize("schedule", [SCHEDULE, PURE_NOISE, COSINE, EDM], ids=["vp", "pure noise", "cosine", "edm"])
+def test_ends(steps: int, schedule: Schedule) -> None:
+    for spacing in ("trailing", "linspace", "karras", "exponential"):
+        sigmas = make_grid(schedule, steps, spacing)
+        assert sigmas[0] == schedule.sigma_max and sigmas[-1] == 0
+    for spacing in ("leading", "logsnr"):
+        assert make_grid(schedule, steps, spacing)[-1] == schedule.sigma_min
+    assert make_grid(schedule, steps, "logsnr")[0] == schedule.sigma_max
+    for spacing in ("linspace", "karras", "exponential"):
+        assert make_grid(schedule, max(steps, 2), spacing)[-2] == schedule.sigma_min
 
 
-def test_the_whole_chain_is_the_same_in_every_spacing() -> None:
+def test_the_whole_chain_is_the_same_in_every_spacing_of_trained_levels() -> None:
     expected = torch.cat([SCHEDULE.sigmas.flip(0), torch.zeros(1, dtype=torch.float64)])
-    for spacing in GRIDS:
+    for spacing in TRAINED_GRIDS:
         assert torch.equal(make_grid(SCHEDULE, 1000, spacing), expected)
 
 
-def test_a_grid_of_a_law_that_ends_in_noise_starts_at_its_cut() -> None:
-    schedule = make_schedule(ScheduleConfig(zero_terminal_snr=True))
-    assert make_grid(schedule, 20, "trailing")[0] == schedule.sigma_max == 1e6
+def test_karras_is_equation_5() -> None:
+    """With the paper's numbers, 80 to 0.002 in 18 steps, written out again."""
+    expected = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+    torch.testing.assert_close(make_grid(EDM, 18, "karras").tolist(), [*expected, 0.0], rtol=1e-12, atol=0)
+
+
+def test_exponential_and_logsnr_are_even_in_log_snr_and_differ_at_the_end() -> None:
+    exponential, logsnr = make_grid(SCHEDULE, 12, "exponential"), make_grid(SCHEDULE, 11, "logsnr")
+    assert torch.equal(exponential[:-1], logsnr)
+    spans = (-2 * logsnr.log()).diff()
+    torch.testing.assert_close(spans, spans[:1].expand(11), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "logsnr"])
+@pytest.mark.parametrize("schedule", [PURE_NOISE, COSINE], ids=["pure noise", "cosine"])
+def test_no_steps_are_spent_in_pure_noise(spacing: str, schedule: Schedule) -> None:
+    """Beyond the cap there is the law's own first level and nothing else; the rest is what a law up to it would get."""
+    sigmas = make_grid(schedule, 20, spacing)
+    assert sigmas[0] == schedule.sigma_max > HIGHEST > sigmas[1]
+    capped = Schedule(torch.tensor([schedule.sigma_min, HIGHEST], dtype=torch.float64))
+    torch.testing.assert_close(sigmas[1:], make_grid(capped, 20, spacing)[1:], rtol=1e-12, atol=0)
+
+
+def test_a_formula_may_have_more_steps_than_there_are_trained_levels() -> None:
+    assert len(make_grid(SCHEDULE, 1500, "karras")) == 1501
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])
 def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
     with pytest.raises(UserError, match=f"{steps} steps.*between 1 and 1000"):
         make_grid(SCHEDULE, steps)
+    if steps < 1:
+        with pytest.raises(UserError, match=f"{steps} steps.*at least 1"):
+            make_grid(SCHEDULE, steps, "karras")
 
 
 def test_an_unknown_spacing_is_refused() -> None:
-    with pytest.raises(UserError, match="leading, trailing, linspace"):
-        make_grid(SCHEDULE, 10, "karras")
+    with pytest.raises(UserError, match="leading, trailing, linspace, karras"):
+        make_grid(SCHEDULE, 10, "squares")
+
+
+def test_levels_written_out() -> None:
+    sigmas = listed(SCHEDULE, [14.6146, 3, 0.5, 0])  # sigma_max is 14.61464..., written short
+    assert sigmas.tolist() == [14.6146, 3, 0.5, 0] and sigmas.dtype == torch.float64
+    assert listed(SCHEDULE, [2.0, 0.1]).tolist() == [2.0, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("levels", "reason"),
+    [
+        ([1.0], "1 levels"),
+        ([], "0 levels"),
+        ([1.0, 1.0, 0.0], "from 1 to 1"),
+        ([1.0, 2.0, 0.0], "from 1 to 2"),
+        ([1.0, -0.5], "negative"),
+        ([math.inf, 1.0], "not finite"),
+        ([1.0, math.nan, 0.0], "not finite"),
+        ([20.0, 1.0, 0.0], "begins at 20.*ends at 14.6"),
+    ],
+)
+def test_levels_that_are_no_grid_are_refused(levels: list[float], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        listed(SCHEDULE, levels)
+
+
+@given(steps=st.integers(1, 200), percent=st.integers(1, 100))
+def test_a_strength_runs_that_part_of_the_steps_rounded_down(steps: int, percent: int) -> None:
+    sigmas = torch.linspace(10, 0, steps + 1, dtype=torch.float64)
+    run = steps * percent // 100
+    if run == 0:
+        with pytest.raises(UserError, match="less than one step"):
+            tail(sigmas, percent / 100)
+    else:
+        assert torch.equal(tail(sigmas, percent / 100), sigmas[-run - 1 :])
+
+
+def test_strengths_that_mean_nothing_are_refused() -> None:
+    for strength in (0.0, -0.1, 1.01, math.nan):
+        with pytest.raises(UserError, match="strength"):
+            tail(make_grid(SCHEDULE, 10), strength)
