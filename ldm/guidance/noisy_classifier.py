@@ -1,7 +1,7 @@
 """p(class | x, sigma): a classifier of noisy latents, for classifier guidance (Dhariwal & Nichol 2021, section 4).
 
-It is the way down of a U-Net, with a mean over positions and a linear layer at its end. It is told ln sigma, not a
-schedule's t, so any model of the same latents can be guided by it, whatever its schedule and parameterization.
+It is the way down of a U-Net, then the mean over positions and a linear layer. It is told ln sigma, not a schedule's t,
+so any model of the same latents can be guided by it, whatever its schedule and parameterization.
 tools/train_noisy_classifier.py trains it.
 """
 
@@ -24,7 +24,7 @@ from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError, explain_os_error
 from ldm.files import atomic_write_bytes, atomic_write_text, read_text
 from ldm.guidance.gradient import LogProbability
-from ldm.unet.blocks import Downsample, GroupNorm, ResidualBlock
+from ldm.unet.blocks import Downsample, ResidualBlock
 from ldm.unet.embedding import FOURIER_UNIT, EmbeddingMLP, FourierFeatures
 
 NAME = "noisy_classifier"
@@ -66,7 +66,7 @@ class NoisyClassifier(nn.Module):
                 following = config.channels * multiplier
                 self.stages.append(ResidualBlock(width, following, embedding_width, True, config.dropout))
                 width = following
-        self.norm_out = GroupNorm(width)
+        self.norm_out = nn.LayerNorm(width)
         self.linear_out = nn.Linear(width, len(config.classes))
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -75,7 +75,8 @@ class NoisyClassifier(nn.Module):
         h = self.conv_in((per_picture((1 + sigma**2).rsqrt(), x) * x).float())
         for stage in self.stages:
             h = stage(h, embedding) if isinstance(stage, ResidualBlock) else stage(h)
-        return self.linear_out(F.silu(self.norm_out(h)).mean(dim=(2, 3)))
+        # The mean comes first: group normalization would have taken each group's own out, and with it colour.
+        return self.linear_out(F.silu(self.norm_out(h.mean(dim=(2, 3)))))
 
     def places(self, names: Sequence[str]) -> Tensor:
         """(B,) long: the place of each class among the logits; raises UserError for one that it does not know."""
