@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.errors import UserError
-from ldm.files import read_text
+from ldm.plain import read_yaml_text
 
 # ---------------------------------------------------------------- what a model is
 
@@ -285,12 +285,10 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] 
     one is named) and a value of the wrong type.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     where = str(path) if path else "the arguments"
     try:
-        plain = OmegaConf.to_container(OmegaConf.create(read_text(path) if path else {}), resolve=False)
+        plain = OmegaConf.to_container(OmegaConf.create(read_yaml_text(path) if path else {}), resolve=False)
         if not isinstance(plain, dict):
             raise UserError(f"{path} is not a mapping of settings; see configs/ for examples")
         for word in overrides:
@@ -301,7 +299,9 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] 
             for name in key.split("."):
                 value = value[name]
             _replace(plain, key.split("."), value)
-    except (YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:  # the last two: odd keys, as a[0]
+    except UserError:
+        raise
+    except Exception as error:  # at odd keys (a[0]) and values (2001-99-99) OmegaConf and yaml fail in any way
         raise UserError(f"{where}: {_first_line(error)}") from error
     return from_dict(cls, plain, where)
 
@@ -312,7 +312,6 @@ def from_dict(cls: type[T], plain: Any, where: str) -> T:
     Values are data: interpolations and resolvers are refused, since configs may come from strangers.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     if not isinstance(plain, dict):
         raise UserError(f"{where}: expected a mapping of settings, found {type(plain).__name__}")
@@ -322,7 +321,7 @@ def from_dict(cls: type[T], plain: Any, where: str) -> T:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(light))
         made = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except Exception as error:  # OmegaConf's own, and any other where containers of two kinds meet
         raise UserError(f"{where}: {_first_line(error)}") from error
     return _tuples(made, tables)  # type: ignore[return-value]
 
@@ -361,7 +360,8 @@ def _check_keys(cls: Any, plain: dict[Any, Any], where: str, prefix: str) -> Non
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in plain.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            key = str(key)[:100]
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             raise UserError(f"{where}: unknown setting '{prefix}{key}'; did you mean '{prefix}{near[0]}'?")
         nested = _nested(cls, key)
         if nested is not None and isinstance(value, dict):
@@ -387,7 +387,7 @@ def _refuse_interpolations(value: Any, where: str) -> None:
         for item in value:
             _refuse_interpolations(item, where)
     elif isinstance(value, str) and "${" in value:
-        raise UserError(f"{where}: '{value}' has an interpolation, which settings may not; write the value itself")
+        raise UserError(f"{where}: '{value[:99]}' has an interpolation, which settings may not; write the value itself")
 
 
 TABLE = 100  # whole numbers; OmegaConf takes 0.1 ms for each, and a tower's list of tokens has thousands

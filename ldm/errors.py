@@ -8,7 +8,13 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the caller can mend. The message is one sentence and is shown without a traceback."""
+    """Something the caller can mend. The message is one sentence and is shown without a traceback.
+
+    It may quote a stranger's file, so what is not printable in it (line breaks, a terminal's control codes) is a space.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(letter if letter.isprintable() else " " for letter in message))
 
 
 def explain_os_error(error: OSError, doing: str) -> UserError:

@@ -25,10 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.reading import read_metadata, read_tensors
 from ldm.config import ModelConfig, from_dict, to_dict
 from ldm.errors import UserError
-from ldm.files import atomic_write, atomic_write_text, read_text
+from ldm.files import atomic_write, atomic_write_text
+from ldm.plain import parse_json, read_json
 
 if TYPE_CHECKING:
     from ldm.autoencoder.codec import Codec
@@ -125,7 +127,7 @@ def read_config(path: str | Path) -> ModelConfig:
     if path.is_dir():
         if not where.exists():
             raise UserError(f"{path} has no model.json, so it is not a checkpoint; name the directory a training wrote")
-        text = read_text(where)
+        plain = read_json(where)
     else:
         text = read_metadata(path).get("model", "")
         if not text:
@@ -133,16 +135,13 @@ def read_config(path: str | Path) -> ModelConfig:
                 f"{path} has no model config in its metadata, so it is not a native checkpoint; foreign checkpoints "
                 "are not read in this version"
             )
-    try:
-        plain = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} does not hold valid JSON ({error}); copy the checkpoint again") from error
-    if not isinstance(plain, dict):
-        raise UserError(f"{where} holds a {type(plain).__name__} where the model's settings should be")
+        plain = parse_json(text, where)
     version = plain.pop("format", None)
     if version != FORMAT:
-        raise UserError(f"{where} has the format {version!r} and this version reads {FORMAT!r}; update one of the two")
-    return from_dict(ModelConfig, plain, str(where))
+        raise UserError(
+            f"{where} has the format {version!r:.40} and this version reads {FORMAT!r}; update one of the two"
+        )
+    return check_size(from_dict(ModelConfig, plain, str(where)), str(where))
 
 
 def load_autoencoder(

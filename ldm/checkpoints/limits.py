@@ -1,0 +1,30 @@
+"""How large a model may say it is before anything is built or allocated for it: its settings may be a stranger's."""
+
+from __future__ import annotations
+
+from ldm.config import ModelConfig
+from ldm.errors import UserError
+
+MAX_BLOCKS = 1024  # of one network, counted level by level; Stable Diffusion XL's U-Net has 90
+MAX_CONTEXT = 4096  # tokens; the causal mask is square
+MAX_STEPS = 1_000_000  # of the schedule's table
+MAX_SIDE = 16_384  # pixels
+
+
+def check_size(config: ModelConfig, where: str) -> ModelConfig:
+    """`config` itself; raises UserError if it describes something that no machine would hold."""
+    found: list[tuple[str, int, int]] = [("image_size", config.image_size, MAX_SIDE)]
+    if (a := config.autoencoder) is not None:
+        found.append(("autoencoder levels x blocks", len(a.multipliers) * (a.blocks + 1), MAX_BLOCKS))
+    if (t := config.text) is not None:
+        found.append(("text.layers", t.layers, MAX_BLOCKS))
+        found.append(("text.context_length", t.context_length, MAX_CONTEXT))
+    if (u := config.unet) is not None:
+        blocks = len(u.multipliers) * (u.blocks + 1) * max(1, u.transformer_depth)
+        found.append(("unet levels x blocks", blocks, MAX_BLOCKS))
+    if (s := config.schedule) is not None:
+        found.append(("schedule.steps", s.steps, MAX_STEPS))
+    for name, value, most in found:
+        if value > most:
+            raise UserError(f"{where} describes a model with {name} {value:,} (at most {most:,} are read); check it")
+    return config
