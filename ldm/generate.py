@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ldm import catalogue
 from ldm.diffusion import bind
 from ldm.errors import UserError
 from ldm.guidance import cfg
 from ldm.jobs import Request, Settings, batches
-from ldm.sampling import SAMPLERS, NoiseStream, Sampler, Step, finish, make_grid, start
+from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid, start
 
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
@@ -50,11 +51,10 @@ def sample(model: LatentDiffusion, requests: Sequence[Request], settings: Settin
     Raises UserError, before the first step, for settings that the model cannot follow; warns of words that the text
     tower does not read (PromptCut).
     """
-    settings.check()
+    settings = settings.check()
     shape = latent_shape(model, settings)
-    sampler = make_sampler(settings)
-    sigmas = make_grid(model.schedule, settings.steps, settings.spacing)
-    noise = NoiseStream([request.seed for request in requests], shape, model.device)
+    sampler, sigmas = make_sampler(model, settings), make_sigmas(model, settings)
+    noise = make_noise(settings, [request.seed for request in requests], shape, model.device)
     x = start(noise.initial(), model.schedule, sigmas)
     with torch.no_grad():
         # Under guidance scale 1 nothing looks at the unconditional branch, so it is not even encoded.
@@ -119,14 +119,29 @@ def latent_shape(model: LatentDiffusion, settings: Settings) -> tuple[int, int, 
     return model.codec.latent_shape(settings.height or side, settings.width or side)
 
 
-def make_sampler(settings: Settings) -> Sampler:
-    """The sampler of that name with eta bound; raises UserError if eta is given to one that has none."""
+def make_sampler(model: LatentDiffusion, settings: Settings) -> Sampler:
+    """The sampler of checked `settings` with its options bound, and the model's law where it is defined by one.
+
+    Raises UserError for an option that makes no sense.
+    """
     factory = SAMPLERS[settings.sampler]
-    if settings.eta is None:
-        return factory()
-    if "eta" not in inspect.signature(factory).parameters:
-        raise UserError(f"the sampler {settings.sampler} takes no eta; leave it out, or use ddim")
-    return factory(eta=settings.eta)
+    law = {"schedule": model.schedule} if "schedule" in inspect.signature(factory).parameters else {}
+    return factory(**settings.options, **law)
+
+
+def make_sigmas(model: LatentDiffusion, settings: Settings) -> Tensor:
+    """(N + 1,) the grid of checked `settings`; raises UserError for one that the model's law does not have."""
+    if settings.sigmas:
+        return listed(model.schedule, settings.sigmas)
+    return make_grid(model.schedule, settings.steps, settings.spacing or "trailing")
+
+
+def make_noise(
+    settings: Settings, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device
+) -> NoiseStream | BrownianPath:
+    """The kind of noise that the sampler wants, for one picture of `shape` (C, h, w) from each seed."""
+    kind = BrownianPath if catalogue.SAMPLERS[settings.sampler].noise == "path" else NoiseStream
+    return kind(seeds, shape, device)
 
 
 @contextmanager

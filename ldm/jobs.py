@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import difflib
 import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm import catalogue
 from ldm.errors import UserError
 from ldm.files import read_text
 
-SAMPLERS = ("ddim", "ddpm")  # the keys of sampling.SAMPLERS and sampling.GRIDS, known here without importing them
-SPACINGS = ("trailing", "linspace", "leading")
 MAX_SEED = 2**63 - 1
 
 
@@ -36,18 +34,27 @@ class Settings:
 
     cfg: float = 7.5  # guidance scale; 1 is the conditional model alone, at half the cost
     steps: int = 30  # evaluations of the denoiser
-    sampler: str = "ddim"  # a name in SAMPLERS
-    spacing: str = "trailing"  # of the levels: a name in SPACINGS
-    eta: float | None = None  # share of fresh noise, for the samplers that take it; 0 is deterministic
+    sampler: str = "ddim"  # a name in catalogue.SAMPLERS, or a user interface's spelling of one
+    spacing: str | None = None  # of the levels, a name in catalogue.GRIDS; None: what the spelling says, else trailing
+    eta: float | None = None  # share of fresh noise, for the samplers that take it; short for options["eta"]
     width: int | None = None  # pixels; None: the side the model was trained at
     height: int | None = None
     cfg_rescale: float = 0.0  # in [0, 1]: takes back over-exposure at large cfg
     cfg_interval: tuple[float, float] | None = None  # (low, high] in sigma: guide there only
+    options: dict[str, Any] = field(default_factory=dict)  # the sampler's own; catalogue.SAMPLERS names them
+    sigmas: tuple[float, ...] = ()  # the levels written out, in place of spacing and steps
 
     def check(self) -> Settings:
-        """Self; raises UserError for what no model could do."""
-        _one_of(self.sampler, SAMPLERS, "sampler")
-        _one_of(self.spacing, SPACINGS, "grid spacing")
+        """The same in the library's names and types; raises UserError for what no model could do."""
+        sampler, spelled = catalogue.resolve(self.sampler)
+        spacing = self.spacing or spelled or "trailing"
+        if spacing not in catalogue.GRIDS:
+            raise UserError(catalogue.unknown("grid spacing", spacing, catalogue.GRIDS))
+        if spelled and spacing != spelled:
+            raise UserError(f"'{self.sampler}' asks for the spacing {spelled}, and --spacing is {spacing}; say one")
+        options = self.options if self.eta is None else {**self.options, "eta": self.eta}
+        if self.sigmas and not all(map(math.isfinite, self.sigmas)):
+            raise UserError(f"the list of sigmas has {self.sigmas}; choose finite numbers")
         if self.steps < 1:
             raise UserError(f"{self.steps} steps were asked for; choose at least 1")
         if not math.isfinite(self.cfg):
@@ -62,7 +69,14 @@ class Settings:
         if self.cfg_interval is not None and not self.cfg_interval[0] < self.cfg_interval[1]:
             low, high = self.cfg_interval
             raise UserError(f"the guidance interval ({low:g}, {high:g}] is empty; give low < high in sigma")
-        return self
+        return dataclasses.replace(
+            self,
+            sampler=sampler,
+            spacing=spacing,
+            eta=None,
+            options=catalogue.check_options(sampler, options),
+            steps=len(self.sigmas) - 1 if len(self.sigmas) > 1 else self.steps,
+        )
 
 
 def expand(requests: Sequence[Request], n: int) -> list[Request]:
@@ -155,9 +169,3 @@ def _request(row: Mapping[str, Any], where: str, negative: str, seed: int) -> Re
         return Request(prompt.strip(), negative.strip(), int(value))
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: the seed is {value!r}, which is not a whole number") from error
-
-
-def _one_of(name: str, names: Sequence[str], what: str) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown {what} '{name}'; did you mean '{near}'? There are {', '.join(names)}")

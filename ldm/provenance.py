@@ -112,9 +112,9 @@ def differences(recipe: Recipe, model: LatentDiffusion) -> list[str]:
 
 
 def _drawn(model: LatentDiffusion, settings: Settings) -> dict[str, Any]:
-    """`settings` with the size that they leave to the model filled in."""
+    """Checked `settings` with the size that they leave to the model filled in."""
     side = model.config.image_size
-    return asdict(settings) | {"width": settings.width or side, "height": settings.height or side}
+    return asdict(settings.check()) | {"width": settings.width or side, "height": settings.height or side}
 
 
 def _as(kind: type, value: Any) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ldm import errors, image_io, jobs, provenance
+from ldm import catalogue, errors, image_io, jobs, provenance
 from ldm.errors import UserError
 from ldm.jobs import Request, Settings
 from ldm.model import SHIPPED, find
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 def main() -> None:
     given = parse()
+    if given.pop("list_samplers", False):
+        print(catalogue.listing())
+        return
     # What can be wrong without a model is found before torch is imported, which takes seconds.
     recipe = provenance.read(given["reproduce"]) if "reproduce" in given else None
     if recipe is not None:
@@ -90,6 +93,11 @@ def watch(steps: Iterator[Step], bar: tqdm[NoReturn]) -> Step:
 
 def settings_of(given: Mapping[str, Any]) -> Settings:
     """How to draw, checked."""
+    if "options" in given:
+        pairs = [word.partition("=") for word in given["options"]]
+        if not all(name and equals for name, equals, _ in pairs):
+            raise UserError(f"--option takes NAME=VALUE, as --option rtol=1e-6, and got '{' '.join(given['options'])}'")
+        given = {**given, "options": {name: value for name, _, value in pairs}}
     names = [field.name for field in dataclasses.fields(Settings) if field.name in given]
     return Settings(**{name: given[name] for name in names}).check()
 
@@ -138,10 +146,13 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add(
         "--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at these sigmas only (default: all)"
     )
-    add("--steps", type=int, help=f"evaluations of the denoiser (default {defaults.steps})")
-    add("--sampler", metavar="NAME", help=f"{', '.join(jobs.SAMPLERS)} (default {defaults.sampler})")
-    add("--spacing", metavar="NAME", help=f"of the levels: {', '.join(jobs.SPACINGS)} (default {defaults.spacing})")
-    add("--eta", type=float, help="fresh noise of ddim; 0 is deterministic (default 0)")
+    add("--steps", type=int, help=f"from noise to picture (default {defaults.steps})")
+    add("--sampler", metavar="NAME", help=f"as 'dpmpp_2m' or 'DPM++ 2M Karras' (default {defaults.sampler})")
+    add("--list-samplers", action="store_true", help="print the samplers and grids, a line each, and end")
+    add("--spacing", metavar="NAME", help=f"of the levels: {', '.join(catalogue.GRIDS)} (default trailing)")
+    add("--sigmas", type=float, nargs="+", metavar="SIGMA", help="the levels themselves, in place of spacing and steps")
+    add("--eta", type=float, help="share of fresh noise, for the samplers that take it; 0 is deterministic")
+    add("--option", dest="options", action="append", metavar="NAME=VALUE", help="of the sampler; --list-samplers")
 
     add = parser.add_argument_group("with what, and where to").add_argument
     add("--model", metavar="MODEL", help=f"{', '.join(SHIPPED)}, a directory or a file (default icons)")
@@ -151,7 +162,7 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add("--out", metavar="FOLDER", help="numbered on from what is there (default outputs)")
     add("--grid", action="store_true", help="write all pictures on one sheet too")
     given = vars(parser.parse_args(words))
-    return {name: tuple(value) if name == "cfg_interval" else value for name, value in given.items()}
+    return {name: tuple(value) if name in ("cfg_interval", "sigmas") else value for name, value in given.items()}
 
 
 if __name__ == "__main__":

@@ -83,6 +83,12 @@ def test_a_prompt_file_in_another_encoding(tmp_path: Path) -> None:
         (Settings(steps=0), "0 steps"),
         (Settings(cfg=float("nan")), "guidance scale"),
         (Settings(eta=-0.1), "eta"),
+        (Settings(sampler="plms", eta=0.5), "no option 'eta'; it has none"),
+        (Settings(sampler="ode", options={"rtl": 1}), "no option 'rtl'; it takes rtol, atol"),
+        (Settings(sampler="ode", options={"rtol": "small"}), "must be a number"),
+        (Settings(sampler="pc", options={"moves": "1.5"}), "must be a whole number"),
+        (Settings(sampler="DPM++ 2M Karras", spacing="leading"), "asks for the spacing karras"),
+        (Settings(sigmas=(5.0, float("nan"))), "finite"),
         (Settings(width=0), "width"),
         (Settings(cfg_rescale=2.0), "rescale"),
         (Settings(cfg_interval=(3.0, 1.0)), "interval"),
@@ -92,6 +98,37 @@ def test_settings_that_no_model_could_follow(settings: Settings, words: str) -> 
     with pytest.raises(UserError) as error:
         settings.check()
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "sampler", "spacing"),
+    [
+        ("ddim", "ddim", "trailing"),
+        ("Euler a", "euler_a", "trailing"),
+        ("Euler", "euler", "trailing"),
+        ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
+        ("DPM++ 2M SDE Exponential", "dpmpp_2m_sde", "exponential"),
+        ("DPM++ 3M SDE", "dpmpp_3m_sde", "trailing"),
+        ("DPM++ SDE Karras", "dpmpp_sde", "karras"),
+        ("DPM2 Karras", "dpm_2", "karras"),
+        ("dpm_2", "dpm_2", "trailing"),
+        ("Heun", "heun", "trailing"),
+        ("UniPC", "unipc", "trailing"),
+        ("PNDM", "plms", "trailing"),
+        ("LCM", "lcm", "trailing"),
+    ],
+)
+def test_the_spellings_of_user_interfaces(spelled: str, sampler: str, spacing: str) -> None:
+    settings = Settings(sampler=spelled).check()
+    assert (settings.sampler, settings.spacing) == (sampler, spacing)
+    assert settings.check() == settings, "a checked one is as it should be"
+
+
+def test_a_sampler_s_options_get_their_types() -> None:
+    settings = Settings(sampler="pc", options={"snr": "0.2", "moves": "3"}).check()
+    assert settings.options == {"snr": 0.2, "moves": 3}
+    assert Settings(eta=0.5).check().options == {"eta": 0.5}
+    assert Settings(sigmas=(5.0, 1.0, 0.0)).check().steps == 2
 
 
 def test_counts_and_seeds_that_are_none() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 
 import ldm
-from ldm import jobs
+from ldm import catalogue
 
 CHEAP = """
 import sys, time
@@ -37,4 +38,7 @@ def test_public_names() -> None:
 def test_names_known_without_torch_are_the_real_ones() -> None:
     from ldm.sampling import GRIDS, SAMPLERS
 
-    assert set(jobs.SAMPLERS) == set(SAMPLERS) and set(jobs.SPACINGS) == set(GRIDS)
+    assert set(catalogue.SAMPLERS) == set(SAMPLERS) and set(catalogue.GRIDS) == set(GRIDS)
+    for name, info in catalogue.SAMPLERS.items():
+        found = inspect.signature(SAMPLERS[name]).parameters.values()
+        assert info.options == {p.name: p.default for p in found if p.name not in ("schedule", "fraction")}, name

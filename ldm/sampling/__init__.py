@@ -27,23 +27,23 @@ from ldm.sampling.step import Noise, Sampler, Step, finish, start
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ddim": ddim,
     "ddpm": ddpm,
+    "plms": plms,
     "euler": euler,
+    "euler_a": euler_a,
     "heun": heun,
     "dpm_2": dpm_2,
     "dpmpp_2m": dpmpp_2m,
-    "plms": plms,
-    "unipc": unipc,
-    "ode": ode,
-    "euler_a": euler_a,
     "dpmpp_2m_sde": dpmpp_2m_sde,
-    "dpmpp_3m_sde": dpmpp_3m_sde,
     "dpmpp_sde": dpmpp_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "unipc": unipc,
     "lcm": lcm,
     "langevin": langevin,
     "pc": pc,
     "euler_maruyama": euler_maruyama,
+    "ode": ode,
 }
-"""Each name's factory; what it takes (eta, variance) is in its docstring."""
+"""Each name's factory; what it takes is in its docstring, and in ldm/catalogue.py with the noise that it wants."""
 
 __all__ = [
     "GRIDS",
