@@ -61,6 +61,7 @@ class TextConfig:
     quick_gelu: bool = False
     layer: str = "last"  # last or penultimate block; the final LayerNorm follows either
     padding: str = "zero"  # zero (OpenCLIP, SD v2) or eot (Hugging Face, SD v1)
+    cleaning: str = "open_clip"  # of prompts: open_clip (ftfy, HTML entities), or plain, as Hugging Face's tokenizer
 
 
 @dataclass(frozen=True)

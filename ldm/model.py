@@ -75,7 +75,7 @@ class LatentDiffusion:
         cfg: float = Settings.cfg,
         steps: int = Settings.steps,
         sampler: str = Settings.sampler,
-        spacing: str = Settings.spacing,
+        spacing: str | None = None,
         eta: float | None = None,
         seed: int = 0,
         n: int = 1,
@@ -102,7 +102,7 @@ class LatentDiffusion:
         cfg: float = Settings.cfg,
         steps: int = Settings.steps,
         sampler: str = Settings.sampler,
-        spacing: str = Settings.spacing,
+        spacing: str | None = None,
         eta: float | None = None,
         seed: int = 0,
         n: int = 1,
@@ -158,10 +158,10 @@ def assemble(
     from ldm.diffusion import check, make_parameterization, make_schedule
 
     schedule = make_schedule(config.schedule or ScheduleConfig())
-    parameterization = make_parameterization(config.parameterization)
-    check(schedule, parameterization)
+    parameterization = make_parameterization(config.parameterization, config.sigma_data)
+    check(schedule, parameterization, config.learned_variance)
     here, there = codec.latent_channels, unet.config.in_channels
-    if here != there or here != unet.config.out_channels:
+    if here != there or here * (1 + config.learned_variance) != unet.config.out_channels:
         raise UserError(f"the autoencoder makes latents of {here} channels and the U-Net takes {there}; pair others")
     if text.config.width != unet.config.context_width:
         raise UserError(

@@ -5,8 +5,9 @@ one number, sigma, tells how noisy it is (Karras et al. 2022, "Elucidating the d
 """
 
 from ldm.diffusion.denoiser import Branches, Denoiser, Network, bind, network_input, precondition
+from ldm.diffusion.learned_variance import LearnedVariance
 from ldm.diffusion.levels import draw_levels
-from ldm.diffusion.loss import diffusion_loss, weight
+from ldm.diffusion.loss import check_loss, diffusion_loss, weight
 from ldm.diffusion.parameterization import PARAMETERIZATIONS, Parameterization, check, make_parameterization
 from ldm.diffusion.schedule import Schedule, make_schedule
 
@@ -14,11 +15,13 @@ __all__ = [
     "PARAMETERIZATIONS",
     "Branches",
     "Denoiser",
+    "LearnedVariance",
     "Network",
     "Parameterization",
     "Schedule",
     "bind",
     "check",
+    "check_loss",
     "diffusion_loss",
     "draw_levels",
     "make_parameterization",

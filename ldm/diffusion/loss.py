@@ -1,35 +1,78 @@
 """The loss w(sigma) |D - x0|^2, computed on the network's own output as w c_out^2 |F - F*|^2.
 
-A weight is one function of sigma whatever the parameterization; SNR is 1 / sigma^2:
+A weight is one function of sigma whatever the parameterization; SNR is 1 / sigma^2 and d is sigma_data:
 
-    uniform   1 / c_out^2       plain |F - F*|^2: eps 1 / sigma^2, v 1 + 1 / sigma^2, x0 1
+    uniform   1 / c_out^2       plain |F - F*|^2: eps 1 / sigma^2, v 1 + 1 / sigma^2, flow (1 + 1 / sigma)^2, x0 1
     snr       1 / sigma^2       equal to uniform eps for every parameterization (DDPM's L_simple)
     min_snr   min(1 / sigma^2, gamma)     (Hang et al. 2023); on F this is min(SNR, gamma) / SNR for eps and
                                           min(SNR, gamma) / (SNR + 1) for v
+    edm       (sigma^2 + d^2) / (sigma d)^2     (Karras et al. 2022, table 1); uniform edm, and with d = 1 uniform v
+    elbo      the variational bound: (SNR_before - SNR) / 2 for each step of a chain (see `elbo`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ldm.config import DiffusionLossConfig
+from ldm.diffusion.learned_variance import split, variance_bound
 from ldm.diffusion.parameterization import Parameterization, per_picture
+from ldm.diffusion.schedule import TIME_UNIT, Schedule
 from ldm.errors import UserError
 
-WEIGHTS: dict[str, Callable[[DiffusionLossConfig, Parameterization, Tensor], Tensor]] = {
-    "uniform": lambda config, parameterization, sigma: parameterization.c_out(sigma) ** -2,
-    "snr": lambda config, parameterization, sigma: sigma**-2,
-    "min_snr": lambda config, parameterization, sigma: (sigma**-2).clamp(max=config.min_snr_gamma),
+
+def elbo(schedule: Schedule, sigma: Tensor) -> Tensor:
+    """The weight with which the mean over uniform levels is L_vlb (Ho et al. 2020), nats a value, constants aside.
+
+    A chain: T KL(q(x_r | x_s, x0) || p(x_r | x_s)) = T (1 / r^2 - 1 / s^2) / 2 |D - x0|^2 with the posterior's variance
+    in both, whatever the law (Kingma et al. 2021, section 4). The first level has no r, but a Gaussian decoder around
+    D of variance beta_1 = s^2 / (1 + s^2): T (1 + 1 / s^2) / 2.
+    Continuous time, T -> infinity: |d SNR / dt| / 2 times the range of t (their section 5). On ve it is snr but for a
+    factor.
+    """
+    snr = sigma**-2
+    if schedule.clock is not None:
+        return (schedule.t_max - schedule.t_min) / TIME_UNIT * snr * schedule.clock.slope(sigma)
+    index = schedule.t(sigma).round().long()
+    before = torch.where(index > 0, schedule.sigmas[(index - 1).clamp(min=0)] ** -2, 1 + 2 * snr)
+    return schedule.steps / 2 * (before - snr)
+
+
+WEIGHTS: dict[str, Callable[[DiffusionLossConfig, Parameterization, Schedule, Tensor], Tensor]] = {
+    "uniform": lambda config, parameterization, schedule, sigma: parameterization.c_out(sigma) ** -2,
+    "snr": lambda config, parameterization, schedule, sigma: sigma**-2,
+    "min_snr": lambda config, parameterization, schedule, sigma: (sigma**-2).clamp(max=config.min_snr_gamma),
+    "edm": lambda config, parameterization, schedule, sigma: sigma**-2 + parameterization.sigma_data**-2,
+    "elbo": lambda config, parameterization, schedule, sigma: elbo(schedule, sigma),
 }
 
 
-def weight(config: DiffusionLossConfig, parameterization: Parameterization, sigma: Tensor) -> Tensor:
+def weight(
+    config: DiffusionLossConfig, parameterization: Parameterization, schedule: Schedule, sigma: Tensor
+) -> Tensor:
     """w(sigma), the weight of |D - x0|^2; any shape, sigma > 0. Raises UserError for an unknown `config.weight`."""
     if config.weight not in WEIGHTS:
         raise UserError(f"loss.weight is '{config.weight}'; choose one of {', '.join(WEIGHTS)}")
-    return WEIGHTS[config.weight](config, parameterization, sigma)
+    return WEIGHTS[config.weight](config, parameterization, schedule, sigma)
+
+
+def check_loss(config: DiffusionLossConfig, learned_variance: bool = False) -> None:
+    """Raise UserError, with the reason, if the settings of the loss make no sense."""
+    if config.levels != "uniform" and (learned_variance or config.weight == "elbo"):
+        what = "learned_variance" if learned_variance else "loss.weight elbo"
+        raise UserError(
+            f"{what} trains a bound that is a sum over all levels, each counted once, but loss.levels is "
+            f"'{config.levels}'; set loss.levels=uniform"
+        )
+    for name in ("offset_noise", "input_perturbation", "variance_bound"):
+        if getattr(config, name) < 0:
+            raise UserError(f"loss.{name} is {getattr(config, name):g}; choose 0 or more")
+    for name in ("level_std", "min_snr_gamma"):
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
+            raise UserError(f"loss.{name} is {getattr(config, name):g}; choose more than 0")
 
 
 def diffusion_loss(
@@ -39,12 +82,21 @@ def diffusion_loss(
     sigma: Tensor,
     config: DiffusionLossConfig,
     parameterization: Parameterization,
+    schedule: Schedule,
 ) -> Tensor:
-    """The loss (B,) of the network's `output` F (B, C, h, w) for data `x0` and noise `n` (B, C, h, w) at `sigma` (B,).
+    """The loss (B,) of the network's `output` for data `x0` and noise `n` (B, C, h, w) at `sigma` (B,).
 
-    It is the mean over C, h, w, in x0's dtype. F is the network on `network_input(x0 + sigma n, sigma, schedule)`.
+    It is the mean over C, h, w, in x0's dtype. `output` is F (B, C, h, w), the network on `network_input(x0 + sigma n,
+    ...)`, or F and v (B, 2 C, h, w) if the variance is learned; the loss is then the hybrid of Nichol & Dhariwal 2021,
+    equation 16: this one, and `config.variance_bound` times the bound that only v is trained by.
     """
     level = sigma.cpu().double()
-    factor = weight(config, parameterization, level) * parameterization.c_out(level) ** 2
-    error = output.to(x0.dtype) - parameterization.target(x0, n, sigma)
-    return per_picture(factor, x0).flatten() * error.square().flatten(1).mean(dim=1)
+    c_out = parameterization.c_out(level)
+    factor = weight(config, parameterization, schedule, level) * c_out**2
+    first, v = split(output.to(x0.dtype), x0.shape[1])
+    error = first - parameterization.target(x0, n, sigma)
+    loss = per_picture(factor, x0).flatten() * error.square().flatten(1).mean(dim=1)
+    if v is None:
+        return loss
+    bound = variance_bound(v, per_picture(c_out, x0) * error.detach(), sigma, schedule)
+    return loss + config.variance_bound * bound

@@ -4,6 +4,9 @@ The chain of Ho et al. 2020, z_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) 
 data. Divided by its alpha it reads x = x0 + sigma n with
 
     alpha = sqrt(alpha_bar) = 1 / sqrt(1 + sigma^2),        sigma^2 = (1 - alpha_bar) / alpha_bar = 1 / SNR.
+
+Other laws have another alpha: 1 where variance explodes, 1 / (1 + sigma) on the straight paths of rectified flow. The
+chains are tables of T levels, made here of their betas; laws in continuous time are in continuous.py.
 """
 
 from __future__ import annotations
@@ -16,29 +19,54 @@ import torch
 from torch import Tensor
 
 from ldm.config import ScheduleConfig
+from ldm.diffusion.continuous import CLOCKS, Clock
 from ldm.errors import UserError
 
 SIGMA_CUT = 1e6
 """Where a law that ends at infinite sigma is cut: alpha there is 1e-6, less than float32 resolves beside the noise."""
 
 MAX_BETA = 0.999
-"""Nichol & Dhariwal 2021, section 3.2: keeps the cosine law's last steps from being singular."""
+"""Nichol & Dhariwal 2021, section 3.2: keeps the last steps of laws that end in noise from being singular."""
+
+TIME_UNIT = 1000.0
+"""A continuous law's time runs over [0, 1]; networks are told a thousand times that, as their embeddings expect."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the coordinate z = alpha x, in which a law is usually written, follows from sigma (any shape, >= 0)."""
+
+    alpha: Callable[[Tensor], Tensor]
+    start: Callable[[Tensor], Tensor]  # the deviation of x where z is said to be nothing but noise
+
+
+PRESERVING = Scaling(alpha=lambda sigma: (1 + sigma**2).rsqrt(), start=lambda sigma: (1 + sigma**2).sqrt())
+EXPLODING = Scaling(alpha=torch.ones_like, start=lambda sigma: sigma)
+STRAIGHT = Scaling(alpha=lambda sigma: 1 / (1 + sigma), start=lambda sigma: 1 + sigma)
+
+SCALINGS = {"vp": PRESERVING, "ve": EXPLODING, "flow": STRAIGHT}
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A variance-preserving law on T trained levels.
+    """T trained levels, and the law that they lie on.
 
-    `sigmas`: (T,) float64 on the CPU, strictly increasing and finite; index t is the network's time of that level.
-    `pure_noise_end`: the last level stands for sigma = infinity (zero terminal SNR), cut at `SIGMA_CUT`.
+    `sigmas`: (T,) float64 on the CPU, strictly increasing and finite.
+    `pure_noise_end`: the last level stands for sigma = infinity (zero terminal SNR, flow), cut at `SIGMA_CUT`.
+    `scaling`: alpha; variance-preserving unless another is given.
+    `clock`: time in closed form. None for a chain, whose time is the index of a level: `t` is then in [0, T - 1],
+        linear in log sigma between levels. With a clock `t` is 1000 tau, in (0, 1000] whatever T is, and the T levels
+        are evenly spaced in it.
     """
 
     sigmas: Tensor
     pure_noise_end: bool = False
+    scaling: Scaling = PRESERVING
+    clock: Clock | None = None
 
     @property
     def steps(self) -> int:
-        """T, the number of trained levels."""
+        """T, the number of trained levels; in continuous time, of the levels in the table."""
         return len(self.sigmas)
 
     @property
@@ -51,32 +79,80 @@ class Schedule:
         return float(self.sigmas[-1])
 
     @property
+    def t_min(self) -> float:
+        """The time of the first level: 0 for a chain."""
+        return float(self.t(self.sigmas[0]))
+
+    @property
+    def t_max(self) -> float:
+        """The time of the last level: T - 1 for a chain, 1000 (flow: less by the cut) in continuous time."""
+        return float(self.t(self.sigmas[-1]))
+
+    @property
+    def is_chain(self) -> bool:
+        """Its levels are steps of a chain, whose time is their index; otherwise time is continuous."""
+        return self.clock is None
+
+    @property
+    def preserves_variance(self) -> bool:
+        return self.scaling is PRESERVING
+
+    @property
     def alphas_cumprod(self) -> Tensor:
-        """(T,) alpha_bar_t = 1 / (1 + sigma_t^2), decreasing. A law cut at `SIGMA_CUT` ends at 1e-12, not at 0."""
+        """(T,) alpha_bar_t = 1 / (1 + sigma_t^2), decreasing. A law cut at `SIGMA_CUT` ends at 1e-12, not at 0.
+
+        Where the law does not preserve variance, it is that of the chain with the same signal-to-noise ratios.
+        """
         return 1 / (1 + self.sigmas**2)
 
     def alpha(self, sigma: Tensor) -> Tensor:
-        """The factor between the two coordinates, z = alpha x; any shape, sigma >= 0. It is also c_in."""
-        return (1 + sigma**2).rsqrt()
+        """The factor between the two coordinates, z = alpha x; any shape, sigma >= 0.
+
+        It is also c_in, unless the parameterization has one of its own.
+        """
+        return self.scaling.alpha(sigma)
+
+    def start_scale(self, sigma: Tensor) -> Tensor:
+        """The deviation of x at pure noise, x = start_scale(sigma) n, for the grid's first sigma (any shape).
+
+        Where z = alpha x ends in unit noise this is 1 / alpha: sqrt(1 + sigma^2) if variance is preserved, 1 + sigma
+        on straight paths. Where it explodes, alpha is 1 and the noise is all there is: sigma.
+        """
+        return self.scaling.start(sigma)
 
     def t(self, sigma: Tensor) -> Tensor:
-        """The network's time of `sigma` (any shape), in [0, T - 1], on sigma's device and in its dtype.
+        """The network's time of `sigma` (any shape), on sigma's device and in its dtype.
 
-        Linear in log sigma between trained levels and never rounded; levels outside the trained range get its ends.
+        Never rounded; levels outside the trained range get its ends.
         """
-        level = sigma.detach().cpu().double().log()
-        knots = self.sigmas.log()
-        right = torch.searchsorted(knots, level).clamp(1, self.steps - 1)
-        fraction = (level - knots[right - 1]) / (knots[right] - knots[right - 1])
-        return (right - 1 + fraction.clamp(0, 1)).to(sigma.dtype).to(sigma.device)
+        level = sigma.detach().cpu().double()
+        time = self._index(level) if self.clock is None else TIME_UNIT * self.clock.tau(self._trained(level))
+        return time.to(sigma.dtype).to(sigma.device)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The inverse of `t`: sigma of a time in [0, T - 1] (any shape), geometric between trained levels."""
-        time = t.detach().cpu().double().clamp(0, self.steps - 1)
+        """The inverse of `t`: sigma of a time (any shape); a time outside the trained range gets its ends."""
+        time = t.detach().cpu().double()
+        if self.clock is None:
+            level = self._at_index(time)
+        else:
+            level = self._trained(self.clock.sigma((time / TIME_UNIT).clamp(0, 1)))
+        return level.to(t.dtype if t.is_floating_point() else torch.float64).to(t.device)
+
+    def _trained(self, level: Tensor) -> Tensor:
+        return level.clamp(self.sigma_min, self.sigma_max)
+
+    def _index(self, level: Tensor) -> Tensor:
+        """A chain's time of float64 levels."""
+        knots, level = self.sigmas.log(), level.log()
+        right = torch.searchsorted(knots, level).clamp(1, self.steps - 1)
+        fraction = (level - knots[right - 1]) / (knots[right] - knots[right - 1])
+        return right - 1 + fraction.clamp(0, 1)
+
+    def _at_index(self, time: Tensor) -> Tensor:
+        time = time.clamp(0, self.steps - 1)
         left = time.floor().long().clamp(max=self.steps - 2)
         knots = self.sigmas.log()
-        level = torch.lerp(knots[left], knots[left + 1], time - left).exp()
-        return level.to(t.dtype if t.is_floating_point() else torch.float64).to(t.device)
+        return torch.lerp(knots[left], knots[left + 1], time - left).exp()
 
 
 def linear_betas(config: ScheduleConfig) -> Tensor:
@@ -91,9 +167,27 @@ def scaled_linear_betas(config: ScheduleConfig) -> Tensor:
 
 
 def cosine_betas(config: ScheduleConfig) -> Tensor:
-    """(T,) alpha_bar = cos^2 of t (Nichol & Dhariwal 2021, equation 17, s = 0.008), beta cut at `MAX_BETA`."""
-    time = torch.arange(config.steps + 1, dtype=torch.float64) / config.steps
-    alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    """(T,) alpha_bar = cos^2 of t (Nichol & Dhariwal 2021, equation 17, s = 0.008)."""
+    return _betas_of(torch.cos((_unit_times(config) + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+
+def sigmoid_betas(config: ScheduleConfig) -> Tensor:
+    """(T,) alpha_bar falls as a logistic function on [-3, 3], moved and scaled to end in 1 and 0.
+
+    Jabri et al. 2022, "Scalable adaptive computation for iterative generation", with the ends and the temperature 1 of
+    Chen 2023, "On the importance of noise scheduling", algorithm 1.
+    """
+    start, end = -3.0, 3.0
+    first, last = (1 / (1 + math.exp(-value)) for value in (start, end))
+    return _betas_of((last - torch.sigmoid(start + (end - start) * _unit_times(config))) / (last - first))
+
+
+def _unit_times(config: ScheduleConfig) -> Tensor:
+    return torch.arange(config.steps + 1, dtype=torch.float64) / config.steps
+
+
+def _betas_of(alpha_bar: Tensor) -> Tensor:
+    """(T,) betas of alpha_bar (T + 1,) at t = 0, 1 / T .. 1, cut at `MAX_BETA`."""
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA)
 
 
@@ -101,16 +195,27 @@ BETAS: dict[str, Callable[[ScheduleConfig], Tensor]] = {
     "linear": linear_betas,
     "scaled_linear": scaled_linear_betas,
     "cosine": cosine_betas,
+    "sigmoid": sigmoid_betas,
 }
 
 
 def make_schedule(config: ScheduleConfig) -> Schedule:
-    """The schedule that `config` describes. Raises UserError for an unknown kind and for betas that are no chain."""
-    if config.kind not in BETAS:
-        raise UserError(f"schedule.kind is '{config.kind}'; choose one of {', '.join(BETAS)}")
+    """The schedule that `config` describes. Raises UserError for an unknown kind and for numbers that make no law."""
+    if config.kind not in BETAS and config.kind not in CLOCKS:
+        raise UserError(f"schedule.kind is '{config.kind}'; choose one of {', '.join([*BETAS, *CLOCKS])}")
     if config.steps < 2:
         raise UserError(f"schedule.steps is {config.steps}; a noise schedule needs at least 2 levels")
-    if config.kind != "cosine" and not 0 < config.beta_start <= config.beta_end < 1:
+    schedule = _chain(config) if config.kind in BETAS else _continuous(config)
+    if not bool(schedule.sigmas.isfinite().all() and (schedule.sigmas.diff() > 0).all()):
+        raise UserError(
+            f"the noise schedule reaches sigma = {float(schedule.sigmas[-2]):.3g} before its last level and cannot be "
+            "resolved; use fewer steps or smaller betas"
+        )
+    return schedule
+
+
+def _chain(config: ScheduleConfig) -> Schedule:
+    if config.kind in ("linear", "scaled_linear") and not 0 < config.beta_start <= config.beta_end < 1:
         raise UserError(
             f"schedule.beta_start is {config.beta_start:g} and beta_end {config.beta_end:g}; "
             "choose 0 < beta_start <= beta_end < 1"
@@ -121,12 +226,18 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
     sigmas = ((1 - alphas_bar) / alphas_bar).sqrt()
     if config.zero_terminal_snr:
         sigmas[-1] = SIGMA_CUT
-    if not bool(sigmas.isfinite().all() and (sigmas.diff() > 0).all()):
-        raise UserError(
-            f"the noise schedule reaches sigma = {float(sigmas[-2]):.3g} before its last level and cannot be resolved; "
-            "use fewer steps or smaller betas"
-        )
     return Schedule(sigmas, pure_noise_end=config.zero_terminal_snr)
+
+
+def _continuous(config: ScheduleConfig) -> Schedule:
+    if config.zero_terminal_snr:
+        raise UserError(
+            f"schedule.zero_terminal_snr rescales a chain's table, and {config.kind} has none; set it to false, or "
+            f"choose one of {', '.join(BETAS)}"
+        )
+    clock, times = CLOCKS[config.kind](config)
+    sigmas = clock.sigma(times).clamp(max=SIGMA_CUT)
+    return Schedule(sigmas, config.kind == "flow", SCALINGS[config.kind], clock)
 
 
 def zero_terminal_snr(alphas_bar: Tensor) -> Tensor:

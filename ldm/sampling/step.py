@@ -39,8 +39,8 @@ Advance = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
 
 
 def start(noise: Tensor, schedule: Schedule, sigmas: Tensor) -> Tensor:
-    """The state at the grid's first level: the chain's z is pure unit `noise` (B, C, h, w) there, and x = z / alpha."""
-    return solver_state(noise) / float(schedule.alpha(sigmas[0]))
+    """The state at the grid's first level, nothing but unit `noise` (B, C, h, w) times the schedule's `start_scale`."""
+    return solver_state(noise) * float(schedule.start_scale(sigmas[0]))
 
 
 def finish(x: Tensor, schedule: Schedule, sigmas: Tensor) -> Tensor:

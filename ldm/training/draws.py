@@ -2,6 +2,10 @@
 
 Each sample's numbers are a function of (seed, step, the sample's key, what they are for). So they do not depend on
 which process, micro-batch or position the sample came in, and a resumed run needs no generator state.
+
+Stratified numbers cannot do without the position, for the strata belong to a whole global batch. It is the place in
+the global order of samples (data/streams.py), which does not depend on processes, workers or micro-batches either:
+processes own neighbouring streams, so their shares, one after another, are the global batch.
 """
 
 from __future__ import annotations
@@ -20,10 +24,22 @@ def generator(*address: object) -> torch.Generator:
 
 
 class Draws:
-    """The random numbers of one micro-batch whose samples have `keys`."""
+    """The random numbers of one micro-batch whose samples have `keys`.
 
-    def __init__(self, seed: int, step: int | str, keys: Sequence[str], device: torch.device | str = "cpu"):
+    They stand at the places `first`, `first` + 1 ... of a global batch of `total`; without these they are one.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        step: int | str,
+        keys: Sequence[str],
+        device: torch.device | str = "cpu",
+        first: int = 0,
+        total: int = 0,
+    ):
         self.address, self.keys, self.device = (seed, step), keys, device
+        self.first, self.total = first, total or len(keys)
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Unit normals (B, *shape), float32."""
@@ -36,3 +52,12 @@ class Draws:
             torch.rand((), generator=generator(*self.address, purpose, key), dtype=torch.float64) for key in self.keys
         ]
         return torch.stack(rows).to(self.device)
+
+    def stratified(self, purpose: str) -> Tensor:
+        """`uniform` moved into strata: of a global batch of N, one number (B,) in each [k / N, (k + 1) / N), float64.
+
+        Which sample gets which stratum is drawn anew for each step, so each number by itself is uniform.
+        """
+        strata = torch.randperm(self.total, generator=generator(*self.address, purpose, "strata"))
+        own = strata[self.first : self.first + len(self.keys)].to(self.device)
+        return (own + self.uniform(purpose)) / self.total

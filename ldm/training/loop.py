@@ -245,7 +245,8 @@ def _backward(
                 stack.enter_context(nullcontext() if last else accelerator.no_sync(network))
             # With the epoch, for a sample may be twice in a batch that is larger than the data.
             names = [f"{key} {epoch}" for key, epoch in zip(micro.key, micro.epoch, strict=True)]
-            draws = Draws(seed, step, names, accelerator.device)
+            first = accelerator.process_index * division.share + index * division.micro
+            draws = Draws(seed, step, names, accelerator.device, first, division.processes * division.share)
             for name, loss, values in stage.losses(micro, draws, step, networks):
                 accelerator.backward(loss / division.accumulation)
                 if name not in played:

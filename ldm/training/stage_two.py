@@ -2,6 +2,7 @@
 
 Algorithm 1 of Ho et al. 2020 in the coordinates of ldm/diffusion: draw sigma and n, form x = x0 + sigma n, and
 regress the network's target. Some rows are trained on the encoded empty prompt, which is what guidance subtracts.
+What schedule, target, weight and level draw may be is in ldm/diffusion; nothing here depends on which they are.
 Latents and contexts come from pictures and captions on the fly, or from the shards of tools/precompute_latents.py.
 """
 
@@ -20,17 +21,21 @@ from ldm.checkpoints import native
 from ldm.conditioning.clip import TextTower
 from ldm.conditioning.dropout import drop
 from ldm.conditioning.record import Conditioning
-from ldm.config import AutoencoderConfig, DiffusionTraining, ModelConfig
+from ldm.config import AutoencoderConfig, DiffusionLossConfig, DiffusionTraining, ModelConfig
 from ldm.data.latents import LatentBatch, LatentLoader, latent_fingerprint
 from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.diffusion import (
+    Parameterization,
     check,
+    check_loss,
     diffusion_loss,
     draw_levels,
     make_parameterization,
     make_schedule,
     network_input,
 )
+from ldm.diffusion.denoiser import denoised
+from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
 from ldm.model import assemble
@@ -39,6 +44,7 @@ from ldm.training.stage import Batches, Player
 from ldm.unet.unet import UNet
 
 VALIDATION_SAMPLES = 512  # held-out samples of the validation loss, at most
+COMMON_LEVELS = DiffusionLossConfig(levels="logit_normal")  # of the figure that compares all trainings
 
 
 class DiffusionStage:
@@ -50,8 +56,9 @@ class DiffusionStage:
         torch.manual_seed(config.loop.seed)
         self.config, self.device = config, device
         self.schedule = make_schedule(config.schedule)
-        self.parameterization = make_parameterization(config.parameterization)
-        check(self.schedule, self.parameterization)
+        self.parameterization = make_parameterization(config.parameterization, config.sigma_data)
+        check(self.schedule, self.parameterization, config.learned_variance)
+        check_loss(config.loss, config.learned_variance)
         self.codec = load_codec(config.autoencoder, device)
         self.text = self._text_tower()
         size = config.data.size
@@ -72,10 +79,12 @@ class DiffusionStage:
     def describe(self) -> list[str]:
         c, h, w = self.latent_shape
         loss = self.config.loss
+        target = self.parameterization.name + (" with learned variance" if self.config.learned_variance else "")
+        levels = ("stratified " if loss.stratified else "") + loss.levels
         return [
             f"latent      {c} x {h} x {w}, {'precomputed' if self.config.latents else 'encoded on the fly'}",
             f"noise       {self.config.schedule.kind}, sigma {self.schedule.sigma_min:.4g} to "
-            f"{self.schedule.sigma_max:.4g}; levels {loss.levels}, weight {loss.weight}, {self.parameterization.name}; "
+            f"{self.schedule.sigma_max:.4g}; levels {levels}, weight {loss.weight}, {target}; "
             f"caption dropout {loss.caption_dropout:g}",
         ]
 
@@ -86,21 +95,37 @@ class DiffusionStage:
         keep = draws.uniform("caption dropout") >= self.config.loss.caption_dropout
         if condition is not None and self.null is not None:
             condition = drop(condition, self.null, keep)
-        loss = self._loss(networks["unet"], x0, condition, draws).mean()
+        settings = self.config.loss
+        uniform = draws.stratified("level") if settings.stratified else draws.uniform("level")
+        sigma = draw_levels(settings, self.schedule, uniform)
+        n, seen = training_noise(settings, draws, self.latent_shape)
+        loss = self._loss(self._output(networks["unet"], x0, seen, sigma, condition), x0, n, sigma).mean()
         yield "unet", loss, {"loss": loss}
 
     def validate(self) -> dict[str, float]:
-        """The mean loss over held-out samples; noise and level of a sample are the same at every call."""
+        """Two means over held-out samples, whose noise and level are the same at every call.
+
+        `validation/loss` is what is trained, on plain noise. `validation/error` is (1 + 1 / sigma^2) |D - x0|^2 with
+        ln sigma ~ N(0, 1): it means the same for every schedule, target, weight and draw, and is 1 for a denoiser that
+        knows nothing but that data have zero mean and unit variance.
+        """
         if not self.config.data.validation:
             return {}
-        total, count = 0.0, 0
+        loss, error, count = 0.0, 0.0, 0
         for batch in validation_batches(self.config.data, self.config.loop.global_batch):
             draws = Draws(self.config.loop.seed, "validation", batch.key, self.device)
-            total += float(self._loss(self.unet, *self._prepare(batch, draws), draws).sum())
+            x0, condition = self._prepare(batch, draws)
+            n = draws.normal("noise", self.latent_shape)
+            sigma = draw_levels(self.config.loss, self.schedule, draws.uniform("level"))
+            output = self._output(self.unet, x0, n, sigma, condition)
+            loss += float(self._loss(output, x0, n, sigma).sum())
+            sigma = draw_levels(COMMON_LEVELS, self.schedule, draws.uniform("common level"))
+            output = self._output(self.unet, x0, n, sigma, condition)
+            error += float(relative_error(output, x0, n, sigma, self.parameterization).sum())
             count += len(batch.key)
             if count >= VALIDATION_SAMPLES:
                 break
-        return {"validation/loss": total / count}
+        return {"validation/loss": loss / count, "validation/error": error / count}
 
     def draw(self, output: Path, step: int) -> None:
         """One picture for each prompt of `config.sample`, always from the same noise."""
@@ -130,18 +155,23 @@ class DiffusionStage:
             unet=self.config.model,
             schedule=self.config.schedule,
             parameterization=self.config.parameterization,
+            sigma_data=self.config.sigma_data,
+            learned_variance=self.config.learned_variance,
             image_size=self.config.data.size,
         )
 
-    def _loss(self, network: nn.Module, x0: Tensor, condition: Conditioning | None, draws: Draws) -> Tensor:
-        """(B,) for data x0 (B, C, h, w); sigma and n come from `draws`."""
-        sigma = draw_levels(self.config.loss, self.schedule, draws.uniform("level"))
-        n = draws.normal("noise", self.latent_shape)
+    def _output(
+        self, network: nn.Module, x0: Tensor, n: Tensor, sigma: Tensor, condition: Conditioning | None
+    ) -> Tensor:
+        """What `network` makes of x0 + sigma n, with x0 and n (B, C, h, w), sigma (B,)."""
         x = x0 + sigma.to(x0).view(-1, 1, 1, 1) * n
-        x_in, t = network_input(x, sigma, self.schedule)
+        x_in, t = network_input(x, sigma, self.schedule, self.parameterization)
         x_in = x_in.contiguous(memory_format=torch.channels_last)
-        output = network(x_in, t, None if condition is None else condition.context)
-        return diffusion_loss(output, x0, n, sigma, self.config.loss, self.parameterization)
+        return network(x_in, t, None if condition is None else condition.context)
+
+    def _loss(self, output: Tensor, x0: Tensor, n: Tensor, sigma: Tensor) -> Tensor:
+        """(B,)"""
+        return diffusion_loss(output, x0, n, sigma, self.config.loss, self.parameterization, self.schedule)
 
     @torch.no_grad()
     def _prepare(self, batch: Batch | LatentBatch, draws: Draws) -> tuple[Tensor, Conditioning | None]:
@@ -149,7 +179,8 @@ class DiffusionStage:
         noise = draws.normal("posterior", self.latent_shape)
         if isinstance(batch, LatentBatch):
             posterior = DiagonalGaussian.from_moments(batch.moments.to(self.device))
-            return self.codec.to_latent(posterior.sample(noise)), Conditioning(batch.context.to(self.device))
+            context = None if self.text is None else Conditioning(batch.context.to(self.device))
+            return self.codec.to_latent(posterior.sample(noise)), context
         return self.codec.encode(batch.image.to(self.device), noise), self._condition(batch.caption)
 
     @torch.no_grad()
@@ -165,15 +196,41 @@ class DiffusionStage:
 
     def _check_widths(self) -> None:
         model, channels = self.config.model, self.latent_shape[0]
-        if (model.in_channels, model.out_channels) != (channels, channels):
+        wanted = channels * (1 + self.config.learned_variance)
+        if (model.in_channels, model.out_channels) != (channels, wanted):
+            why = ", and as many again say the learned variance" if self.config.learned_variance else ""
             raise UserError(
                 f"the U-Net has {model.in_channels} input and {model.out_channels} output channels but latents have "
-                f"{channels}; set model.in_channels={channels} model.out_channels={channels}"
+                f"{channels}{why}; set model.in_channels={channels} model.out_channels={wanted}"
             )
         if self.text is not None and self.text.config.width != model.context_width:
             raise UserError(
                 f"the text tower's width is {self.text.config.width}; set model.context_width={self.text.config.width}"
             )
+
+
+def training_noise(config: DiffusionLossConfig, draws: Draws, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The noise that the target is made of, and that which the network sees: n and n + g n', both (B, *shape).
+
+    Both have the offset, one number for each channel of each sample, so that the network learns to move a picture's
+    mean (Guttenberg 2023). g is the input perturbation: in sampling x comes from the network's own errors, and a
+    network that was trained on slightly more noise than its target says forgives them (Ning et al. 2023, algorithm 1).
+    """
+    n = draws.normal("noise", shape)
+    if config.offset_noise:
+        n = n + config.offset_noise * draws.normal("offset noise", (shape[0], 1, 1))
+    if not config.input_perturbation:
+        return n, n
+    return n, n + config.input_perturbation * draws.normal("input perturbation", shape)
+
+
+def relative_error(output: Tensor, x0: Tensor, n: Tensor, sigma: Tensor, parameterization: Parameterization) -> Tensor:
+    """(1 + 1 / sigma^2) |D - x0|^2 (B,), mean over C, h, w: the share of the variance of N(0, I) left unexplained.
+
+    Given x, an x0 ~ N(0, I) has the variance sigma^2 / (1 + sigma^2). `output` is the network's on x0 + sigma n.
+    """
+    found = denoised(output, x0 + per_picture(sigma, x0) * n, sigma, parameterization)
+    return (1 + sigma.to(x0) ** -2) * (found - x0).square().flatten(1).mean(dim=1)
 
 
 def load_codec(path: str, device: torch.device) -> Codec:

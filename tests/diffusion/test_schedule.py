@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion import make_parameterization, make_schedule
-from ldm.diffusion.parameterization import check
+from ldm.diffusion import make_schedule
 from ldm.errors import UserError
 
 STABLE_DIFFUSION = make_schedule(ScheduleConfig())
@@ -21,7 +22,7 @@ def test_stable_diffusions_ends() -> None:
     assert STABLE_DIFFUSION.sigmas.dtype == torch.float64 and STABLE_DIFFUSION.steps == 1000
 
 
-@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("zero", [False, True])
 def test_trained_levels_have_whole_times(kind: str, zero: bool) -> None:
     schedule = make_schedule(ScheduleConfig(kind=kind, zero_terminal_snr=zero))
@@ -51,7 +52,7 @@ def test_levels_outside_the_range_have_its_ends() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "quadratic"}, "quadratic.*linear, scaled_linear, cosine"),
+        ({"kind": "quadratic"}, "quadratic.*linear, scaled_linear, cosine, sigmoid, vp, ve, flow"),
         ({"steps": 1}, "at least 2"),
         ({"beta_start": 0.0}, "0 < beta_start"),
         ({"beta_start": 0.02}, "beta_start <= beta_end"),
@@ -65,11 +66,28 @@ def test_what_is_no_chain_is_refused(change: dict[str, object], words: str) -> N
         make_schedule(ScheduleConfig(**change))  # type: ignore[arg-type]
 
 
-def test_eps_is_refused_where_the_input_is_pure_noise() -> None:
-    ends_in_noise = make_schedule(ScheduleConfig(zero_terminal_snr=True))
-    with pytest.raises(UserError, match="choose v or x0"):
-        check(ends_in_noise, make_parameterization("eps"))
-    check(ends_in_noise, make_parameterization("v"))
-    check(STABLE_DIFFUSION, make_parameterization("eps"))
-    with pytest.raises(UserError, match="eps, x0, v"):
-        make_parameterization("epsilon")
+def test_the_sigmoid_law_is_the_papers() -> None:
+    """Chen 2023, algorithm 1, at the chain's times; the last level only is held back by the largest beta, 0.999."""
+    schedule = make_schedule(ScheduleConfig(kind="sigmoid", steps=50))
+
+    def logistic(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    def gamma(t: float) -> float:
+        return (logistic(3) - logistic(t * 6 - 3)) / (logistic(3) - logistic(-3))
+
+    expected = [gamma((i + 1) / 50) for i in range(50)]
+    assert schedule.alphas_cumprod[:-1].tolist() == pytest.approx(expected[:-1], rel=1e-9)
+    assert float(schedule.alphas_cumprod[-1]) == pytest.approx(expected[-2] * 0.001, rel=1e-9)
+    assert gamma(0) == 1 and gamma(1) == 0
+    # symmetric: as much is kept at t as is lost at 1 - t
+    kept = schedule.alphas_cumprod
+    torch.testing.assert_close(kept[:49], 1 - kept[:49].flip(0), rtol=0, atol=1e-12)
+
+
+def test_a_chain_starts_in_unit_noise() -> None:
+    sigma = torch.tensor([0.1, 14.6], dtype=torch.float64)
+    torch.testing.assert_close(
+        STABLE_DIFFUSION.start_scale(sigma) * STABLE_DIFFUSION.alpha(sigma), torch.ones(2).double()
+    )
+    assert (STABLE_DIFFUSION.t_min, STABLE_DIFFUSION.t_max) == (0, 999)
