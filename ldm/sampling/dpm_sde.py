@@ -10,8 +10,8 @@ For a D that stays the same, a step of h = log(s / r) is solved exactly, noise i
     x' = D + e^(-(1 + eta) h) (x - D) + r sqrt(1 - e^(-2 eta h)) n,
 
 and what the three samplers differ in is how they see D change within the step. eta = 0 is the deterministic
-DPM-Solver++ of the same order. With additive noise all three are of weak order 2 (and of strong order 1): the two
-multistep ones on smooth grids, where the noise of the step before stands for that of this one.
+DPM-Solver++ of the same order. The error in law of all three falls as h^2, of the two multistep ones on smooth
+grids, where the noise of the step before stands for this one's; that of each path falls as h.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def dpmpp_2m_sde(eta: float = 1.0, s_noise: float = 1.0, solver: str = "midpoint
 def dpmpp_3m_sde(eta: float = 1.0, s_noise: float = 1.0) -> Sampler:
     """One evaluation a step: D is continued as the parabola through the two steps before, integrated exactly.
 
-    The first step has no step before, the second one only. With eta = 0 it is of order 3. (The published codes weigh
-    the parabola's curvature by half, as if a divided difference were a derivative, and are of order 2.) Raises
-    UserError for negative options.
+    The first step has no step before, the second one only. With eta = 0 it is of order 3 where those two do no harm,
+    from a sigma far above the data. (The published codes weigh the parabola's curvature by half, as if a divided
+    difference were a derivative, and are of order 2.) Raises UserError for negative options.
     """
     check_options(eta, s_noise)
 
