@@ -37,6 +37,29 @@ def test_seed_step_and_purpose_matter(other):
     assert len(draws.uniform("level").unique()) == len(KEYS)
 
 
+@pytest.mark.parametrize("sizes", [(12,), (4, 4, 4), (1,) * 12, (8, 4)])
+def test_strata_belong_to_the_global_batch_however_it_is_cut(sizes):
+    keys = [f"sample{i}" for i in range(12)]
+    whole = Draws(5, 7, keys, total=12).stratified("level")
+    first, parts = 0, []
+    for size in sizes:
+        parts.append(Draws(5, 7, keys[first : first + size], first=first, total=12).stratified("level"))
+        first += size
+    assert torch.equal(torch.cat(parts), whole)
+    assert sorted((whole * 12).long().tolist()) == list(range(12))
+    inside = Draws(5, 7, keys).uniform("level")
+    torch.testing.assert_close((whole * 12) % 1, inside, rtol=0, atol=1e-12)
+
+
+def test_each_place_gets_every_stratum_in_turn():
+    """A place belongs to a stream of the data, which must not be trained on one part of the levels."""
+    steps = torch.stack([Draws(0, step, KEYS).stratified("level") for step in range(600)])
+    counts = torch.stack([torch.bincount((steps[:, place] * 6).long(), minlength=6) for place in range(6)])
+    assert counts.sum() == 3600 and float((counts - 100).abs().max()) < 5 * math.sqrt(100)
+    assert abs(float(steps.mean()) - 0.5) < 0.005  # stratified: far less than the 0.024 of five standard errors
+    assert not torch.equal(Draws(0, 1, KEYS).stratified("level"), Draws(0, 1, KEYS).stratified("another"))
+
+
 def test_their_laws():
     """Mean and variance within five standard errors, each row from a generator of its own."""
     draws = Draws(0, 0, [str(i) for i in range(2000)])
