@@ -424,4 +424,5 @@ def _tuples(value: Any, tables: dict[str, Any]) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(getattr(error, "problem", None) or error).strip()  # yaml's errors begin with what it was doing
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MAX_OPERATIONS = 2_000_000  # Stable Diffusion with averages and an optimizer's state takes some 100,000
+MAX_OPERATIONS = 500_000  # Stable Diffusion with averages and an optimizer's state takes some 100,000
 MAX_DEPTH = 10_000  # unfinished containers
 MAX_NAME = 1000  # letters of a class' name; longer ones could be put together again and again
 MAX_NUMBER = 4096  # bits: hashing a number of megabytes as a key, again and again, would take hours

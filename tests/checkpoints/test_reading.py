@@ -237,9 +237,7 @@ def test_any_damage_to_a_file_is_harmless_or_a_sentence(
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    start=st.sampled_from([b"PK\x03\x04", b"\x80\x02", b"\x80\x04", struct.pack("<Q", 2), b""]), rest=st.binary()
-)
+@given(start=st.sampled_from([b"PK\x03\x04", b"\x80\x02", b"\x80\x04", struct.pack("<Q", 2), b""]), rest=st.binary())
 def test_any_bytes_at_all(start: bytes, rest: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "bytes"
     path.write_bytes(start + rest)
