@@ -53,7 +53,7 @@ def pc(snr: float = 0.16, moves: int = 1) -> Sampler:
     Predictor: the reverse diffusion step of the variance-exploding law, which x = x0 + sigma n follows whatever the
     model's own one, x + (s^2 - r^2) score(x, s) + sqrt(s^2 - r^2) n. Corrector: `moves` Langevin moves at r, of step
 
-        epsilon = (snr |n| / |score|)^2       (half of the paper's)
+        epsilon = 2 (snr |n| / |score|)^2,
 
     where each picture has its own norms, so that none changes another. (The paper's code averages them over the batch.)
     An epsilon so chosen depends on the state, and in a few dimensions on chance: it is made for pictures. `snr` = 0, or
@@ -75,7 +75,7 @@ def pc(snr: float = 0.16, moves: int = 1) -> Sampler:
             for _ in range(moves):
                 x0 = denoiser(x, level(sigma_next))
                 score, n = (x0 - x) / sigma_next**2, noise(sigma, sigma_next).to(x)
-                x = move(x, score, (snr * norms(n) / norms(score)) ** 2, n)
+                x = move(x, score, 2 * (snr * norms(n) / norms(score)) ** 2, n)
             return x, x0
 
         return trajectory(x, sigmas, advance)
