@@ -234,6 +234,7 @@ def _parameter(arguments: tuple[Any, ...]) -> _View:
 _BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "collections.OrderedDict": lambda arguments: {},
     "collections.defaultdict": lambda arguments: {},
+    "torch.nn.modules.container.ParameterDict": lambda arguments: {},
     "torch.Size": lambda arguments: arguments[0] if arguments else (),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,

@@ -178,7 +178,11 @@ class _Machine:
                 arguments = tuple(self.pop_to_mark())
                 push(self._made(Name(str(argument).replace(" ", ".", 1)), arguments))
             case "BUILD":
-                self.pop()  # the state of an object: plain ones (an OrderedDict's `_metadata`) do without it
+                state = self.pop()  # plain objects (an OrderedDict's `_metadata`) do without theirs
+                if isinstance(self.stack[-1], dict) and isinstance(state, dict):
+                    held = state.get("_parameters")  # what a ParameterDict holds
+                    if isinstance(held, dict):
+                        _fill(self.stack[-1], [item for pair in held.items() for item in pair])
             case "PERSID":
                 push(self.persistent(argument))
             case "BINPERSID":
