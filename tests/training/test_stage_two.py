@@ -128,6 +128,22 @@ def test_it_learns_samples_and_is_read_back(pixels, tmp_path):
     assert image.shape == (1, 3, 8, 8) and bool(image.isfinite().all()) and float(image.std()) > 0
 
 
+def test_a_learned_variance_travels_and_the_samplers_draw_with_it(pixels, tmp_path):
+    config = replace(
+        pixels,
+        model=replace(pixels.model, out_channels=6),
+        learned_variance=True,
+        loop=replace(LOOP, steps=1),
+        sample=replace(pixels.sample, prompts=("a red heart",), steps=2),
+    )
+    run(DiffusionStage(config, 0, 1, CPU), config.loop, tmp_path, config)
+    model = ldm.load(tmp_path, device="cpu")
+    assert model.config.learned_variance and model.config.unet is not None and model.config.unet.out_channels == 6
+    for sampler in ("ddim", "ddpm"):
+        image = model.txt2img("a red heart", cfg=2.0, steps=3, seed=1, sampler=sampler)
+        assert image.shape == (1, 3, 8, 8) and bool(image.isfinite().all())
+
+
 def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(pixels):
     found = []
     for checkpointing in (False, True):
