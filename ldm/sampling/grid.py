@@ -13,7 +13,7 @@ Three are formulas in sigma between the law's ends, for any N:
 
     karras       N levels, even in sigma^(1/7), then sigma = 0 (Karras et al. 2022, equation 5).
     exponential  N levels, even in log sigma, then sigma = 0: a last step removes what noise is left at sigma_min.
-    logsnr       N + 1 levels, even in log SNR = -2 log sigma, and no 0: as in DPM-Solver (Lu et al. 2022, section 3.4).
+    logsnr       N + 1 levels, even in log SNR = -2 log sigma, and no 0: as in DPM-Solver (Lu et al. 2022).
                  The spacing is that of `exponential`; what differs is that it ends at sigma_min, so every step is of
                  one length and none is left to the first order.
 
@@ -36,7 +36,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 
 RHO = 7.0
-"""Karras et al. 2022, appendix D.1: 3 makes the steps' errors even; 5 to 10, shorter steps near sigma_min, look best."""
+"""Karras et al. 2022, appendix D.1: 3 makes the errors of all steps even, 5 to 10 makes better pictures."""
 
 HIGHEST = 160.0
 """The SNR of unit-variance data is 4e-5 there. Just above the continuous variance-preserving law's end, 152."""

@@ -34,7 +34,7 @@ def plms() -> Sampler:
     """Pseudo linear multistep (Liu et al. 2022, PNDM without its Runge-Kutta start), as Stable Diffusion was released.
 
     The eps = (x - D) / sigma of up to four steps are combined as Adams and Bashforth do for equal spacing, whatever
-    the grid's, and DDIM's step is taken with that. So the order is 2, and 4 only were the grid uniform in sigma.
+    the grid's, and DDIM's step is taken with that. So the order is 2, unless the grid is uniform in sigma.
     N + 1 evaluations in N steps: the first step has none to remember and is Heun's. The step to 0 is Euler's (a single
     step to 0 is one evaluation).
     """
@@ -84,7 +84,7 @@ def dpmpp_2m() -> Sampler:
 
 
 def unipc(order: int = 2, variant: str = "bh2") -> Sampler:
-    """UniPC (Zhao et al. 2023, algorithms 5 to 8), predicting x0: N evaluations in N steps.
+    """UniPC (Zhao et al. 2023, algorithms 1 and 2), predicting x0: N evaluations in N steps.
 
     Each step predicts with `order` evaluations, 1 to 3; the next step's evaluation first corrects where it started,
     which costs nothing more. The order reached is `order` + 1 where all steps but the last are corrected. On grids that

@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ def ode(rtol: float = 1e-5, atol: float = 1e-5) -> Sampler:
     """The flow's own solution, by Dormand & Prince's pair of orders 5 and 4 (torchdiffeq's dopri5).
 
     `rtol`, `atol`: the error allowed in one step, relative and absolute, as a root mean square over the picture in z.
-    The defaults are those of Song et al. 2021, appendix D.4. The grid says where the state is looked at, and the
+    The defaults are those of Song et al. 2021, appendix D. The grid says where the state is looked at, and the
     solver begins anew at each level: at least 8 evaluations for each interval, and one for the step to 0, which is
     Euler's. A batch is evaluated until its slowest picture is there. No gradient flows through the solver.
 
@@ -101,8 +103,9 @@ def integrate(velocity: Velocity, y: Tensor, begin: float, end: float, rtol: flo
         options = {"step_t": ends[1:], "dtype": y.dtype}
         try:
             with torch.inference_mode(inference), torch.no_grad(), torch.cuda.stream(stream):
-                question = lambda time, point: ask(row, time, point)  # noqa: E731
-                return odeint(question, y[row], ends, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
+                question = partial(ask, row)
+                states = odeint(question, y[row], ends, rtol=rtol, atol=atol, method="dopri5", options=options)
+                return cast(Tensor, states)[-1]
         finally:
             asked.put(None)
 

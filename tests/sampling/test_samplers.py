@@ -74,9 +74,8 @@ def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
 
 def run(sampler: Sampler, seeds: list[int], steps: int = 12, spacing: str = "trailing") -> Tensor:
     sigmas, noise = make_grid(SCHEDULE, steps, spacing), NoiseStream(seeds, SHAPE)
-    for step in sampler(denoiser, start(noise.initial(), SCHEDULE, sigmas), sigmas, noise):
-        last = step.x
-    return last
+    *_, last = sampler(denoiser, start(noise.initial(), SCHEDULE, sigmas), sigmas, noise)
+    return last.x
 
 
 @pytest.mark.parametrize("name", BOUND)
