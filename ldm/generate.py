@@ -16,15 +16,27 @@ import torch
 from torch import Tensor
 
 from ldm import catalogue
-from ldm.diffusion import bind
+from ldm.diffusion import Branches, Denoiser, bind
 from ldm.errors import UserError
-from ldm.guidance import cfg
+from ldm.guidance import (
+    autoguidance,
+    cfg,
+    classifier_guidance,
+    dynamic_threshold,
+    perpendicular_negative,
+    static_threshold,
+)
+from ldm.guides import Guides, load_guides
 from ldm.jobs import Request, Settings, batches
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid, start
 
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.unet.attention import ContextKV
+
+
+THRESHOLDS = {"static": static_threshold, "dynamic": dynamic_threshold}
+LATENT_BOUND = 4.0  # deviations; the latents of 640 real pictures of the shipped model's reach 3.9 at most
 
 
 class PromptCut(UserWarning):
@@ -37,17 +49,21 @@ def txt2img(model: LatentDiffusion, requests: Sequence[Request], settings: Setti
     Raises UserError for settings that the model cannot follow, and for a picture that is not finite in float32 either.
     """
     drawn = []
+    guides = load_guides(model, settings.check())
     for batch in batches(requests, batch_size):
-        last = deque(sample(model, batch, settings), maxlen=1).pop()
+        last = deque(sample(model, batch, settings, guides), maxlen=1).pop()
         drawn.append(decode(model, last).cpu())
     return torch.cat(drawn)
 
 
-def sample(model: LatentDiffusion, requests: Sequence[Request], settings: Settings) -> Iterator[Step]:
+def sample(
+    model: LatentDiffusion, requests: Sequence[Request], settings: Settings, guides: Guides | None = None
+) -> Iterator[Step]:
     """The trajectory of one batch, step by step; `decode` makes pictures of a step.
 
     A request's noise comes from its seed alone, so its picture does not depend on the batch it is drawn in (bit for
     bit on one device and batch size, to rounding otherwise). The caller may stop whenever it likes.
+    `guides`: what `load_guides` made of `settings`, for those who draw many batches; None loads them here.
     Raises UserError, before the first step, for settings that the model cannot follow; warns of words that the text
     tower does not read (PromptCut).
     """
@@ -56,18 +72,7 @@ def sample(model: LatentDiffusion, requests: Sequence[Request], settings: Settin
     sampler, sigmas = make_sampler(model, settings), make_sigmas(model, settings)
     noise = make_noise(settings, [request.seed for request in requests], shape, model.device)
     x = start(noise.initial(), model.schedule, sigmas)
-    with torch.no_grad():
-        # Under guidance scale 1 nothing looks at the unconditional branch, so it is not even encoded.
-        prompts = [[request.prompt for request in requests]]
-        if settings.cfg != 1:
-            prompts.append([request.negative for request in requests])
-        contexts = [encode(model, texts) for texts in prompts]
-
-    def prepare(some: Sequence[Tensor]) -> ContextKV:
-        return model.unet.project_context(torch.cat(list(some)))
-
-    branches = bind(model.unet, contexts, prepare, model.schedule, model.parameterization)
-    denoiser = cfg(branches, settings.cfg, settings.cfg_rescale, settings.cfg_interval)
+    denoiser = make_denoiser(model, requests, settings, guides or load_guides(model, settings))
     steps = sampler(denoiser, x, sigmas, noise)
     while True:
         with torch.no_grad(), _memory_told(len(requests)):  # not across the yield: the mode is the caller's own
@@ -75,6 +80,47 @@ def sample(model: LatentDiffusion, requests: Sequence[Request], settings: Settin
         if step is None:
             return
         yield step
+
+
+def make_denoiser(model: LatentDiffusion, requests: Sequence[Request], settings: Settings, guides: Guides) -> Denoiser:
+    """The model on the prompts of `requests`, guided: by comparison first, then by the classifier, then thresholded.
+
+    Raises UserError for negative prompts beside a guide model, which stands in their place.
+    """
+    prompts = [request.prompt for request in requests]
+    negatives = [request.negative for request in requests]
+    how = settings.cfg, settings.cfg_rescale, settings.cfg_interval
+    if guides.worse is not None:
+        if any(negatives):
+            raise UserError("a guide model stands in the negative prompt's place; leave one of the two out")
+        denoiser = autoguidance(branches_of(model, [prompts]), branches_of(guides.worse, [prompts]), *how)
+    elif settings.perp_negative is not None:
+        branches = branches_of(model, [prompts, [""] * len(prompts), negatives])
+        denoiser = perpendicular_negative(branches, settings.perp_negative, *how)
+    else:
+        # Under guidance scale 1 nothing looks at the unconditional branch, so it is not even encoded.
+        denoiser = cfg(branches_of(model, [prompts] if settings.cfg == 1 else [prompts, negatives]), *how)
+
+    if guides.classifier is not None:
+        known = guides.classifier.config
+        labels = guides.classifier.places([settings.classifier_class or ""] * len(requests))
+        trained = known.sigma_min, known.sigma_max
+        denoiser = classifier_guidance(denoiser, guides.classifier.of(labels), settings.classifier_scale, trained)
+    if settings.threshold is not None:
+        usual = 1.0 if model.codec.autoencoder is None else LATENT_BOUND
+        denoiser = THRESHOLDS[settings.threshold](denoiser, settings.threshold_bound or usual)
+    return denoiser
+
+
+def branches_of(model: LatentDiffusion, prompts: Sequence[Sequence[str]]) -> Branches:
+    """The model's predictions for K lists of B prompts; their keys and values are projected when first needed."""
+    with torch.no_grad():
+        contexts = [encode(model, texts) for texts in prompts]
+
+    def prepare(some: Sequence[Tensor]) -> ContextKV:
+        return model.unet.project_context(torch.cat(list(some)))
+
+    return bind(model.unet, contexts, prepare, model.schedule, model.parameterization)
 
 
 def decode(model: LatentDiffusion, step: Step) -> Tensor:

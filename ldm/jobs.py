@@ -17,6 +17,7 @@ from ldm.errors import UserError
 from ldm.files import read_text
 
 MAX_SEED = 2**63 - 1
+THRESHOLDS = ("static", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,13 @@ class Settings:
     cfg_interval: tuple[float, float] | None = None  # (low, high] in sigma: guide there only
     options: dict[str, Any] = field(default_factory=dict)  # the sampler's own; catalogue.SAMPLERS names them
     sigmas: tuple[float, ...] = ()  # the levels written out, in place of spacing and steps
+    perp_negative: float | None = None  # weight of a negative prompt that acts across the prompt only; None: plain
+    guide_model: str | None = None  # a worse model, in the unconditional one's place: autoguidance, its scale is cfg
+    classifier: str | None = None  # a folder that tools/train_noisy_classifier.py wrote
+    classifier_class: str | None = None  # the class it steers to
+    classifier_scale: float = 1.0
+    threshold: str | None = None  # a name in THRESHOLDS: keep x0 in the data's range
+    threshold_bound: float | None = None  # that range, either way; None: 1 for pixel models, 4 deviations of latents
 
     def check(self) -> Settings:
         """The same in the library's names and types; raises UserError for what no model could do."""
@@ -69,6 +77,7 @@ class Settings:
         if self.cfg_interval is not None and not self.cfg_interval[0] < self.cfg_interval[1]:
             low, high = self.cfg_interval
             raise UserError(f"the guidance interval ({low:g}, {high:g}] is empty; give low < high in sigma")
+        self._check_guides()
         return dataclasses.replace(
             self,
             sampler=sampler,
@@ -77,6 +86,21 @@ class Settings:
             options=catalogue.check_options(sampler, options),
             steps=len(self.sigmas) - 1 if len(self.sigmas) > 1 else self.steps,
         )
+
+    def _check_guides(self) -> None:
+        weight, bound = self.perp_negative, self.threshold_bound
+        if weight is not None and not 0 <= weight < math.inf:
+            raise UserError(f"the weight of the perpendicular negative is {weight:g}; choose 0 or more, such as 1")
+        if weight is not None and self.guide_model is not None:
+            raise UserError("a perpendicular negative does not go with a guide model; choose one of the two")
+        if (self.classifier is None) != (self.classifier_class is None):
+            raise UserError("a classifier needs the class to steer to, and a class the classifier; give both")
+        if not math.isfinite(self.classifier_scale):
+            raise UserError(f"the classifier's scale is {self.classifier_scale}; choose a finite number, such as 1")
+        if self.threshold is not None and self.threshold not in THRESHOLDS:
+            raise UserError(catalogue.unknown("threshold", self.threshold, THRESHOLDS))
+        if bound is not None and (self.threshold is None or not 0 < bound < math.inf):
+            raise UserError(f"a threshold's bound is {bound:g}; choose it positive, and static or dynamic with it")
 
 
 def expand(requests: Sequence[Request], n: int) -> list[Request]:

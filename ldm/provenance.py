@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ class Recipe:
     batch_size: int
     index: int  # its place in the batch
     made_on: Mapping[str, Any]  # what `surroundings` said
+    guides: Mapping[str, str] = field(default_factory=dict)  # Guides.hashes
 
     @property
     def batch(self) -> list[Request]:
@@ -37,8 +38,17 @@ class Recipe:
         return [self.request] * self.batch_size
 
 
-def record(model: LatentDiffusion, settings: Settings, batch: Sequence[Request], index: int) -> dict[str, Any]:
-    """The plain data that goes into the PNG of picture `index` of `batch`; `read` is the inverse."""
+def record(
+    model: LatentDiffusion,
+    settings: Settings,
+    batch: Sequence[Request],
+    index: int,
+    guides: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The plain data that goes into the PNG of picture `index` of `batch`; `read` is the inverse.
+
+    `guides`: the hashes of what steered it beside the model, by the names of their settings.
+    """
     request = batch[index]
     return {
         "prompt": request.prompt,
@@ -46,6 +56,7 @@ def record(model: LatentDiffusion, settings: Settings, batch: Sequence[Request],
         "seed": request.seed,
         **_drawn(model, settings),
         "model": {"name": model.name, "hash": model.hash},
+        "guides": dict(guides or {}),
         "batch": {"size": len(batch), "index": index},
         "made_on": surroundings(model),
     }
@@ -88,7 +99,8 @@ def read(path: str | Path) -> Recipe:
         request = Request(_as(str, data["prompt"]), _as(str, data["negative"]), _as(int, data["seed"]))
         model, batch, made_on = (_as(dict, data[key]) for key in ("model", "batch", "made_on"))
         size, index = _as(int, batch["size"]), _as(int, batch["index"])
-        recipe = Recipe(request, settings, _as(str, model["name"]), _as(str, model["hash"]), size, index, made_on)
+        name, digest, guides = _as(str, model["name"]), _as(str, model["hash"]), _as(dict, data.get("guides", {}))
+        recipe = Recipe(request, settings, name, digest, size, index, made_on, guides)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} lacks a setting that is needed to make it again ({error}); is it a grid?") from error
     if not (0 <= index < size <= MAX_BATCH and 0 <= request.seed <= MAX_SEED):
@@ -96,13 +108,16 @@ def read(path: str | Path) -> Recipe:
     return recipe
 
 
-def differences(recipe: Recipe, model: LatentDiffusion) -> list[str]:
+def differences(recipe: Recipe, model: LatentDiffusion, guides: Mapping[str, str] | None = None) -> list[str]:
     """A sentence for each thing that is not as it was when the picture was made; none: it will be the same bits."""
     found = []
     if recipe.hash != model.hash:
         found.append(
             f"the model differs: the picture was made with {recipe.hash[:10]}, this is {model.hash[:10]} ({model.name})"
         )
+    for name, digest in (guides or {}).items():
+        if recipe.guides.get(name) != digest:
+            found.append(f"the {name.replace('_', ' ')} is not the one that the picture was made with")
     now = surroundings(model)
     then = recipe.made_on
     changed = [f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm import catalogue, errors, image_io, jobs, provenance
 from ldm.errors import UserError
+from ldm.guides import check_paths, load_guides
 from ldm.jobs import Request, Settings
 from ldm.model import SHIPPED, find
 
@@ -43,6 +44,7 @@ def main() -> None:
         batches = list(jobs.batches(requests_of(given), given.get("batch_size", 4)))
     name = given.get("model", recipe.model if recipe else "icons")
     find(name)
+    check_paths(settings)
     folder = Path(given.get("out", "outputs"))
     image_io.check_folder(folder)
 
@@ -56,7 +58,8 @@ def main() -> None:
     device = given.get("device", before.get("device", "auto"))
     model = ldm.load(name, device, given.get("precision", before.get("precision", "auto")))
     notices = generate.cut_notices(model, [request for batch in batches for request in batch])
-    notices += provenance.differences(recipe, model) if recipe else []
+    guides = load_guides(model, settings)
+    notices += provenance.differences(recipe, model, guides.hashes) if recipe else []
     for notice in notices:
         print(f"warning: {notice}", file=sys.stderr)
     warnings.simplefilter("ignore", generate.PromptCut)  # said above, once
@@ -66,11 +69,12 @@ def main() -> None:
     requests: list[Request] = []
     with tqdm(total=len(batches) * settings.steps, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
         for batch in batches:
-            last = watch(generate.sample(model, batch, settings), bar)
+            last = watch(generate.sample(model, batch, settings, guides), bar)
             images = generate.decode(model, last).cpu()
             for index in range(len(batch)) if recipe is None else [recipe.index]:
                 path = folder / f"{image_io.next_number(folder):05d}.png"  # another run may be writing here too
-                image_io.save_png(images[index], path, provenance.record(model, settings, batch, index))
+                record = provenance.record(model, settings, batch, index, guides.hashes)
+                image_io.save_png(images[index], path, record)
                 bar.write(f"{path}  seed {batch[index].seed}", file=sys.stdout)
                 sys.stdout.flush()
                 pictures.append(images[index])
@@ -146,6 +150,15 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add(
         "--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at these sigmas only (default: all)"
     )
+    add("--perp-negative", type=float, metavar="WEIGHT", help="the negative acts across the prompt only (try 1)")
+    add(
+        "--guide-model", metavar="MODEL", help="a worse model to steer away from, in the negative's place; scale: --cfg"
+    )
+    add("--classifier", metavar="FOLDER", help="of tools/train_noisy_classifier.py, to steer by")
+    add("--classifier-class", metavar="NAME", help="what to steer to, one that the classifier knows")
+    add("--classifier-scale", type=float, metavar="SCALE", help=f"default {defaults.classifier_scale:g}")
+    add("--threshold", metavar="KIND", help="static or dynamic: keep latents in their range at large guidance")
+    add("--threshold-bound", type=float, metavar="X", help="that range (default 4 deviations; pixel models 1)")
     add("--steps", type=int, help=f"from noise to picture (default {defaults.steps})")
     add("--sampler", metavar="NAME", help=f"as 'dpmpp_2m' or 'DPM++ 2M Karras' (default {defaults.sampler})")
     add("--list-samplers", action="store_true", help="print the samplers and grids, a line each, and end")

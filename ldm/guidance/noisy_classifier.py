@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from ldm.config import from_dict, to_dict
 from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError, explain_os_error
-from ldm.files import atomic_write_bytes, atomic_write_text, read_text
+from ldm.files import atomic_write_bytes, atomic_write_text
 from ldm.guidance.gradient import LogProbability
+from ldm.plain import read_json
 from ldm.unet.blocks import Downsample, ResidualBlock
 from ldm.unet.embedding import FOURIER_UNIT, EmbeddingMLP, FourierFeatures
 
@@ -119,10 +120,11 @@ def load_noisy_classifier(directory: str | Path, device: str | torch.device = "c
     if not where.exists():
         raise UserError(f"{directory} holds no {where.name}; train a classifier with tools/train_noisy_classifier.py")
     try:
-        config = from_dict(NoisyClassifierConfig, json.loads(read_text(where)), str(where))
+        config = from_dict(NoisyClassifierConfig, read_json(where), str(where))
         state = load_tensors((directory / f"{NAME}.safetensors").read_bytes())
-        classifier = NoisyClassifier(config)
-        classifier.load_state_dict(state)
+        with torch.device("meta"):  # nothing is allocated for sizes that the file does not have
+            classifier = NoisyClassifier(config)
+        classifier.load_state_dict(state, assign=True)
     except OSError as error:
         raise explain_os_error(error, f"reading {directory}") from error
     except (ValueError, RuntimeError, ArithmeticError, SafetensorError) as error:

@@ -14,8 +14,8 @@ from ldm.guidance.rule import Interval, guided, inner
 
 def perpendicular_negative(
     branches: Branches,
+    negative_scale: float,
     scale: float,
-    negative_scale: float = 1.0,
     rescale: float = 0.0,
     interval: Interval | None = None,
 ) -> Denoiser:

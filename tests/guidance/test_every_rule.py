@@ -48,7 +48,7 @@ def similarity(image: Tensor) -> Tensor:
 RULES: dict[str, Callable[[], Denoiser]] = {
     "cfg": lambda: cfg(branches, 5.0, 0.7, (0.3, 9.0)),
     "autoguidance": lambda: autoguidance(branches, lambda *given: branches(*given[:2])[3:], 2.0, 0.5, (0.3, 9.0)),
-    "perpendicular": lambda: perpendicular_negative(branches, 5.0, 0.8, 0.5, (0.3, 9.0)),
+    "perpendicular": lambda: perpendicular_negative(branches, 0.8, 5.0, 0.5, (0.3, 9.0)),
     "conjunction": lambda: conjunction(branches, (2.0, 1.0, -0.5)),
     "classifier": lambda: classifier_guidance(first, log_probability, 3.0, (0.3, 9.0)),
     "clip": lambda: clip_guidance(first, torch.tanh, similarity, 3.0, (0.3, 9.0)),

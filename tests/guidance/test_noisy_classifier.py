@@ -185,13 +185,15 @@ def test_a_missing_and_a_torn_classifier_are_named(tmp_path: Path) -> None:
         load_noisy_classifier(tmp_path)
     weights.write_bytes(whole)
     document = (tmp_path / "noisy_classifier.json").read_text()
-    for wrong, words in (("{", "cannot be read"), ('{"classes": ["a"], "layers": 3}', "unknown setting 'layers'")):
+    for wrong, words in (("{", "valid JSON"), ('{"classes": ["a"], "layers": 3}', "unknown setting 'layers'")):
         (tmp_path / "noisy_classifier.json").write_text(wrong)
         with pytest.raises(UserError, match=words):
             load_noisy_classifier(tmp_path)
-    (tmp_path / "noisy_classifier.json").write_text(document.replace('"channels": 8', '"channels": 12'))
-    with pytest.raises(UserError, match="cannot be read"):
-        load_noisy_classifier(tmp_path)
+    for channels in (12, 10**9):
+        wrong = document.replace('"channels": 8', f'"channels": {channels}')
+        (tmp_path / "noisy_classifier.json").write_text(wrong)
+        with pytest.raises(UserError, match="cannot be read"):
+            load_noisy_classifier(tmp_path)
 
 
 # ---------------------------------------------------------------- whose latents

@@ -37,7 +37,7 @@ def with_negative(negative: Tensor) -> Fixed:
 
 def test_without_weight_it_is_cfg_at_its_cost() -> None:
     branches = Fixed()
-    found = perpendicular_negative(branches, 5.0, 0.0, 0.7)(X, SIGMA)
+    found = perpendicular_negative(branches, 0.0, 5.0, 0.7)(X, SIGMA)
     torch.testing.assert_close(found, cfg(Fixed(), 5.0, 0.7)(X, SIGMA))
     assert branches.counts == [2]
 
@@ -47,7 +47,7 @@ def test_a_parallel_negative_does_nothing(share: float) -> None:
     """A negative that is the prompt itself, a part or the contrary of it, or nothing."""
     conditional, unconditional = PREDICTIONS[:2]
     branches = with_negative(unconditional + share * (conditional - unconditional))
-    torch.testing.assert_close(perpendicular_negative(branches, 5.0, 2.0)(X, SIGMA), cfg(Fixed(), 5.0)(X, SIGMA))
+    torch.testing.assert_close(perpendicular_negative(branches, 2.0, 5.0)(X, SIGMA), cfg(Fixed(), 5.0)(X, SIGMA))
     assert branches.counts == [3]
 
 
@@ -56,7 +56,7 @@ def test_an_orthogonal_negative_is_subtracted_whole() -> None:
     conditional, unconditional, negative = PREDICTIONS[:3]
     d, n = conditional - unconditional, negative - unconditional
     n = n - inner(n, d) / inner(d, d) * d
-    found = perpendicular_negative(with_negative(unconditional + n), 5.0, 0.8)(X, SIGMA)
+    found = perpendicular_negative(with_negative(unconditional + n), 0.8, 5.0)(X, SIGMA)
     torch.testing.assert_close(found, unconditional + 5 * (d - 0.8 * n))
 
 
@@ -64,14 +64,14 @@ def test_the_prompts_own_direction_keeps_its_strength() -> None:
     conditional, unconditional = PREDICTIONS[:2]
     d = conditional - unconditional
     for negative_scale in (0.5, 1.0, 7.0):
-        moved = perpendicular_negative(Fixed(), 5.0, negative_scale)(X, SIGMA) - unconditional
+        moved = perpendicular_negative(Fixed(), negative_scale, 5.0)(X, SIGMA) - unconditional
         torch.testing.assert_close(inner(moved, d), 5 * inner(d, d))
 
 
 def test_where_prompt_and_unconditional_agree() -> None:
     """No direction to be perpendicular to: the negative is subtracted whole, and nothing is divided by 0."""
     unconditional, negative = PREDICTIONS[1:3]
-    found = perpendicular_negative(Fixed(torch.stack([unconditional, unconditional, negative])), 2.0, 1.0)(X, SIGMA)
+    found = perpendicular_negative(Fixed(torch.stack([unconditional, unconditional, negative])), 1.0, 2.0)(X, SIGMA)
     torch.testing.assert_close(found, unconditional - 2 * (negative - unconditional))
 
 
@@ -89,7 +89,7 @@ def test_guiding_x0_is_guiding_the_networks_output(name: str, sigma: float) -> N
     def branches(x: Tensor, sigma: Tensor, count: int | None = None) -> Tensor:
         return parameterization.denoised(PREDICTIONS[:count], x, sigma)
 
-    found = perpendicular_negative(branches, 5.0, 0.8)(X, level)
+    found = perpendicular_negative(branches, 0.8, 5.0)(X, level)
     torch.testing.assert_close(found, parameterization.denoised(output, X, level))
 
 
@@ -135,7 +135,7 @@ def test_the_rule_and_its_cost() -> None:
 
 def test_rescale_and_interval_are_refused_alike() -> None:
     for rule in (
-        lambda **given: perpendicular_negative(Fixed(), 5.0, 1.0, **given),
+        lambda **given: perpendicular_negative(Fixed(), 1.0, 5.0, **given),
         lambda **given: autoguidance(Fixed(), Fixed(), 1.0, **given),
     ):
         with pytest.raises(UserError, match="between 0 and 1"):
@@ -146,5 +146,5 @@ def test_rescale_and_interval_are_refused_alike() -> None:
 
 def test_outside_the_interval_the_prompt_stands_alone() -> None:
     branches = Fixed()
-    assert torch.equal(perpendicular_negative(branches, 5.0, 1.0, interval=(3.0, 9.0))(X, SIGMA), PREDICTIONS[0])
+    assert torch.equal(perpendicular_negative(branches, 1.0, 5.0, interval=(3.0, 9.0))(X, SIGMA), PREDICTIONS[0])
     assert branches.counts == [1]

@@ -199,7 +199,7 @@ def test_a_perpendicular_negative_of_gaussians(sigma: float) -> None:
     m, a, b, scale, w = 1.5, 2.0, 0.7, 3.0, 0.4
     means = torch.tensor([[m, 0], [0, 0], [a, b]], dtype=torch.float64)
     branches = branches_of(*(shifted(mean) for mean in means))
-    guided = perpendicular_negative(branches, scale, w)(points(10), level(sigma))
+    guided = perpendicular_negative(branches, w, scale)(points(10), level(sigma))
     expected = shifted(scale * torch.tensor([m, -w * b], dtype=torch.float64))(points(10), level(sigma))
     torch.testing.assert_close(guided, expected)
 
