@@ -6,6 +6,7 @@ The bounds are compared with KL divergences of the chain as the papers write it,
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ldm.config import DiffusionLossConfig, ScheduleConfig
+from ldm.config import DiffusionLossConfig, DiffusionTraining, ScheduleConfig, load
 from ldm.diffusion import (
     PARAMETERIZATIONS,
     Schedule,
@@ -32,6 +33,7 @@ from ldm.errors import UserError
 NAMES = sorted(PARAMETERIZATIONS)
 WEIGHTS = ["uniform", "snr", "min_snr", "edm"]
 SCHEDULE = make_schedule(ScheduleConfig())
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "diffusion").glob("*.yaml"))
 SIGMA = torch.tensor([0.03, 0.4, 1.0, 3.7, 14.6], dtype=torch.float64)
 
 
@@ -238,3 +240,12 @@ def test_the_gradient_reaches_the_output_only_through_the_error() -> None:
 def test_an_unknown_weight_is_refused() -> None:
     with pytest.raises(UserError, match="uniform, snr, min_snr, edm, elbo"):
         weight(DiffusionLossConfig(weight="p2"), PARAMETERIZATIONS["v"], SCHEDULE, SIGMA)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_combination_that_makes_sense(recipe: Path) -> None:
+    config = load(DiffusionTraining, recipe)
+    parameterization = make_parameterization(config.parameterization, config.sigma_data)
+    check(make_schedule(config.schedule), parameterization, config.learned_variance)
+    check_loss(config.loss, config.learned_variance)
+    assert config.model.out_channels == config.model.in_channels * (2 if config.learned_variance else 1)
