@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.config import ModelConfig, ScheduleConfig, changed
 from ldm.errors import UserError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.autoencoder.codec import Codec
+    from ldm.checkpoints.record import Checkpoint
     from ldm.conditioning.clip import TextTower
     from ldm.diffusion import Parameterization, Schedule
     from ldm.sampling import Step
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
 
 SHIPPED = {"icons": Path(__file__).parent / "assets" / "icons"}
 """The models inside the package: name -> checkpoint directory."""
+
+
+class CheckpointNotice(UserWarning):
+    """Something that a checkpoint does not say was assumed, or something in it passed over; the message says what."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +50,17 @@ class LatentDiffusion:
     parameterization: Parameterization
     name: str = ""
     path: Path | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should know before trusting the pictures: what was assumed of a foreign checkpoint."""
+        return self.checkpoint.notices if self.checkpoint is not None else ()
+
+    @property
+    def extra_channels(self) -> int:
+        """Channels that the U-Net takes beside the noisy latent's: 5 of an inpainting model, 1 of a depth model."""
+        return self.unet.config.in_channels - self.codec.latent_channels
 
     @property
     def device(self) -> torch.device:
@@ -59,8 +77,8 @@ class LatentDiffusion:
         precision they run in here."""
         from ldm.checkpoints import native
 
-        if self.path is not None:
-            weights = native.fingerprint(native.read_parts(self.path, native.part_names(self.config)))
+        if self.path is not None and self.checkpoint is not None:
+            weights = native.fingerprint(self.checkpoint.tensors())
         else:
             parts = {"autoencoder": self.codec.autoencoder, "text": self.text, "unet": self.unet}
             weights = "".join(native.fingerprint(part) for part in parts.values() if part is not None)
@@ -124,28 +142,49 @@ class LatentDiffusion:
         return generate.decode(self, step)
 
 
-def load(model: str | Path = "icons", device: str = "auto", precision: str = "auto") -> LatentDiffusion:
-    """The model of a shipped name, a checkpoint directory or a .safetensors file, ready to draw.
+def load(
+    model: str | Path = "icons",
+    device: str = "auto",
+    precision: str = "auto",
+    *,
+    vae: str | Path | None = None,
+    weights: str = "auto",
+    settings: Mapping[str, Any] | None = None,
+) -> LatentDiffusion:
+    """The model of a shipped name, a checkpoint directory or file, or a Hugging Face id, ready to draw.
 
-    `device`: auto, cpu, cuda, mps; `precision`: auto, fp32, fp16, bf16 (auto: fp16 on a GPU, else fp32).
-    Raises UserError for what is not there, damaged, of another architecture, or not a text-to-picture model.
+    Native checkpoints, Stable Diffusion v1 and v2 in the original single file (.safetensors, .ckpt) and diffusers
+    directories are read; `hf:owner/name` is fetched first. What such files do not say of themselves is assumed by the
+    rules of checkpoints/architectures.py, and a CheckpointNotice warns of it.
+
+    Args:
+        device: auto, cpu, cuda, mps.
+        precision: auto, fp32, fp16, bf16 (auto: fp16 on a GPU, else fp32).
+        vae: a checkpoint whose autoencoder takes the place of the model's own.
+        weights: of a file with two sets of U-Net weights: ema (the average), raw, or auto (the average, and says so).
+        settings: what goes before all that files and rules say: {"parameterization": "v", "text.padding": "eot"}.
+
+    Raises:
+        UserError: what is not there, damaged, of another architecture, or not a text-to-picture model.
     """
-    import torch
-
-    from ldm.checkpoints import native
+    from ldm.checkpoints import networks
+    from ldm.checkpoints.opening import open_checkpoint
     from ldm.device import choose_device, choose_precision
 
     path = find(model)
+    other = None if vae is None else find(vae)
     where = choose_device(device)
     dtype = choose_precision(precision, where)
-    config = native.read_config(path)
-    codec = native.load_autoencoder(path, where, dtype, config)
-    unet = native.load_unet(path, where, dtype, config)
-    text = native.load_text(path, where, dtype, config)
-    for network in (codec.autoencoder, unet):
-        if network is not None:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return assemble(config, codec, text, unet, name=str(model), path=path)
+    checkpoint = open_checkpoint(path, weights)
+    if other is not None:
+        checkpoint = checkpoint.with_autoencoder(open_checkpoint(other))
+    if settings:
+        checkpoint = checkpoint.with_settings(settings)
+    for notice in checkpoint.notices:
+        warnings.warn(notice, CheckpointNotice, stacklevel=2)
+    codec, text, unet = networks.build(checkpoint, where, dtype)
+    made = assemble(checkpoint.config, codec, text, unet, name=str(model), path=path)
+    return replace(made, checkpoint=checkpoint)
 
 
 def assemble(
@@ -153,7 +192,8 @@ def assemble(
 ) -> LatentDiffusion:
     """A model of parts in memory; schedule and parameterization are made from `config`.
 
-    Raises UserError if the parts do not fit each other.
+    The U-Net may take more channels than the latent has (inpainting, depth). Raises UserError if the parts do not fit
+    each other.
     """
     from ldm.diffusion import check, make_parameterization, make_schedule
 
@@ -161,7 +201,7 @@ def assemble(
     parameterization = make_parameterization(config.parameterization, config.sigma_data)
     check(schedule, parameterization, config.learned_variance)
     here, there = codec.latent_channels, unet.config.in_channels
-    if here != there or here * (1 + config.learned_variance) != unet.config.out_channels:
+    if here > there or here * (1 + config.learned_variance) != unet.config.out_channels:
         raise UserError(f"the autoencoder makes latents of {here} channels and the U-Net takes {there}; pair others")
     if text.config.width != unet.config.context_width:
         raise UserError(
@@ -172,13 +212,20 @@ def assemble(
 
 
 def find(model: str | Path) -> Path:
-    """The checkpoint that `model` names: a shipped name, a directory or a file. Raises UserError."""
+    """The checkpoint that `model` names: a shipped name, a directory, a file, or `hf:owner/name`. Raises UserError."""
     if model in SHIPPED:
         return SHIPPED[str(model)]
+    if str(model).startswith("hf:"):
+        from ldm.checkpoints.hub import fetch
+
+        return fetch(str(model).removeprefix("hf:"))
     path = Path(model)
     if not path.exists():
+        names = ", ".join(SHIPPED)
+        could_be = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
+        remote = f"; hf:{model} would fetch it from Hugging Face" if could_be else ""
         raise UserError(
-            f"there is no model '{model}': it is neither one that ships ({', '.join(SHIPPED)}) nor a directory or file"
+            f"there is no model '{model}': it is neither one that ships ({names}) nor a directory or file{remote}"
         )
     return path
 

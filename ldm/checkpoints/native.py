@@ -7,26 +7,26 @@ A directory                                or one file
     text.safetensors                                                         "text.…"
     unet.safetensors                                                         "unet.…"
 
-Only the parts whose config is not None are there; the identity codec has a config and no weights. Networks are
-built on the meta device and take the file's tensors over, so nothing is initialised only to be overwritten.
+Only the parts whose config is not None are there; the identity codec has a config and no weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm.checkpoints import networks
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.reading import read_metadata, read_tensors
+from ldm.checkpoints.record import Checkpoint, Part
+from ldm.checkpoints.writing import write_tensors
 from ldm.config import ModelConfig, from_dict, to_dict
 from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_text
@@ -61,7 +61,7 @@ def save(path: str | Path, config: ModelConfig, parts: Mapping[str, Weights], dt
     if path.suffix == ".safetensors":
         joined = {f"{name}.{key}": value for name in wanted for key, value in tensors[name].items()}
         with atomic_write(path) as temporary:
-            _write(joined, temporary, {"format": "pt", "model": document})
+            write_tensors(joined, temporary, {"format": "pt", "model": document})
         return
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; name a directory for the checkpoint, or a file ending in .safetensors")
@@ -69,7 +69,7 @@ def save(path: str | Path, config: ModelConfig, parts: Mapping[str, Weights], dt
         renames.enter_context(atomic_write(path / "model.json")).write_text(document, encoding="utf-8")
         for name in wanted:
             temporary = renames.enter_context(atomic_write(path / f"{name}.safetensors"))
-            _write(tensors[name], temporary, {"format": "pt"})
+            write_tensors(tensors[name], temporary, {"format": "pt"})
 
 
 def save_config(path: str | Path, config: ModelConfig) -> None:
@@ -100,23 +100,6 @@ def _storable(weights: Weights, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return stored
 
 
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:  # the library wraps the operating system's errors; unwrap what can be told
-        raise _as_os_error(error) from error
-
-
-def _as_os_error(error: SafetensorError) -> OSError:
-    """safetensors says "I/O error: File too large (os error 27)": the OSError it was made from."""
-    import os
-    import re
-
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found.group(1)) if found else 5  # EIO
-    return OSError(number, os.strerror(number))
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -132,8 +115,8 @@ def read_config(path: str | Path) -> ModelConfig:
         text = read_metadata(path).get("model", "")
         if not text:
             raise UserError(
-                f"{path} has no model config in its metadata, so it is not a native checkpoint; foreign checkpoints "
-                "are not read in this version"
+                f"{path} has no model config in its metadata, so it is not a native checkpoint; "
+                "tools/convert_checkpoint.py makes one of foreign ones"
             )
         plain = parse_json(text, where)
     version = plain.pop("format", None)
@@ -156,19 +139,7 @@ def load_autoencoder(
     caller has it already. Raises UserError for a file that is missing, torn, a pickle, without this part, or of
     another architecture than its config says.
     """
-    from ldm.autoencoder.codec import Codec
-    from ldm.autoencoder.kl import AutoencoderKL
-
-    config = config or read_config(path)
-    settings = config.autoencoder
-    if settings is None:
-        raise _lacks(path, "autoencoder", config)
-    if settings.kind == "identity":
-        return Codec(None, settings)
-    with _building(path, "autoencoder"):
-        module = AutoencoderKL(settings)
-    _fill(module, path, "autoencoder", device, dtype)
-    return Codec(module, settings)
+    return networks.load_autoencoder(_one(path, "autoencoder", config), device, dtype)
 
 
 def load_text(
@@ -178,15 +149,7 @@ def load_text(
     config: ModelConfig | None = None,
 ) -> TextTower:
     """The text tower of the checkpoint at `path`; see load_autoencoder."""
-    from ldm.conditioning.clip import TextTower
-
-    config = config or read_config(path)
-    if config.text is None:
-        raise _lacks(path, "text", config)
-    with _building(path, "text"):
-        module = TextTower(config.text)
-    _fill(module, path, "text", device, dtype)
-    return module
+    return networks.load_text(_one(path, "text", config), device, dtype)
 
 
 def load_unet(
@@ -196,15 +159,35 @@ def load_unet(
     config: ModelConfig | None = None,
 ) -> UNet:
     """The U-Net of the checkpoint at `path`; see load_autoencoder."""
-    from ldm.unet.unet import UNet
+    return networks.load_unet(_one(path, "unet", config), device, dtype)
 
+
+def open_native(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, for those who read other formats too."""
+    config = read_config(path)
+    parts = {name: _part(path, name) for name in part_names(config)}
+    layout = "native directory" if path.is_dir() else "native file"
+    return Checkpoint(path, layout, config, parts)
+
+
+def is_native(document: str) -> bool:
+    """Whether the word "model" in a file's metadata is a model config of ours."""
+    return document.lstrip().startswith("{")
+
+
+def _one(path: str | Path, name: str, config: ModelConfig | None) -> Checkpoint:
+    """The checkpoint at `path` with one part in sight: the files of the others are not looked at."""
+    path = Path(path)
     config = config or read_config(path)
-    if config.unet is None:
-        raise _lacks(path, "unet", config)
-    with _building(path, "unet"):
-        module = UNet(config.unet)
-    _fill(module, path, "unet", device, dtype)
-    return module
+    parts = {name: _part(path, name)} if name in part_names(config) else {}
+    return Checkpoint(path, "native", config, parts)
+
+
+def _part(path: Path, name: str) -> Part:
+    file, prefix = _place(path, name)
+    stored = read_tensors(file)
+    scope = tuple(key for key in stored if key.startswith(prefix))
+    return Part(stored, lambda keys: {key: (prefix + key,) for key in keys}, scope, str(file))
 
 
 def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
@@ -219,63 +202,9 @@ def read_parts(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for name in names for key, value in read_part(path, name).items()}
 
 
-def _lacks(path: str | Path, name: str, config: ModelConfig) -> UserError:
-    present = ", ".join(part_names(config)) or "nothing"
-    return UserError(f"{path} has no {name} (it has: {present}); name a checkpoint that has one")
-
-
 def _place(path: Path, name: str) -> tuple[Path, str]:
     """The file that holds part `name`, and the prefix of its keys there."""
     return (path / f"{name}.safetensors", "") if path.is_dir() else (path, f"{name}.")
-
-
-@contextmanager
-def _building(path: str | Path, name: str) -> Iterator[None]:
-    """On the meta device; settings that describe no network end in a sentence, since they may be a stranger's."""
-    try:
-        with torch.device("meta"):
-            yield
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} describes a {name} that cannot be built ({reason}); check its settings") from error
-
-
-def _fill(module: nn.Module, path: str | Path, name: str, device: str | torch.device, dtype: torch.dtype) -> None:
-    """Give `module`, made on the meta device, the tensors of part `name`: all of them, no others, each of its shape."""
-    file, _ = _place(Path(path), name)
-    state = read_part(path, name)
-    _check(state, module.state_dict(), f"the {name} in {file}")
-    for key, value in state.items():
-        state[key] = value.to(device, dtype if value.is_floating_point() else None)
-    module.load_state_dict(state, assign=True)
-    left = [key for key, value in module.named_buffers() if value.is_meta]
-    if left:
-        raise AssertionError(f"{type(module).__name__} keeps {left} outside its state dict; compute them in forward")
-    module.to(device)  # what is computed from the config, not stored, has been left on the CPU
-    module.eval().requires_grad_(False)
-
-
-def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
-    """Raise UserError unless `state` has the names, shapes and kinds of number of `wanted`."""
-    missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in wanted]
-    misshapen = [
-        f"{key} is {_form(state[key])} and should be {_form(value)}"
-        for key, value in wanted.items()
-        if key in state and _form(state[key]) != _form(value)
-    ]
-    groups = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in groups if names]
-    if found:
-        raise UserError(f"{what} is of another architecture than its config says: tensors {'; '.join(found)}")
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' {tensor.dtype}'}"
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # ---------------------------------------------------------------- identity

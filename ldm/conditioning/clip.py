@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.plain_tokenizer import PlainTokenizer
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.config import TextConfig
 from ldm.errors import UserError
@@ -30,6 +31,7 @@ VOCABULARY = 49408  # CLIP's byte-pair vocabulary: 49,406 pieces, then the two b
 START, END = 49406, 49407
 PADDING = {"zero": 0, "eot": END}
 LAYERS = ("last", "penultimate")
+CLEANING = ("open_clip", "plain")
 
 # What an open_clip text configuration may say for this adapter to represent it. The others have another tokenizer,
 # extra class tokens or another pooling, and are refused rather than built wrong.
@@ -63,9 +65,10 @@ class TextTower(nn.Module):
         self.register_buffer("rows", _token_rows(config.token_ids), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, L) long -> context (B, L, D), float32 whatever the parameters' precision."""
+        """Tokens (B, L) long -> context (B, L, D), in float32 (float64 if the parameters are)."""
         blocks = self.config.layers - (self.config.layer == "penultimate")
-        return self.ln_final(self._hidden(tokens, blocks)).float()
+        context = self.ln_final(self._hidden(tokens, blocks))
+        return context.to(torch.promote_types(context.dtype, torch.float32))
 
     def features(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) long -> (B, E): last block, LayerNorm, the row of the end token, projected; not normalised."""
@@ -80,13 +83,17 @@ class TextTower(nn.Module):
         tokens, _ = self.tokenize(prompts)
         return self(tokens.to(self.positional_embedding.device))
 
+    def tokenizer(self) -> SimpleTokenizer | PlainTokenizer:
+        """What `tokenize` cuts prompts with; a tower that knows more words has its own."""
+        return tokenizer_for(self.config)
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
         """Captions -> tokens (B, L) long on the CPU, and for each caption the words that did not fit ("" if all did).
 
         A row is start, at most L - 2 pieces, end, padding. A word cut in its middle keeps its first pieces, as with
         every CLIP, and is named among the dropped.
         """
-        tokenizer = clip_tokenizer()
+        tokenizer = self.tokenizer()
         length = self.config.context_length
         tokens = torch.full((len(prompts), length), PADDING[self.config.padding], dtype=torch.long)
         dropped = []
@@ -121,7 +128,12 @@ def clip_tokenizer() -> SimpleTokenizer:
     return SimpleTokenizer()
 
 
-def _words_beyond(tokenizer: SimpleTokenizer, prompt: str, room: int) -> str:
+def tokenizer_for(config: TextConfig) -> SimpleTokenizer | PlainTokenizer:
+    """The tokenizer that reads prompts as `config.cleaning` says."""
+    return PlainTokenizer(clip_tokenizer()) if config.cleaning == "plain" else clip_tokenizer()
+
+
+def _words_beyond(tokenizer: SimpleTokenizer | PlainTokenizer, prompt: str, room: int) -> str:
     """The words of `prompt`, as the tokenizer reads them (cleaned, lower case), not wholly in its first `room` pieces.
 
     No piece spans white space, so counting word by word agrees with encoding the whole.
@@ -201,6 +213,8 @@ def _check(config: TextConfig) -> None:
         raise UserError(f"text padding '{config.padding}' is unknown; it is one of {', '.join(PADDING)}")
     if config.layer not in LAYERS:
         raise UserError(f"text layer '{config.layer}' is unknown; it is one of {', '.join(LAYERS)}")
+    if config.cleaning not in CLEANING:
+        raise UserError(f"text cleaning '{config.cleaning}' is unknown; it is one of {', '.join(CLEANING)}")
     if config.layers < 1 + (config.layer == "penultimate"):
         raise UserError(f"a text tower of {config.layers} layers has no {config.layer} one")
     if config.context_length < 3:

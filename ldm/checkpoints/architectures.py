@@ -1,0 +1,81 @@
+"""The architectures that are known by name, as values, and what no checkpoint's keys tell about them.
+
+Shapes tell almost everything about a Stable Diffusion checkpoint (`original.py` reads them). The rest stands here, as
+rules that hold for the models as published; a config beside the weights goes before them, and the user before both:
+
+    heads           of an attention with linear projections (v2) are 64 wide; with convolutions (v1) there are 8
+    prediction      eps; v for v2 of 4 channels, which at 768 pixels has the same keys as its base that predicts eps
+    picture size    512; 768 where v is predicted
+    text, v1        CLIP ViT-L/14 in Hugging Face's names: quick GELU, last block, padded with the end token
+    text, v2        OpenCLIP ViT-H/14: exact GELU, the last block but one, padded with 0; where a file has 23 blocks the
+                    24th was left out as unused, and its last block is meant
+    noise           scaled linear betas, 0.00085 to 0.012 over 1000 steps
+    latent          0.18215 times the autoencoder's
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
+
+CLIP_L = TextConfig(
+    width=768, heads=12, layers=12, embed_dim=0, quick_gelu=True, layer="last", padding="eot", cleaning="plain"
+)
+OPENCLIP_H = TextConfig(
+    width=1024, heads=16, layers=24, embed_dim=1024, layer="penultimate", padding="zero", cleaning="plain"
+)
+V1_UNET = UNetConfig()
+V2_UNET = UNetConfig(heads=0, head_width=64, context_width=1024, linear_projection=True)
+
+SD_V1 = ModelConfig(AutoencoderConfig(), CLIP_L, V1_UNET, ScheduleConfig(), parameterization="eps", image_size=512)
+SD_V1_INPAINTING = replace(SD_V1, unet=replace(V1_UNET, in_channels=9))
+SD_V2 = ModelConfig(AutoencoderConfig(), OPENCLIP_H, V2_UNET, ScheduleConfig(), parameterization="v", image_size=768)
+SD_V2_BASE = replace(SD_V2, parameterization="eps", image_size=512)
+SD_V2_INPAINTING = replace(SD_V2_BASE, unet=replace(V2_UNET, in_channels=9))
+SD_V2_DEPTH = replace(SD_V2_BASE, unet=replace(V2_UNET, in_channels=5))
+
+KNOWN = {
+    "Stable Diffusion v1": SD_V1,
+    "Stable Diffusion v1 inpainting": SD_V1_INPAINTING,
+    "Stable Diffusion v2": SD_V2,
+    "Stable Diffusion v2 base": SD_V2_BASE,
+    "Stable Diffusion v2 inpainting": SD_V2_INPAINTING,
+    "Stable Diffusion v2 depth": SD_V2_DEPTH,
+}
+
+MASK, DEPTH = 5, 1  # channels beside the latent's: a mask and the masked picture's latent; a depth map
+
+
+def name_of(config: ModelConfig) -> str:
+    """The known architecture that `config` is, or what it has: "U-Net and autoencoder"."""
+    for name, known in KNOWN.items():
+        if _shape(config) == _shape(known):
+            return name
+    words = {"unet": "U-Net", "autoencoder": "autoencoder", "text": "text tower"}
+    return " and ".join(word for part, word in words.items() if getattr(config, part) is not None) or "nothing"
+
+
+def extra_channels(config: ModelConfig) -> int:
+    """How many channels the U-Net takes beside the latent's: 0, 5 for inpainting, 1 for depth."""
+    if config.unet is None or config.autoencoder is None:
+        return 0
+    return config.unet.in_channels - config.autoencoder.channels_of_latent
+
+
+def assumed_prediction(unet: UNetConfig) -> str:
+    """eps or v, where nothing says which: see the rules above."""
+    return "v" if unet.linear_projection and unet.in_channels == unet.out_channels else "eps"
+
+
+def _shape(config: ModelConfig) -> tuple[object, ...]:
+    """What distinguishes the known ones; whether a text tower keeps what it does not use does not count."""
+    text = config.text
+    if text is not None:
+        text = replace(text, embed_dim=0, layers=text.layers - (text.layer == "penultimate"), layer="last", arch="")
+    unet = config.unet
+    if unet is not None:
+        heads = tuple(unet.heads or unet.channels * m // unet.head_width for m in unet.multipliers)
+        unet = replace(unet, heads=0, head_width=0, attention_levels=tuple(sorted(unet.attention_levels)))
+        return config.autoencoder, text, unet, heads, config.parameterization
+    return config.autoencoder, text, unet, config.parameterization

@@ -1,0 +1,264 @@
+"""A diffusers directory: a folder and a JSON for each network; diffusers_configs.py has what the JSONs say.
+
+    model_index.json                                   which pipeline it is
+    unet/       config.json  diffusion_pytorch_model.safetensors (or shards and an index; or .bin; or a variant, .fp16)
+    vae/        config.json  diffusion_pytorch_model.safetensors
+    text_encoder/  config.json  model.safetensors      in Hugging Face's names (transformers 5 dropped "text_model.")
+    tokenizer/  tokenizer_config.json  vocab.json  merges.txt  ...
+    scheduler/  scheduler_config.json                  the noise schedule, and whether eps or v is predicted
+
+A folder of an autoencoder alone, and its weights alone, are read too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoints import diffusers_configs as configs
+from ldm.checkpoints.common_names import TRANSFORMER, clip_names
+from ldm.checkpoints.reading import Tensors, read_tensors
+from ldm.checkpoints.record import Checkpoint, Part
+from ldm.checkpoints.state import Joined, Names, Rules, Source, names_by, rename, some
+from ldm.config import AutoencoderConfig, ModelConfig
+from ldm.errors import UserError
+from ldm.plain import read_json
+
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PICKLES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
+FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
+UNUSED = r"position_ids$|^text_projection\.weight$"  # computed; of the joint space, which nothing here draws with
+
+BLOCKS: Rules = (
+    (r"^time_embedding\.linear_in", "time_embedding.linear_1"),
+    (r"^time_embedding\.linear_out", "time_embedding.linear_2"),
+    (r"^norm_out", "conv_norm_out"),
+    (r"^middle\.0\.residual", "mid_block.resnets.0"),
+    (r"^middle\.0\.transformer", "mid_block.attentions.0"),
+    (r"^middle\.1\.residual", "mid_block.resnets.1"),
+    (r"^(down|up)\.(\d+)\.stages\.(\d+)\.residual", r"\1_blocks.\2.resnets.\3"),
+    (r"^(down|up)\.(\d+)\.stages\.(\d+)\.transformer", r"\1_blocks.\2.attentions.\3"),
+    (r"^(down|up)\.(\d+)\.resample", r"\1_blocks.\2.\1samplers.0"),
+    (r"(resnets\.\d+)\.norm_in", r"\1.norm1"),
+    (r"(resnets\.\d+)\.conv_in", r"\1.conv1"),
+    (r"(resnets\.\d+)\.embedding", r"\1.time_emb_proj"),
+    (r"(resnets\.\d+)\.norm_out", r"\1.norm2"),
+    (r"(resnets\.\d+)\.conv_out", r"\1.conv2"),
+    (r"(resnets\.\d+)\.shortcut", r"\1.conv_shortcut"),
+)
+FIRST_STAGE: Rules = (
+    (r"^to_moments", "quant_conv"),
+    (r"^from_latent", "post_quant_conv"),
+    (r"^encoder\.levels\.(\d+)\.resample", r"encoder.down_blocks.\1.downsamplers.0"),
+    (r"^decoder\.levels\.(\d+)\.resample", r"decoder.up_blocks.\1.upsamplers.0"),
+    (r"^encoder\.levels\.(\d+)\.blocks", r"encoder.down_blocks.\1.resnets"),
+    (r"^decoder\.levels\.(\d+)\.blocks", r"decoder.up_blocks.\1.resnets"),
+    (r"\.middle\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.middle\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.middle\.attention\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.middle\.attention\.", ".mid_block.attentions.0."),
+    (r"\.(norm|conv)_([12])\.", r".\1\2."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+)
+ATTENTION: Rules = (
+    (r"\.query\.", ".to_q."),
+    (r"\.key\.", ".to_k."),
+    (r"\.value\.", ".to_v."),
+    (r"\.out\.", ".to_out.0."),
+)
+OLD_ATTENTION: Rules = ((r"(attentions\.0)\.out\.", r"\1.proj_attn."),)  # until diffusers 0.18: query, key, value
+
+
+# ---------------------------------------------------------------- names
+
+
+def unet_names(keys: Iterable[str]) -> Names:
+    """Our names -> theirs."""
+    return names_by(keys, lambda key: rename(rename(key, BLOCKS), TRANSFORMER))
+
+
+def autoencoder_names(keys: Iterable[str], old: bool = False) -> Names:
+    """Our names -> theirs; `old` are those of the attention in the first files that were published."""
+    rules = (*FIRST_STAGE, *(OLD_ATTENTION if old else ATTENTION))
+    return names_by(keys, lambda key: rename(key, rules))
+
+
+# ---------------------------------------------------------------- opening
+
+
+def open_directory(path: Path, weights: str = "auto") -> Checkpoint:
+    """The checkpoint in a directory with a model_index.json; its parts are those whose folders are there.
+
+    `weights`: "raw" takes the variant non_ema of the U-Net, "ema" and "auto" the plain one. Raises UserError.
+    """
+    index = read_json(path / "model_index.json")
+    pipeline = str(index.get("_class_name", ""))
+    if not pipeline.startswith("StableDiffusion") or pipeline.startswith(("StableDiffusionXL", "StableDiffusion3")):
+        raise UserError(f"{path} is a {pipeline[:60] or 'nameless pipeline'}; only Stable Diffusion v1 and v2 are read")
+    parts: dict[str, Part] = {}
+    settings: dict[str, Any] = {}
+    assumed: list[str] = []
+    if (path / "unet").is_dir():
+        where = path / "unet" / "config.json"
+        plain = read_json(where)
+        settings["unet"] = configs.read_unet(plain, str(where))
+        source = _open_weights(path / "unet", "unet", raw=weights == "raw")
+        parts["unet"] = _part(source, path / "unet", unet_names, 32)
+        where = path / "scheduler" / "scheduler_config.json"
+        settings["schedule"], settings["parameterization"] = configs.read_scheduler(read_json(where), str(where))
+        side = plain.get("sample_size")
+    else:
+        side = None
+    if (path / "vae").is_dir():
+        settings["autoencoder"], parts["autoencoder"], _ = _autoencoder(path / "vae")
+    if (path / "text_encoder").is_dir():
+        where = path / "text_encoder" / "config.json"
+        padding = _padding(path / "tokenizer")
+        if padding is None:
+            padding = "eot"
+            assumed.append("text.padding")
+        settings["text"] = configs.read_text(read_json(where), padding, str(where))
+        source = _open_weights(path / "text_encoder", "text_encoder")
+        prefix = "text_model." if "text_model.final_layer_norm.weight" in source else ""
+        parts["text"] = _part(source, path / "text_encoder", partial(clip_names, prefix=prefix), 0)
+    if not parts:
+        raise UserError(f"{path} has a model_index.json and none of the folders unet, vae and text_encoder")
+    config = ModelConfig(**settings)
+    if isinstance(side, int) and config.autoencoder is not None:
+        config = replace(config, image_size=side * config.autoencoder.factor)
+    elif "unet" in parts:
+        config = replace(config, image_size=768 if config.parameterization == "v" else 512)
+        assumed.append("image_size")
+    facts = {"pipeline": pipeline}
+    if "_diffusers_version" in index:
+        facts["diffusers"] = str(index["_diffusers_version"])[:40]
+    return Checkpoint(path, "diffusers directory", config, parts, tuple(assumed), facts=facts)
+
+
+def open_autoencoder(path: Path) -> Checkpoint:
+    """The checkpoint in a folder with the config.json and the weights of an AutoencoderKL."""
+    config, part, assumed = _autoencoder(path)
+    return Checkpoint(path, "diffusers autoencoder", ModelConfig(config), {"autoencoder": part}, assumed)
+
+
+def open_autoencoder_file(path: Path, tensors: Tensors) -> Checkpoint:
+    """The checkpoint in a single file of an AutoencoderKL's weights; a config.json beside it is read."""
+    if (path.parent / "config.json").is_file():
+        config, assumed = _autoencoder_config(path.parent / "config.json")
+    else:
+        config, assumed = _autoencoder_of_shapes({name: tensors.form(name)[1] for name in tensors}, path), True
+    part = _autoencoder_part(tensors, path, 32)
+    told = ("autoencoder.scale",) if assumed else ()
+    return Checkpoint(path, "diffusers autoencoder", ModelConfig(config), {"autoencoder": part}, told)
+
+
+def _autoencoder(folder: Path) -> tuple[AutoencoderConfig, Part, tuple[str, ...]]:
+    config, assumed = _autoencoder_config(folder / "config.json")
+    groups = configs.norm_groups(read_json(folder / "config.json"))
+    part = _autoencoder_part(_open_weights(folder, "vae"), folder, groups)
+    return config, part, ("autoencoder.scale",) if assumed else ()
+
+
+def _autoencoder_config(where: Path) -> tuple[AutoencoderConfig, bool]:
+    """And whether it does not say its scale, as the first published ones do not."""
+    plain = read_json(where)
+    name = plain.get("_class_name", "AutoencoderKL")
+    if name != "AutoencoderKL":
+        raise UserError(f"{where} is of a {str(name)[:60]}, and only an AutoencoderKL is read here")
+    return configs.read_autoencoder(plain, str(where)), "scaling_factor" not in plain
+
+
+def _autoencoder_part(source: Source, where: Path, groups: int) -> Part:
+    old = "encoder.mid_block.attentions.0.query.weight" in source
+    return _part(source, where, partial(autoencoder_names, old=old), groups)
+
+
+def _autoencoder_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> AutoencoderConfig:
+    """The architecture that the tensors' shapes tell; shift and scale are Stable Diffusion's."""
+    try:
+        channels, in_channels = shapes["encoder.conv_in.weight"][:2]
+        widths: list[int] = []
+        while (name := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight") in shapes:
+            widths.append(shapes[name][0])
+        pattern = re.compile(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight")
+        return AutoencoderConfig(
+            in_channels=in_channels,
+            channels=channels,
+            multipliers=tuple(width // channels for width in widths),
+            blocks=sum(bool(pattern.fullmatch(name)) for name in shapes),
+            middle_attention="encoder.mid_block.attentions.0.group_norm.weight" in shapes,
+            latent_channels=shapes["post_quant_conv.weight"][0],
+        )
+    except (LookupError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"the autoencoder in {path} is not built as Stable Diffusion's ({error})") from error
+
+
+def _part(source: Source, where: Path, names: Any, groups: int) -> Part:
+    scope = tuple(name for name in source if not re.search(UNUSED, name))
+    return Part(source, names, scope, str(where), groups)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _open_weights(folder: Path, kind: str, raw: bool = False) -> Source:
+    """The tensors of a network's folder: safetensors before pickles, the plain variant before fp16 and others."""
+    variants = ["non_ema"] if raw else ["", "fp16", "bf16"]
+    for stem, ending in ((WEIGHTS[kind], "safetensors"), (PICKLES[kind], "bin")):
+        for variant in variants:
+            file = folder / ".".join(filter(None, (stem, variant, ending)))
+            index = folder / ".".join(filter(None, (stem, ending, "index", variant, "json")))
+            if file.is_file():
+                return read_tensors(file)
+            if index.is_file():
+                return _open_shards(index)
+    if raw:
+        raise UserError(f"{folder} has no raw weights (variant non_ema) beside the averaged ones; leave out the choice")
+    raise UserError(f"{folder} has no weights ({WEIGHTS[kind]}.safetensors); copy it again, weights included")
+
+
+def _open_shards(index: Path) -> Source:
+    """The tensors of all files that an index names; they must lie beside it, and hold what it says."""
+    plain = read_json(index).get("weight_map")
+    if not isinstance(plain, dict) or not plain:
+        raise UserError(f"{index} has no weight_map; copy it again")
+    files = {str(file) for file in plain.values()}
+    for file in sorted(files):
+        if Path(file).name != file or file in (".", "..") or "\\" in file:
+            raise UserError(f"{index} names a shard '{file[:100]}' that is not a file beside it, and was not followed")
+    joined = Joined({file: read_tensors(index.parent / file) for file in sorted(files)})
+    lost = [name for name in plain if name not in joined]
+    if lost:
+        raise UserError(f"the shards of {index} lack {len(lost)} tensors that it names ({some(lost)}); copy them again")
+    return joined
+
+
+def _padding(folder: Path) -> str | None:
+    """What the tokenizer pads with: "zero", "eot", or None if it does not say. Raises UserError for a third.
+
+    A special_tokens_map.json goes before tokenizer_config.json unless that lists its added tokens, as transformers has
+    it. The vocabulary has to be CLIP's.
+    """
+    tokens: dict[str, Any] = {}
+    if (folder / "tokenizer_config.json").is_file():
+        tokens = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in tokens and (folder / "special_tokens_map.json").is_file():
+        tokens |= read_json(folder / "special_tokens_map.json")
+    if (folder / "vocab.json").is_file():
+        from ldm.checkpoints.diffusers_tokenizer import vocabulary
+
+        if read_json(folder / "vocab.json") != vocabulary():
+            raise UserError(f"{folder / 'vocab.json'} is not CLIP's vocabulary, and no other is read")
+    token = tokens.get("pad_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return None
+    padding = {"!": "zero", "<|endoftext|>": "eot"}.get(str(token))
+    if padding is None:
+        raise UserError(f"the tokenizer in {folder} pads with '{str(token)[:40]}'; only '!' and <|endoftext|> are read")
+    return padding

@@ -1,0 +1,304 @@
+"""The JSON files of a diffusers directory <-> our config dataclasses.
+
+What these files may say is far more than what is read here. So each setting is either translated, or known not to
+matter to the networks, or has to have the one value that Stable Diffusion has; anything else is refused by name,
+since a setting passed over is a wrong picture without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldm.config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.errors import UserError
+
+Plain = Mapping[str, Any]
+
+UNET_FIXED: Plain = {  # the value of Stable Diffusion, which is also diffusers' default; the only one that is read
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "projection_class_embeddings_input_dim": None,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "cross_attention_norm": None,
+}
+AUTOENCODER_FIXED: Plain = {
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_unet(plain: Plain, where: str) -> UNetConfig:
+    """unet/config.json; raises UserError for a network that is not Stable Diffusion's."""
+    _refuse_others(plain, UNET_FIXED, where)
+    widths = _numbers(plain, "block_out_channels", (320, 640, 1280, 1280), where)
+    default_down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    default_up = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    down, up = (
+        tuple(plain.get(name, default))
+        for name, default in (("down_block_types", default_down), ("up_block_types", default_up))
+    )
+    attention = tuple(level for level, kind in enumerate(down) if kind == "CrossAttnDownBlock2D")
+    if (down, up) != _block_types(len(widths), attention):
+        raise UserError(f"{where}: blocks {', '.join(map(str, (*down, *up)))} are not those of Stable Diffusion")
+    # What diffusers calls attention_head_dim is the number of heads, unless num_attention_heads says it.
+    heads = _get(plain, "num_attention_heads", None) or _get(plain, "attention_head_dim", 8)
+    by_level = _spread(heads, len(widths), "attention_head_dim", where)
+    same = len(set(by_level)) == 1
+    head_widths = {width // count for width, count in zip(widths, by_level, strict=True)}
+    if not same and len(head_widths) != 1:
+        raise UserError(f"{where}: attention_head_dim {heads} is neither one number of heads nor one width of them")
+    return UNetConfig(
+        in_channels=_number(plain, "in_channels", 4, where),
+        out_channels=_number(plain, "out_channels", 4, where),
+        channels=widths[0],
+        multipliers=_multipliers(widths, where),
+        blocks=_one(plain, "layers_per_block", 2, len(widths), where),
+        attention_levels=attention,
+        transformer_depth=_one(plain, "transformer_layers_per_block", 1, len(widths), where),
+        heads=by_level[0] if same else 0,
+        head_width=0 if same else head_widths.pop(),
+        context_width=_one(plain, "cross_attention_dim", 1280, len(widths), where),
+        linear_projection=bool(plain.get("use_linear_projection", False)),
+        dropout=float(plain.get("dropout", 0.0)),
+    )
+
+
+def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
+    """vae/config.json; raises UserError for a network that is not Stable Diffusion's."""
+    _refuse_others(plain, AUTOENCODER_FIXED, where)
+    widths = _numbers(plain, "block_out_channels", (64,), where)
+    for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if any(block != kind for block in plain.get(name, ())):
+            raise UserError(f"{where}: {name} has blocks that are not {kind}, which alone are read")
+    return AutoencoderConfig(
+        in_channels=_number(plain, "in_channels", 3, where),
+        channels=widths[0],
+        multipliers=_multipliers(widths, where),
+        blocks=_number(plain, "layers_per_block", 1, where),
+        middle_attention=bool(plain.get("mid_block_add_attention", True)),
+        latent_channels=_number(plain, "latent_channels", 4, where),
+        shift=(float(_get(plain, "shift_factor", None) or 0.0),),
+        scale=(float(plain.get("scaling_factor", 0.18215)),),
+    )
+
+
+def norm_groups(plain: Plain) -> int:
+    """The groups of an autoencoder's norms, which our networks derive from their widths."""
+    return int(plain.get("norm_num_groups", 32))
+
+
+def read_text(plain: Plain, padding: str, where: str) -> TextConfig:
+    """text_encoder/config.json, and what its tokenizer pads with; raises UserError if it is not CLIP's text tower."""
+    width = _number(plain, "hidden_size", 512, where)
+    activation = plain.get("hidden_act", "quick_gelu")
+    fixed = {"intermediate_size": 4 * width, "layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
+    _refuse_others(plain, fixed, where)
+    if activation not in ("quick_gelu", "gelu"):
+        raise UserError(f"{where}: hidden_act is '{activation}', and only quick_gelu and gelu are read")
+    return TextConfig(
+        context_length=_number(plain, "max_position_embeddings", 77, where),
+        vocabulary=_number(plain, "vocab_size", 49408, where),
+        width=width,
+        heads=_number(plain, "num_attention_heads", 8, where),
+        layers=_number(plain, "num_hidden_layers", 12, where),
+        embed_dim=0,
+        quick_gelu=activation == "quick_gelu",
+        padding=padding,
+        cleaning="plain",
+    )
+
+
+def read_scheduler(plain: Plain, where: str) -> tuple[ScheduleConfig, str]:
+    """scheduler/scheduler_config.json -> the schedule and the parameterization; raises UserError for another law."""
+    _refuse_others(plain, {"trained_betas": None}, where)
+    prediction, betas = plain.get("prediction_type", "epsilon"), plain.get("beta_schedule", "linear")
+    if prediction not in PREDICTIONS or betas not in BETAS:
+        raise UserError(
+            f"{where}: prediction_type '{prediction}' with beta_schedule '{betas}' is not read; "
+            f"{', '.join(PREDICTIONS)} and {', '.join(BETAS)} are"
+        )
+    schedule = ScheduleConfig(
+        kind=BETAS[betas],
+        steps=_number(plain, "num_train_timesteps", 1000, where),
+        beta_start=float(plain.get("beta_start", 0.0001)),
+        beta_end=float(plain.get("beta_end", 0.02)),
+        zero_terminal_snr=bool(plain.get("rescale_betas_zero_snr", False)),
+    )
+    return schedule, PREDICTIONS[prediction]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_unet(config: UNetConfig, latent_side: int) -> dict[str, Any]:
+    """unet/config.json of a U-Net that diffusers can hold (`diffusers.writable` checks that)."""
+    widths = [config.channels * multiplier for multiplier in config.multipliers]
+    down, up = _block_types(len(widths), config.attention_levels)
+    return {
+        "_class_name": "UNet2DConditionModel",
+        **UNET_FIXED,
+        "sample_size": latent_side,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": widths,
+        "down_block_types": list(down),
+        "up_block_types": list(up),
+        "layers_per_block": config.blocks,
+        "transformer_layers_per_block": config.transformer_depth,
+        "attention_head_dim": config.heads or [width // config.head_width for width in widths],
+        "cross_attention_dim": config.context_width,
+        "use_linear_projection": config.linear_projection,
+        "dropout": config.dropout,
+    }
+
+
+def write_autoencoder(config: AutoencoderConfig, groups: int) -> dict[str, Any]:
+    """vae/config.json; shift and scale are one number each."""
+    levels = len(config.multipliers)
+    return {
+        "_class_name": "AutoencoderKL",
+        **AUTOENCODER_FIXED,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "block_out_channels": [config.channels * multiplier for multiplier in config.multipliers],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": config.blocks,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": groups,
+        "mid_block_add_attention": config.middle_attention,
+        "sample_size": 32 * config.factor,
+        "scaling_factor": config.scale[0],
+        "shift_factor": config.shift[0] or None,
+    }
+
+
+def write_text(config: TextConfig) -> dict[str, Any]:
+    """text_encoder/config.json of a tower whose last block is the one that is used."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.context_length,
+        "vocab_size": config.vocabulary,
+        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "projection_dim": config.embed_dim or config.width,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 49407 if config.padding == "eot" else 0,
+    }
+
+
+def write_scheduler(schedule: ScheduleConfig, parameterization: str) -> dict[str, Any]:
+    """scheduler/scheduler_config.json: DDIM on the grid that Stable Diffusion was released with."""
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": schedule.steps,
+        "beta_schedule": {ours: theirs for theirs, ours in BETAS.items()}[schedule.kind],
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
+        "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[parameterization],
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+    }
+
+
+# ---------------------------------------------------------------- inside
+
+
+def _block_types(levels: int, attention: Sequence[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What diffusers calls the levels, down and up."""
+    kinds = ["CrossAttn" if level in attention else "" for level in range(levels)]
+    return tuple(f"{kind}DownBlock2D" for kind in kinds), tuple(f"{kind}UpBlock2D" for kind in reversed(kinds))
+
+
+def _refuse_others(plain: Plain, fixed: Plain, where: str) -> None:
+    for name, value in fixed.items():
+        if name in plain and plain[name] != value:
+            found = str(plain[name])[:60]
+            raise UserError(f"{where}: {name} is {found}, and only networks with {value} are read")
+
+
+def _get(plain: Plain, name: str, default: Any) -> Any:
+    """Null means the default, as in diffusers."""
+    value = plain.get(name)
+    return default if value is None else value
+
+
+def _number(plain: Plain, name: str, default: int, where: str) -> int:
+    value = _get(plain, name, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a whole number")
+    return value
+
+
+def _numbers(plain: Plain, name: str, default: tuple[int, ...], where: str) -> tuple[int, ...]:
+    value = plain.get(name, default)
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(item, int) for item in value):
+        raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a list of whole numbers")
+    return tuple(value)
+
+
+def _spread(value: Any, levels: int, name: str, where: str) -> tuple[int, ...]:
+    """One number for all levels, or a list of one for each."""
+    found = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
+    if len(found) != levels or not all(isinstance(item, int) and item > 0 for item in found):
+        raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a whole number, or one for each level")
+    return found
+
+
+def _one(plain: Plain, name: str, default: int, levels: int, where: str) -> int:
+    found = set(_spread(_get(plain, name, default), levels, name, where))
+    if len(found) > 1:
+        raise UserError(f"{where}: {name} differs from level to level, which our U-Net has no setting for")
+    return found.pop()
+
+
+def _multipliers(widths: Sequence[int], where: str) -> tuple[int, ...]:
+    if widths[0] < 1 or any(width < 1 or width % widths[0] for width in widths):
+        raise UserError(f"{where}: block_out_channels {list(widths)} are not multiples of their first, and have to be")
+    return tuple(width // widths[0] for width in widths)

@@ -1,0 +1,216 @@
+"""Our models made fit for foreign formats, which have no place for all that ours may be.
+
+What can be said in other words without a change of what is drawn is said so (`prepare`), what cannot is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints import diffusers, networks
+from ldm.checkpoints import diffusers_configs as configs
+from ldm.checkpoints.architectures import DEPTH, MASK, extra_channels
+from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
+from ldm.checkpoints.original_file import write_original
+from ldm.checkpoints.state import exported
+from ldm.checkpoints.writing import write_tensors
+from ldm.conditioning.clip import VOCABULARY
+from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, UNetConfig
+from ldm.errors import UserError
+from ldm.files import atomic_write, atomic_write_text
+
+States = Mapping[str, Mapping[str, Tensor]]
+"""Part ("autoencoder", "text", "unet") -> its tensors."""
+
+OUTER_SCALE = 0.18215  # Stable Diffusion's
+FORMATS = ("original", "diffusers")
+PIPELINES = {
+    0: "StableDiffusionPipeline",
+    MASK: "StableDiffusionInpaintPipeline",
+    DEPTH: "StableDiffusionDepth2ImgPipeline",
+}
+
+
+def write(path: str | Path, config: ModelConfig, states: States, to: str) -> list[str]:
+    """Write a model in a foreign format of FORMATS: "original", one safetensors file, or "diffusers", a directory.
+
+    Returns sentences on what is said in other words there. Raises UserError for a model that the format cannot hold.
+    """
+    path = Path(path)
+    _refuse(config, states, to)
+    config, states, remarks = prepare(config, states, to)
+    if to == "original":
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path}: the original layout is one file; name it so that it ends in .safetensors")
+        write_original(path, config, states)
+    else:
+        if path.suffix == ".safetensors" or (path.exists() and not path.is_dir()):
+            raise UserError(f"{path} would be a file, and the diffusers layout is a directory; name one")
+        write_diffusers(path, config, states)
+    return remarks
+
+
+def prepare(config: ModelConfig, states: States, to: str) -> tuple[ModelConfig, States, list[str]]:
+    """`config` and `states` in the words of format `to`, and a sentence for each change."""
+    remarks: list[str] = []
+    found = dict(states)
+    autoencoder, text = config.autoencoder, config.text
+    if autoencoder is not None and _unsayable(autoencoder, to, whole="unet" in states):
+        found["autoencoder"] = fold(found["autoencoder"], autoencoder)
+        autoencoder = replace(autoencoder, shift=(0.0,), scale=(OUTER_SCALE,))
+        remarks.append("the latent's own shift and scale are folded into the autoencoder's 1x1 convolutions")
+    if text is not None:
+        state = dict(found["text"])
+        if text.token_ids:
+            state["token_embedding.weight"] = _all_rows(state["token_embedding.weight"], text.token_ids)
+            text = replace(text, token_ids=(), vocabulary=VOCABULARY)
+            remarks.append(f"the token table is written with all {VOCABULARY:,} rows, those of unknown tokens alike")
+        if text.cleaning != "plain":
+            text = replace(text, cleaning="plain")
+            remarks.append("other tools read prompts without ftfy and HTML entities (&amp;), which ours resolves")
+        if to == "diffusers":
+            if text.layer == "penultimate":
+                last = f"transformer.resblocks.{text.layers - 1}."
+                state = {key: value for key, value in state.items() if not key.startswith(last)}
+                text = replace(text, layer="last", layers=text.layers - 1)
+                remarks.append("the text tower's last block, which is not used, is left out")
+            if state.pop("text_projection", None) is not None:
+                remarks.append("the text tower's projection, which drawing does not use, is left out")
+            text = replace(text, embed_dim=0)
+        found["text"] = state
+    return replace(config, autoencoder=autoencoder, text=text), found, remarks
+
+
+def fold(state: Mapping[str, Tensor], config: AutoencoderConfig) -> dict[str, Tensor]:
+    """The autoencoder that, with shift 0 and scale OUTER_SCALE, does what that of `config` does with its own.
+
+    Its latent is (z - shift) r with r = scale / OUTER_SCALE. Both ends are affine in it: the mean's row c of the last
+    convolution of the encoder is shifted and scaled, its log-variance gets 2 ln r_c, and the first convolution of the
+    decoder undoes it. Computed in float64, rounded once.
+    """
+    channels = config.latent_channels
+    shift, scale = (
+        torch.tensor(values, dtype=torch.float64).expand(channels) for values in (config.shift, config.scale)
+    )
+    ratio = scale / OUTER_SCALE
+    weight, bias = (state[f"to_moments.{name}"].double() for name in ("weight", "bias"))
+    mean, logvar = weight.chunk(2)
+    mean_bias, logvar_bias = bias.chunk(2)
+    inward, inward_bias = (state[f"from_latent.{name}"].double() for name in ("weight", "bias"))
+    made = {
+        "to_moments.weight": torch.cat([mean * ratio[:, None, None, None], logvar]),
+        "to_moments.bias": torch.cat([(mean_bias - shift) * ratio, logvar_bias + 2 * ratio.log()]),
+        "from_latent.weight": inward / ratio[None, :, None, None],
+        "from_latent.bias": inward_bias + inward[:, :, 0, 0] @ shift,
+    }
+    return dict(state) | {name: value.to(state[name].dtype) for name, value in made.items()}
+
+
+def _unsayable(config: AutoencoderConfig, to: str, whole: bool) -> bool:
+    """Whether format `to` has no word for shift and scale, or one that its readers pass over: the original layout's
+    take any whole model's scale for 0.18215, and no pipeline of diffusers' Stable Diffusion looks at a shift.
+    """
+    other = to == "original" and whole and config.scale[0] != OUTER_SCALE
+    return len(set(config.scale)) > 1 or any(config.shift) or other
+
+
+def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
+    """Write the directory; a whole model's opens with the pipeline of its kind, an autoencoder's with AutoencoderKL."""
+    if set(states) == {"autoencoder"}:
+        assert config.autoencoder is not None
+        _write_autoencoder(path, config.autoencoder, states["autoencoder"])
+        return
+    assert config.unet and config.autoencoder and config.text
+    _write_autoencoder(path / "vae", config.autoencoder, states["autoencoder"])
+    side = config.image_size // config.autoencoder.factor
+    names = diffusers.unet_names(states["unet"])
+    _network(path / "unet", configs.write_unet(config.unet, side), exported(states["unet"], names), "unet")
+    tower = exported(states["text"], diffusers.clip_names(states["text"]))
+    _network(path / "text_encoder", configs.write_text(config.text), tower, "text_encoder")
+    write_tokenizer(path / "tokenizer", config.text)
+    schedule = config.schedule or ScheduleConfig()
+    _json(path / "scheduler" / "scheduler_config.json", configs.write_scheduler(schedule, config.parameterization))
+    index = {
+        "_class_name": PIPELINES[extra_channels(config)],
+        "_diffusers_version": "0.30.0",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "feature_extractor": [None, None],
+    }
+    if extra_channels(config) == DEPTH:
+        index["depth_estimator"] = [None, None]
+    else:
+        index |= {"safety_checker": [None, None], "image_encoder": [None, None], "requires_safety_checker": False}
+    _json(path / "model_index.json", index)
+
+
+def _write_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor]) -> None:
+    (groups,) = networks.norm_groups(networks.skeleton("autoencoder", ModelConfig(config), folder))
+    tensors = exported(state, diffusers.autoencoder_names(state))
+    attention = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight")
+    tensors = {n: v.flatten(1) if n.endswith(attention) else v for n, v in tensors.items()}  # linear layers there
+    _network(folder, configs.write_autoencoder(config, groups), tensors, "vae")
+
+
+def _network(folder: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor], kind: str) -> None:
+    with atomic_write(folder / f"{diffusers.WEIGHTS[kind]}.safetensors") as temporary:
+        write_tensors(tensors, temporary, {"format": "pt"})
+    _json(folder / "config.json", config)
+
+
+def _json(path: Path, plain: Mapping[str, object]) -> None:
+    atomic_write_text(path, json.dumps(plain, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def _refuse(config: ModelConfig, states: States, to: str) -> None:
+    """Raise UserError, naming the setting, for a model that format `to` has no words for."""
+    if set(states) != {"autoencoder"} and set(states) != {"autoencoder", "text", "unet"}:
+        raise UserError(f"the {to} layout holds a whole model or an autoencoder, not {' and '.join(states)}")
+    reasons = []
+    if config.autoencoder is not None:
+        plain = AutoencoderConfig()
+        for name in ("kind", "patch", *(("attention_levels",) if to == "diffusers" else ())):
+            if getattr(config.autoencoder, name) != getattr(plain, name):
+                reasons.append(f"autoencoder.{name}={getattr(config.autoencoder, name)}")
+        if not reasons:
+            groups = networks.norm_groups(networks.skeleton("autoencoder", config, "the model"))
+            if len(groups) > 1 or (to == "original" and groups != {32}):
+                reasons.append(f"an autoencoder whose norms have {' and '.join(map(str, sorted(groups)))} groups")
+    if config.unet is not None and "unet" in states:
+        plain_unet = UNetConfig()
+        for name in ("time_embedding", "time_injection", "classes", "vector_width"):
+            if getattr(config.unet, name) != getattr(plain_unet, name):
+                reasons.append(f"unet.{name}={getattr(config.unet, name)}")
+        if not config.unet.context_width or not config.unet.attention_levels:
+            reasons.append("a U-Net without a context")
+        elif networks.norm_groups(networks.skeleton("unet", config, "the model")) != {32}:
+            reasons.append(f"unet.channels={config.unet.channels}, whose norms have other than 32 groups")
+        if config.parameterization not in configs.PREDICTIONS.values():
+            reasons.append(f"parameterization={config.parameterization}")
+        if config.schedule is not None and config.schedule.kind not in configs.BETAS.values():
+            reasons.append(f"schedule.kind={config.schedule.kind}")
+        if getattr(config, "learned_variance", False):
+            reasons.append("learned_variance=true")
+        if to == "diffusers" and extra_channels(config) not in PIPELINES:
+            reasons.append(f"unet.in_channels={config.unet.in_channels}")
+    if reasons:
+        raise UserError(f"the {to} layout has no place for {', '.join(reasons)}; keep the native format")
+
+
+def _all_rows(table: Tensor, token_ids: tuple[int, ...]) -> Tensor:
+    """(VOCABULARY, D) of a table in which the i-th of `token_ids` has row i and all others share the last."""
+    rows = torch.full((VOCABULARY,), len(token_ids))
+    rows[list(token_ids)] = torch.arange(len(token_ids))
+    return table[rows]

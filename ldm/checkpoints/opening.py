@@ -1,0 +1,83 @@
+"""A path -> the Checkpoint that lies there, whatever its format. The one place that tells kinds apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoints import diffusers, native, original_file
+from ldm.checkpoints.limits import check_size
+from ldm.checkpoints.reading import Tensors, read_tensors
+from ldm.checkpoints.record import Checkpoint
+from ldm.checkpoints.state import some
+from ldm.errors import UserError
+
+WEIGHTS = ("auto", "ema", "raw")
+
+STRANGERS = {  # a tensor's name -> whose it is: said by name, since these are what people have lying about
+    "conditioner.embedders.": "a Stable Diffusion XL checkpoint",
+    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint",
+    "double_blocks.": "a Flux checkpoint",
+    "control_model.": "a ControlNet",
+    "lora_unet_": "a LoRA, which goes over a model",
+    "string_to_param": "a textual-inversion embedding, which goes over a model",
+    "down_blocks.0.resnets.": "a U-Net of diffusers without its folder",
+}
+
+
+def open_checkpoint(path: str | Path, weights: str = "auto", settings: Mapping[str, Any] | None = None) -> Checkpoint:
+    """What lies at `path`: a native directory or file, an original single file, a diffusers directory, an autoencoder.
+
+    No tensor is read yet. `weights`: where a file has raw and averaged U-Net weights, which are meant ("ema", "raw");
+    "auto" takes the average and says so. `settings` replace what the files or the rules say, as
+    {"parameterization": "v", "text.padding": "eot"}. Raises UserError for what is nothing of that, or damaged.
+    """
+    path = Path(path)
+    if weights not in WEIGHTS:
+        raise UserError(f"the weights asked for are '{weights}'; choose one of {', '.join(WEIGHTS)}")
+    found = _open_directory(path, weights) if path.is_dir() else _open_file(path, weights)
+    if settings:
+        found = found.with_settings(settings)
+    check_size(found.config, str(path))
+    return found
+
+
+def _open_directory(path: Path, weights: str) -> Checkpoint:
+    if (path / "model.json").is_file():
+        return _one_set(native.open_native(path), weights)
+    if (path / "model_index.json").is_file():
+        return diffusers.open_directory(path, weights)
+    if (path / "config.json").is_file():
+        return _one_set(diffusers.open_autoencoder(path), weights)
+    raise UserError(
+        f"{path} has no model.json, model_index.json or config.json, so it is not a checkpoint; name the directory a "
+        "training wrote, or that diffusers' save_pretrained wrote"
+    )
+
+
+def _open_file(path: Path, weights: str) -> Checkpoint:
+    tensors = read_tensors(path)
+    if "model" in tensors.metadata and native.is_native(tensors.metadata["model"]):
+        return _one_set(native.open_native(path), weights)
+    if original_file.recognise(tensors):
+        return original_file.open_original(path, tensors, weights)
+    if "encoder.conv_in.weight" in tensors and any(name.startswith("encoder.down_blocks.") for name in tensors):
+        return _one_set(diffusers.open_autoencoder_file(path, tensors), weights)
+    raise _unknown(path, tensors)
+
+
+def _one_set(checkpoint: Checkpoint, weights: str) -> Checkpoint:
+    if weights != "auto":
+        raise UserError(f"{checkpoint.path} has one set of weights; leave out the choice of {weights}")
+    return checkpoint
+
+
+def _unknown(path: Path, tensors: Tensors) -> UserError:
+    for start, whose in STRANGERS.items():
+        if any(name.startswith(start) for name in tensors):
+            return UserError(f"{path} is {whose}, which is not read as a model here")
+    names = some([name[:60] for name in tensors], 3) or "none"
+    return UserError(
+        f"{path} is no checkpoint of a kind that is read here; it holds {len(tensors)} tensors, named {names}"
+    )

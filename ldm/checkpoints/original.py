@@ -1,0 +1,283 @@
+"""The original single file of Stable Diffusion: names, what shapes tell, and the buffers that travel along.
+
+model.diffusion_model.*                         the U-Net
+model_ema.*                                     its running average, the dots of the names dropped
+first_stage_model.*                             the autoencoder; stand-alone autoencoders have no prefix
+cond_stage_model.transformer.text_model.*       v1's text tower, in Hugging Face's names
+cond_stage_model.model.*                        v2's, in open_clip's, which are ours
+betas, alphas_cumprod, ...                      the noise schedule, as tables
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.common_names import TRANSFORMER, clip_names
+from ldm.checkpoints.state import Names, Rules, Shape, names_by, rename
+from ldm.config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.diffusion.schedule import make_schedule
+from ldm.errors import UserError
+
+UNET, EMA, AUTOENCODER = "model.diffusion_model.", "model_ema.", "first_stage_model."
+TEXT, CLIP_TEXT, OPEN_CLIP_TEXT = "cond_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."
+
+UNUSED = (  # what nothing here reads, and why that is right
+    r"^(lvlb_weights|logvar|scale_factor|(log_|sqrt_)?(one_minus_|recip(m1)?_)*(betas|alphas_cumprod(_prev)?))$",
+    r"^posterior_(variance|log_variance_clipped|mean_coef[12])$",  # tables of the schedule
+    r"^model_ema\.(decay|num_updates)$",
+    r"\.position_ids$",  # 0, 1, 2, ...
+    r"^cond_stage_model\.(model\.)?(logit_scale|attn_mask)$",  # of contrastive training; computed
+    r"^cond_stage_model\.text_projection$",
+    r"^(first_stage_model\.)?loss\.",  # the discriminator and the perceptual network of the first stage's training
+    r"^depth_model\.",  # v2 depth: the network that estimates the depth map (MiDaS)
+)
+_UNUSED = re.compile("|".join(UNUSED))
+
+RESIDUAL: Rules = (
+    (r"^norm_in", "in_layers.0"),
+    (r"^conv_in", "in_layers.2"),
+    (r"^embedding", "emb_layers.1"),
+    (r"^norm_out", "out_layers.0"),
+    (r"^conv_out", "out_layers.3"),
+    (r"^shortcut", "skip_connection"),
+)
+ENDS: Rules = (
+    (r"^time_embedding\.linear_in", "time_embed.0"),
+    (r"^time_embedding\.linear_out", "time_embed.2"),
+    (r"^conv_in", "input_blocks.0.0"),
+    (r"^norm_out", "out.0"),
+    (r"^conv_out", "out.2"),
+    (r"^middle\.0\.residual\.", "middle_block.0."),
+    (r"^middle\.0\.transformer\.", "middle_block.1."),
+    (r"^middle\.1\.residual\.", "middle_block.2."),
+)
+FIRST_STAGE: Rules = (
+    (r"^to_moments", "quant_conv"),
+    (r"^from_latent", "post_quant_conv"),
+    (r"^encoder\.levels\.", "encoder.down."),
+    (r"\.blocks\.", ".block."),
+    (r"\.attentions\.", ".attn."),
+    (r"^(encoder.*)\.resample\.", r"\1.downsample."),
+    (r"^(decoder.*)\.resample\.", r"\1.upsample."),
+    (r"\.middle\.", ".mid."),
+    (r"\.mid\.attention\.", ".mid.attn_1."),
+    (r"\.query\.", ".q."),
+    (r"\.key\.", ".k."),
+    (r"\.value\.", ".v."),
+    (r"\.out\.", ".proj_out."),
+    (r"\.(norm|conv)_([12])\.", r".\1\2."),
+    (r"\.shortcut\.", ".nin_shortcut."),
+)
+
+
+def unused(name: str) -> bool:
+    """Whether a tensor of that name, in an original file, is known and not needed."""
+    return _UNUSED.search(name) is not None
+
+
+# ---------------------------------------------------------------- names
+
+
+def unet_names(keys: Iterable[str], config: UNetConfig) -> Names:
+    """Our names -> theirs, with the prefix. Their blocks are numbered through all levels; ours know their level."""
+    return names_by(keys, lambda key: UNET + _unet_name(key, config))
+
+
+def _unet_name(name: str, config: UNetConfig) -> str:
+    found = re.fullmatch(r"(down|up)\.(\d+)\.(?:stages\.(\d+)\.(residual|transformer)|resample)\.(.*)", name)
+    if found is None:
+        body, _, leaf = rename(name, ENDS).partition("middle_block.")
+        if not leaf:
+            return body
+        place, _, leaf = leaf.partition(".")
+        return f"middle_block.{place}.{rename(leaf, TRANSFORMER if place == '1' else RESIDUAL)}"
+    way, level, stage, kind, leaf = found[1], int(found[2]), found[3], found[4], found[5]
+    per_level = config.blocks + 1  # on the way down the change of size is a block of its own
+    block = level * per_level + int(stage or config.blocks) + (way == "down")
+    place = f"{'input' if way == 'down' else 'output'}_blocks.{block}"
+    if kind == "residual":
+        return f"{place}.0.{rename(leaf, RESIDUAL)}"
+    if kind == "transformer":
+        return f"{place}.1.{rename(leaf, TRANSFORMER)}"
+    if way == "down":
+        return f"{place}.0.{leaf.replace('conv', 'op')}"
+    attends = len(config.multipliers) - 1 - level in config.attention_levels  # the way up begins at the last level
+    return f"{place}.{2 if attends else 1}.{leaf}"
+
+
+def ema_names(names: Names) -> Names:
+    """The names of the average of what `unet_names` gives: "model." becomes "model_ema.", the other dots go."""
+    return {ours: tuple(EMA + name.removeprefix("model.").replace(".", "") for name in names[ours]) for ours in names}
+
+
+def autoencoder_names(keys: Iterable[str], config: AutoencoderConfig, prefix: str = AUTOENCODER) -> Names:
+    """Our names -> theirs. Their decoder counts levels from the finest, as the encoder does; ours in their order."""
+    last = len(config.multipliers) - 1
+
+    def translate(key: str) -> str:
+        key = re.sub(r"^decoder\.levels\.(\d+)", lambda found: f"decoder.up.{last - int(found[1])}", key)
+        return prefix + rename(key, FIRST_STAGE)
+
+    return names_by(keys, translate)
+
+
+def text_names(keys: Iterable[str], prefix: str) -> Names:
+    """Our names -> theirs; `prefix` is what `text_prefix` found."""
+    if prefix == OPEN_CLIP_TEXT:
+        return names_by(keys, lambda key: prefix + key)
+    return clip_names(keys, prefix)
+
+
+def text_prefix(names: Iterable[str]) -> str:
+    """What stands before the text tower's names, and with it whose names they are: see TEXT; "" if there is none."""
+    tail = "token_embedding.weight"
+    found = [name for name in names if name.startswith((CLIP_TEXT, OPEN_CLIP_TEXT)) and name.endswith(tail)]
+    return found[0].removesuffix(tail).removesuffix("embeddings.") if found else ""
+
+
+# ---------------------------------------------------------------- what shapes tell
+
+
+def unet_config(shapes: Mapping[str, Shape]) -> UNetConfig:
+    """The architecture of the U-Net whose tensors (without the prefix) have these shapes; raises UserError."""
+    widths: list[list[int]] = [[]]  # of the residual blocks on each level, on the way down
+    attention: set[int] = set()
+    block = 1
+    try:
+        channels, in_channels = shapes["input_blocks.0.0.weight"][:2]
+        while True:
+            place = f"input_blocks.{block}."
+            if f"{place}0.op.weight" in shapes:
+                widths.append([])
+            elif f"{place}0.in_layers.2.weight" in shapes:
+                widths[-1].append(shapes[f"{place}0.in_layers.2.weight"][0])
+                if f"{place}1.norm.weight" in shapes:
+                    attention.add(len(widths) - 1)
+            else:
+                break
+            block += 1
+        middle = "middle_block.1."
+        linear = len(shapes[f"{middle}proj_in.weight"]) == 2
+        context_width = shapes[f"{middle}transformer_blocks.0.attn2.to_k.weight"][1]
+        depth = 1 + max(int(n.split(".")[3]) for n in shapes if n.startswith(f"{middle}transformer_blocks."))
+        return UNetConfig(
+            in_channels=in_channels,
+            out_channels=shapes["out.2.weight"][0],
+            channels=channels,
+            multipliers=tuple(level[0] // channels for level in widths),
+            blocks=len(widths[0]),
+            attention_levels=tuple(sorted(attention)),
+            transformer_depth=depth,
+            heads=0 if linear else 8,
+            head_width=64 if linear else 0,
+            context_width=context_width,
+            linear_projection=linear,
+        )
+    except (LookupError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"the U-Net is not built as Stable Diffusion's ({error}), which alone is read") from error
+
+
+def autoencoder_config(shapes: Mapping[str, Shape]) -> AutoencoderConfig:
+    """The same of the autoencoder; its shift and scale are Stable Diffusion's."""
+    try:
+        channels, in_channels = shapes["encoder.conv_in.weight"][:2]
+        widths, attention = [], []
+        while f"encoder.down.{len(widths)}.block.0.conv1.weight" in shapes:
+            if f"encoder.down.{len(widths)}.attn.0.q.weight" in shapes:
+                attention.append(len(widths))
+            widths.append(shapes[f"encoder.down.{len(widths)}.block.0.conv1.weight"][0])
+        return AutoencoderConfig(
+            in_channels=in_channels,
+            channels=channels,
+            multipliers=tuple(width // channels for width in widths),
+            blocks=sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", name)) for name in shapes),
+            attention_levels=tuple(attention),
+            middle_attention="encoder.mid.attn_1.q.weight" in shapes,
+            latent_channels=shapes["post_quant_conv.weight"][0],
+        )
+    except (LookupError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"the autoencoder is not built as Stable Diffusion's ({error}), which alone is read") from error
+
+
+def text_config(shapes: Mapping[str, Shape], prefix: str) -> TextConfig:
+    """The same of the text tower; `shapes` are without `prefix`."""
+    open_clip = prefix == OPEN_CLIP_TEXT
+    embeddings = "" if open_clip else "embeddings."
+    try:
+        vocabulary, width = shapes[f"{embeddings}token_embedding.weight"]
+        length = shapes["positional_embedding" if open_clip else "embeddings.position_embedding.weight"][0]
+        place = r"transformer\.resblocks\.(\d+)\." if open_clip else r"encoder\.layers\.(\d+)\."
+        layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(place, name)))
+        projection = shapes.get("text_projection", (0, 0)) if open_clip else (0, 0)
+        return TextConfig(
+            context_length=length,
+            vocabulary=vocabulary,
+            width=width,
+            heads=max(width // 64, 1),
+            layers=layers,
+            embed_dim=projection[1],
+            quick_gelu=not open_clip,
+            layer="penultimate" if open_clip and layers != 23 else "last",
+            padding="zero" if open_clip else "eot",
+            cleaning="plain",
+        )
+    except (LookupError, ValueError) as error:
+        raise UserError(f"the text tower is not built as CLIP's ({error}), which alone is read") from error
+
+
+# ---------------------------------------------------------------- the schedule's tables
+
+
+def tables(config: ScheduleConfig) -> dict[str, Tensor]:
+    """The twelve float32 tables (T,) of the schedule that an original file carries (Ho et al. 2020, eq. 4, 6, 7)."""
+    alphas_bar = make_schedule(config).alphas_cumprod
+    before = torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
+    betas = 1 - alphas_bar / before
+    variance = betas * (1 - before) / (1 - alphas_bar)
+    found = {
+        "betas": betas,
+        "alphas_cumprod": alphas_bar,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": alphas_bar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas_bar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alphas_bar).log(),
+        "sqrt_recip_alphas_cumprod": alphas_bar.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alphas_bar - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * before.sqrt() / (1 - alphas_bar),
+        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - alphas_bar),
+    }
+    return {name: table.float() for name, table in found.items()}
+
+
+def schedule_of(alphas_bar: Tensor) -> ScheduleConfig | None:
+    """The schedule whose table `alphas_cumprod` (T,) this is, to float16's precision; None if none that is known."""
+    table = alphas_bar.double().cpu()
+    if table.ndim != 1 or len(table) < 2 or not bool(((table >= 0) & (table < 1)).all()):
+        return None
+    zero = float(table[-1]) < 1e-7
+    published = ScheduleConfig(steps=len(table), zero_terminal_snr=zero)
+    start = 1 - float(table[0])
+    candidates = [published]
+    if not zero:
+        end = 1 - float(table[-1] / table[-2])
+        candidates += [ScheduleConfig(k, len(table), _round(start), _round(end)) for k in ("scaled_linear", "linear")]
+    candidates.append(ScheduleConfig("cosine", len(table), zero_terminal_snr=zero))
+    for config in candidates:
+        try:
+            made = make_schedule(config).alphas_cumprod
+        except UserError:
+            continue
+        if bool(torch.isclose(made, table, rtol=2e-3, atol=2e-5).all()):
+            return config
+    return None
+
+
+def _round(value: float) -> float:
+    """To four digits: tables are rounded, and betas are written with few."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,135 @@
+"""Checkpoint: what lies at a path, recognised, and its tensors under our names, whatever format they are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.checkpoints import networks
+from ldm.checkpoints.state import Names, Source, Together, Translated, some
+from ldm.config import AutoencoderConfig, ModelConfig, from_dict, to_dict
+from ldm.errors import UserError
+
+WORDS = {"autoencoder": "autoencoder", "text": "text tower", "unet": "U-Net"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one network's tensors lie, and under which names."""
+
+    source: Source
+    names: Callable[[Iterable[str]], Names]  # our names -> theirs
+    scope: tuple[str, ...]  # all names in `source` that belong to this network
+    file: str  # for error messages
+    groups: int = 0  # of every GroupNorm, where the format fixes or names them; 0: whatever our networks have
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model as it is stored. `config` says what it is, `state` gives a network's tensors one by one."""
+
+    path: Path
+    layout: str  # "native", "original" or "diffusers", and what of it: "original single file"
+    config: ModelConfig
+    parts: Mapping[str, Part]  # "autoencoder", "text", "unet" -> where it is
+    assumed: tuple[str, ...] = ()  # settings ("text.padding") that rules decided, since the files do not say
+    remarks: tuple[str, ...] = ()  # other sentences that a user should read
+    foreign: tuple[str, ...] = ()  # tensors that are no part of the model
+    facts: Mapping[str, str] = field(default_factory=dict)  # what else the files say of themselves
+
+    def state(self, name: str, network: nn.Module | None = None) -> Translated:
+        """The tensors of a part ("autoencoder", "text", "unet"), as they are stored, each read when it is asked for.
+
+        `network` is the part's own, on the meta device or not, if the caller has built it. Raises UserError for a part
+        that is not there, and one that lists the names of all tensors that are missing, unexpected or misshapen.
+        """
+        part = self.part(name)
+        if network is None:
+            network = networks.skeleton(name, self.config, part.file)
+        shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        state = Translated(part.source, part.names(shapes), shapes, f"the {WORDS[name]} in {part.file}", part.scope)
+        found = networks.norm_groups(network)
+        if part.groups and found - {part.groups}:
+            raise UserError(
+                f"the {WORDS[name]} in {part.file} normalises in {part.groups} groups, and ours of these widths in "
+                f"{' or '.join(map(str, sorted(found)))}; it cannot be read"
+            )
+        return state
+
+    def part(self, name: str) -> Part:
+        """Where a part is; raises UserError if it is not there."""
+        if name not in self.parts:
+            present = ", ".join(self.parts) or "nothing"
+            raise UserError(f"{self.path} has no {name} (it has: {present}); name a checkpoint that has one")
+        return self.parts[name]
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All parts as they are stored, each key with its part's name in front ("unet.conv_in.weight")."""
+        return Together({name: self.state(name) for name in self.parts})
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should read before trusting the pictures."""
+        found = list(self.remarks)
+        if self.assumed:
+            words = ", ".join(f"{key}={_value(self.config, key)}" for key in self.assumed)
+            found.insert(0, f"{self.path} does not say all that it is; assumed by its kind: {words} (--set changes it)")
+        if self.foreign:
+            found.append(f"{len(self.foreign)} tensors in {self.path} are passed over: {some(self.foreign)}")
+        return tuple(found)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Checkpoint:
+        """The same with some settings of its config replaced: {"parameterization": "v", "text.padding": "eot"}.
+
+        Raises UserError for one that does not exist, or a value of the wrong type.
+        """
+        plain = to_dict(self.config)
+        for key, value in settings.items():
+            place, *rest = key.split(".")
+            inner = plain
+            while rest:
+                if not isinstance(inner.get(place), dict):
+                    raise UserError(f"--set {key}: {self.path} has no {place}")
+                inner, (place, *rest) = inner[place], rest
+            inner[place] = list(value) if isinstance(value, tuple) else value
+        config = from_dict(ModelConfig, plain, "--set")
+        assumed = tuple(key for key in self.assumed if key not in settings)
+        return replace(self, config=config, assumed=assumed)
+
+    def with_autoencoder(self, other: Checkpoint) -> Checkpoint:
+        """The same over another's autoencoder. One that does not say its shift and scale gets this one's.
+
+        Raises UserError if `other` has none, or one with other latents.
+        """
+        if "autoencoder" not in other.parts or other.config.autoencoder is None:
+            raise UserError(f"{other.path} has no autoencoder; name a checkpoint that has one")
+        ours, theirs = self.config.autoencoder, other.config.autoencoder
+        if ours is not None and (ours.channels_of_latent, ours.factor) != (theirs.channels_of_latent, theirs.factor):
+            raise UserError(
+                f"the autoencoder in {other.path} makes latents of {_latent(theirs)}, the model takes {_latent(ours)}"
+            )
+        if ours is not None and "autoencoder.scale" in other.assumed:
+            theirs = replace(theirs, shift=ours.shift, scale=ours.scale)
+        return replace(
+            self,
+            config=replace(self.config, autoencoder=theirs),
+            parts=self.parts | {"autoencoder": other.parts["autoencoder"]},  # type: ignore[operator]
+            assumed=tuple(key for key in self.assumed if not key.startswith("autoencoder.")),
+            remarks=self.remarks + other.remarks,
+        )
+
+
+def _value(config: ModelConfig, key: str) -> str:
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    return json.dumps(found).strip('"')
+
+
+def _latent(config: AutoencoderConfig) -> str:
+    return f"{config.channels_of_latent} channels at 1/{config.factor}"
