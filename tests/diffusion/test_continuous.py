@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from ldm.config import ScheduleConfig
 from ldm.diffusion import Schedule, make_schedule
 from ldm.errors import UserError
-from ldm.sampling import start
+from ldm.sampling import ddim, make_grid, start
 
 LAWS = {kind: make_schedule(ScheduleConfig(kind=kind)) for kind in ("vp", "ve", "flow")}
 
@@ -116,6 +117,26 @@ def test_the_deviation_at_pure_noise(kind: str, expected: float) -> None:
     assert float(law.start_scale(sigma)[0]) == pytest.approx(expected, rel=1e-15)
     noise = torch.randn(2, 1, 3, 3)
     torch.testing.assert_close(start(noise, law, sigma), noise.double() * expected)
+
+
+@pytest.mark.parametrize("kind", [*LAWS, "sigmoid", "cosine"])
+def test_from_the_laws_own_noise_to_the_data(kind: str) -> None:
+    """The probability flow on data N(0.3, 0.8^2), 1-d: mean and deviation of what 500 steps make of unit noise.
+
+    On a Gaussian a step is affine, so two noises tell both. The start lacks the data's mean and variance beside the
+    noise's: at the end both are off by a factor near 1, less than 1.5 % even where the last sigma is 80.
+    """
+    law = make_schedule(ScheduleConfig(kind=kind))
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return 0.3 + 0.64 / (0.64 + sigma**2) * (x - 0.3)
+
+    sigmas = make_grid(law, 500)
+    noise = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
+    *_, last = ddim()(denoiser, start(noise, law, sigmas), sigmas, pytest.fail)  # type: ignore[arg-type]
+    mean, deviation = float(last.x[0]), float(last.x[1] - last.x[0])
+    assert mean == pytest.approx(0.3, rel=0.015)
+    assert deviation == pytest.approx(0.8, rel=0.015)
 
 
 def test_a_table_of_levels_is_still_a_variance_preserving_chain() -> None:

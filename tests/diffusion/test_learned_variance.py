@@ -127,8 +127,9 @@ class Twofold:
         shift = conditioning.reshape(-1, 1, 1, 1)
         return torch.cat([torch.tanh(x + shift), torch.sin(3 * x + t.reshape(-1, 1, 1, 1) / 100 + shift)], dim=1)
 
-    def prepare(self, conditionings: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(conditionings))
+
+def joined(conditionings: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(conditionings))
 
 
 SCHEDULE = make_schedule(ScheduleConfig(steps=50))
@@ -140,8 +141,8 @@ X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=to
 @pytest.mark.parametrize("one_batch", [True, False])
 def test_the_fraction_is_the_prompts_own_and_costs_nothing(one_batch: bool) -> None:
     network, sigma = Twofold(), torch.tensor(1.3, dtype=torch.float64)
-    branches = LearnedVariance(network, CONDITIONINGS, network.prepare, SCHEDULE, V, one_batch)
-    plain = bind(Twofold(), CONDITIONINGS, network.prepare, SCHEDULE, V, one_batch)
+    branches = LearnedVariance(network, CONDITIONINGS, joined, SCHEDULE, V, one_batch)
+    plain = bind(Twofold(), CONDITIONINGS, joined, SCHEDULE, V, one_batch)
     assert torch.equal(branches(X, sigma), plain(X, sigma))  # which never looks at the second half
     denoiser = cfg(branches, 3.0)
     denoiser(X, sigma)
@@ -157,7 +158,7 @@ def test_the_fraction_is_the_prompts_own_and_costs_nothing(one_batch: bool) -> N
 
 def test_another_state_or_level_is_evaluated() -> None:
     network = Twofold()
-    branches = LearnedVariance(network, CONDITIONINGS[:1], network.prepare, SCHEDULE, V)
+    branches = LearnedVariance(network, CONDITIONINGS[:1], joined, SCHEDULE, V)
     one, two = torch.tensor(1.0), torch.tensor(2.0)
     fractions = [branches.fraction(x, sigma) for x, sigma in ((X, one), (X, two), (X + 1, two), (X, one))]
     assert network.pictures == 8
@@ -169,10 +170,10 @@ def test_what_lies_outside_is_cut_and_a_network_without_a_second_half_refused() 
     def network(x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
         return torch.cat([x, 5 * x], dim=1)
 
-    branches = LearnedVariance(network, [torch.zeros(2)], torch.cat, SCHEDULE, V)
+    branches = LearnedVariance(network, [torch.zeros(2)], joined, SCHEDULE, V)
     fraction = branches.fraction(X, torch.tensor(1.0))
     assert float(fraction.min()) == -1 and float(fraction.max()) == 1
-    narrow = LearnedVariance(lambda x, t, _: x, [torch.zeros(2)], torch.cat, SCHEDULE, V)
+    narrow = LearnedVariance(lambda x, t, _: x, [torch.zeros(2)], joined, SCHEDULE, V)
     with pytest.raises(ValueError, match="3 channels for x of 3, not twice as many"):
         narrow(X, torch.tensor(1.0))
 
@@ -190,7 +191,7 @@ def test_ddpm_steps_with_it(second: float, variance: str) -> None:
     sigmas = make_grid(SCHEDULE, 6)
     results = []
     for learned in (True, False):
-        branches = LearnedVariance(network, [torch.zeros(2)], torch.cat, SCHEDULE, V)
+        branches = LearnedVariance(network, [torch.zeros(2)], joined, SCHEDULE, V)
         sampler = ddpm("learned", fraction=branches.fraction) if learned else ddpm(variance)
         noise = NoiseStream([3, 4], (3, 4, 4))
         *_, last = sampler(branches.denoise, start(noise.initial(), SCHEDULE, sigmas), sigmas, noise)
