@@ -6,9 +6,10 @@ rules that hold for the models as published; a config beside the weights goes be
     heads           of an attention with linear projections (v2) are 64 wide; with convolutions (v1) there are 8
     prediction      eps; v for v2 of 4 channels, which at 768 pixels has the same keys as its base that predicts eps
     picture size    512; 768 where v is predicted
-    text, v1        CLIP ViT-L/14 in Hugging Face's names: quick GELU, last block, padded with the end token
+    text, v1        CLIP ViT-L/14 in Hugging Face's names: quick GELU, last block, padded with the end token; prompts
+                    are read as Hugging Face's tokenizer reads them
     text, v2        OpenCLIP ViT-H/14: exact GELU, the last block but one, padded with 0; where a file has 23 blocks the
-                    24th was left out as unused, and its last block is meant
+                    24th was left out as unused, and its last block is meant; prompts are read as open_clip reads them
     noise           scaled linear betas, 0.00085 to 0.012 over 1000 steps
     latent          0.18215 times the autoencoder's
 """
@@ -23,7 +24,7 @@ CLIP_L = TextConfig(
     width=768, heads=12, layers=12, embed_dim=0, quick_gelu=True, layer="last", padding="eot", cleaning="plain"
 )
 OPENCLIP_H = TextConfig(
-    width=1024, heads=16, layers=24, embed_dim=1024, layer="penultimate", padding="zero", cleaning="plain"
+    width=1024, heads=16, layers=24, embed_dim=1024, layer="penultimate", padding="zero", cleaning="open_clip"
 )
 V1_UNET = UNetConfig()
 V2_UNET = UNetConfig(heads=0, head_width=64, context_width=1024, linear_projection=True)
@@ -72,7 +73,7 @@ def _shape(config: ModelConfig) -> tuple[object, ...]:
     """What distinguishes the known ones; whether a text tower keeps what it does not use does not count."""
     text = config.text
     if text is not None:
-        text = replace(text, embed_dim=0, layers=text.layers - (text.layer == "penultimate"), layer="last", arch="")
+        text = replace(text, embed_dim=0, layers=text.layers - (text.layer == "penultimate"), layer="last", cleaning="plain")
     unet = config.unet
     if unet is not None:
         heads = tuple(unet.heads or unet.channels * m // unet.head_width for m in unet.multipliers)

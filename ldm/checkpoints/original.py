@@ -223,7 +223,7 @@ def text_config(shapes: Mapping[str, Shape], prefix: str) -> TextConfig:
             quick_gelu=not open_clip,
             layer="penultimate" if open_clip and layers != 23 else "last",
             padding="zero" if open_clip else "eot",
-            cleaning="plain",
+            cleaning="open_clip" if open_clip else "plain",
         )
     except (LookupError, ValueError) as error:
         raise UserError(f"the text tower is not built as CLIP's ({error}), which alone is read") from error

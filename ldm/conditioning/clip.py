@@ -130,7 +130,9 @@ def clip_tokenizer() -> SimpleTokenizer:
 
 def tokenizer_for(config: TextConfig) -> SimpleTokenizer | PlainTokenizer:
     """The tokenizer that reads prompts as `config.cleaning` says."""
-    return PlainTokenizer(clip_tokenizer()) if config.cleaning == "plain" else clip_tokenizer()
+    if config.cleaning == "open_clip":
+        return clip_tokenizer()
+    return PlainTokenizer(clip_tokenizer(), {"!": 0} if config.padding == "zero" else {})
 
 
 def _words_beyond(tokenizer: SimpleTokenizer | PlainTokenizer, prompt: str, room: int) -> str:
