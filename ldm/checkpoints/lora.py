@@ -2,7 +2,7 @@
 
     kohya       lora_unet_down_blocks_0_..._to_q.lora_down.weight    .lora_up.weight    .alpha    (lora_te_: text tower)
     diffusers   unet.down_blocks.0....to_q.lora_A.weight             .lora_B.weight               (text_encoder.)
-                .lora.down.weight, .lora.up.weight and ...attn1.processor.to_q_lora.down.weight are its older names
+                older: .lora.down.weight   .lora_linear_layer.down.weight   attn1.processor.to_q_lora.down.weight
 
 Kohya's names are diffusers' names of modules with the dots gone, or the original checkpoint's; a name without a prefix
 is the U-Net's. Where a file says no alpha, it is the rank. Other decompositions (LoHa, LoKr, DoRA) are refused by name.
@@ -42,7 +42,7 @@ PREFIXES = {
     "": "unet",
 }
 
-_TENSOR = re.compile(r"(.+?)\.(?:(alpha)|lora[._](down|up|A|B)(?:\.default)?\.weight)")
+_TENSOR = re.compile(r"(.+?)\.(?:(alpha)|lora(?:_linear_layer)?[._](down|up|A|B)(?:\.default)?\.weight)")
 _SIDES = {"down": "down", "A": "down", "up": "up", "B": "up"}
 _OLD = ((r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."), (r"\.processor\.to_out_lora\.", ".to_out.0.lora."))
 
