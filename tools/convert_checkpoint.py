@@ -1,36 +1,85 @@
-"""Write a checkpoint in another form: another precision, a directory, or one file.
+"""Write a checkpoint in another form: another layout, another precision, a directory, or one file.
 
 python tools/convert_checkpoint.py runs/ldm ldm/assets/icons --precision fp16
-python tools/convert_checkpoint.py runs/ldm model.safetensors
+python tools/convert_checkpoint.py sd-v1.ckpt model.safetensors --weights ema
+python tools/convert_checkpoint.py runs/ldm for-others --to diffusers
+python tools/convert_checkpoint.py stable-diffusion-2/ one.safetensors --to original --vae vae.safetensors
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ldm.checkpoints import native
-from ldm.errors import run
+from ldm.checkpoints import export, native
+from ldm.checkpoints.opening import WEIGHTS, open_checkpoint, parse_settings
+from ldm.errors import UserError, run
 from ldm.model import find
 
 PRECISIONS = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMATS = ("native", *export.FORMATS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="shipped name, directory or .safetensors file")
-    parser.add_argument("output", type=Path, help="a directory, or a file if it ends in .safetensors")
-    parser.add_argument("--precision", choices=PRECISIONS, default="keep", help="of the stored weights")
-    arguments = parser.parse_args()
-
-    source = find(arguments.model)
-    config = native.read_config(source)
-    parts = {name: native.read_part(source, name) for name in native.part_names(config)}
-    native.save(arguments.output, config, parts, PRECISIONS[arguments.precision])
-    size = {name: sum(tensor.numel() for tensor in part.values()) for name, part in parts.items()}
+    arguments = parse()
+    checkpoint = open_checkpoint(find(arguments.model), arguments.weights)
+    if checkpoint.two_sets and arguments.weights == "auto":
+        raise UserError(
+            f"{checkpoint.path} has raw and averaged weights of the U-Net, and one of them would be lost; say which to "
+            "keep: --weights ema draws better pictures, --weights raw is what training goes on with"
+        )
+    if arguments.vae:
+        checkpoint = checkpoint.with_autoencoder(open_checkpoint(find(arguments.vae)))
+    checkpoint = checkpoint.with_settings(parse_settings(arguments.set))
+    dtype = PRECISIONS[arguments.precision]
+    states = {name: Cast(checkpoint.state(name), dtype) for name in checkpoint.parts}
+    remarks = list(checkpoint.notices)
+    if arguments.to == "native":
+        native.save(arguments.output, checkpoint.config, states)
+    else:
+        remarks += export.write(arguments.output, checkpoint.config, states, arguments.to)
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    size = {name: sum(tensor.numel() for tensor in part.values()) for name, part in states.items()}
     print(f"{arguments.output}: " + ", ".join(f"{name} {count:,} values" for name, count in size.items()))
+
+
+class Cast(Mapping[str, Tensor]):
+    """A network's tensors in another precision, each converted when it is asked for."""
+
+    def __init__(self, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+        self.state, self.dtype = state, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.state[name]
+        return value.to(self.dtype) if self.dtype is not None else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="shipped name, checkpoint directory or file, or hf:owner/name")
+    parser.add_argument("output", type=Path, help="a directory, or a file if it ends in .safetensors")
+    parser.add_argument("--to", choices=FORMATS, default="native", help="the layout to write (default native)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="keep", help="of the stored weights")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="auto", help="of files with both: the average, or the raw"
+    )
+    parser.add_argument("--vae", metavar="MODEL", help="take the autoencoder of this checkpoint")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="what goes before the files: parameterization=v"
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

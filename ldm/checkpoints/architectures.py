@@ -73,7 +73,8 @@ def _shape(config: ModelConfig) -> tuple[object, ...]:
     """What distinguishes the known ones; whether a text tower keeps what it does not use does not count."""
     text = config.text
     if text is not None:
-        text = replace(text, embed_dim=0, layers=text.layers - (text.layer == "penultimate"), layer="last", cleaning="plain")
+        layers = text.layers - (text.layer == "penultimate")
+        text = replace(text, embed_dim=0, layers=layers, layer="last", cleaning="plain")
     unet = config.unet
     if unet is not None:
         heads = tuple(unet.heads or unet.channels * m // unet.head_width for m in unet.multipliers)

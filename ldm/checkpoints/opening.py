@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,25 @@ def open_checkpoint(path: str | Path, weights: str = "auto", settings: Mapping[s
     if settings:
         found = found.with_settings(settings)
     check_size(found.config, str(path))
+    return found
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """["parameterization=v", "text.quick_gelu=true"] -> {"parameterization": "v", "text.quick_gelu": True}.
+
+    Values are YAML's scalars and lists of them. Raises UserError for a word of another form.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for word in words:
+        key, given, value = word.partition("=")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            given = ""
+        if not given or not key.strip():
+            raise UserError(f"--set takes words of the form key=value, as parameterization=v, and got '{word[:100]}'")
     return found
 
 

@@ -59,9 +59,9 @@ def open_original(path: Path, tensors: Tensors, weights: str = "auto") -> Checkp
         parts[part] = Part(tensors, names, scope, str(path), 0 if part == "text" else GROUPS)
 
     unet = autoencoder = text = None
+    averaged = any(name.startswith(original.EMA) and not original.unused(name) for name in shapes)
     if f"{original.UNET}input_blocks.0.0.weight" in shapes:
         unet = config.unet if config else original.unet_config(_within(shapes, original.UNET))
-        averaged = any(name.startswith(original.EMA) and not original.unused(name) for name in shapes)
         if weights == "ema" and not averaged:
             raise UserError(f"{path} has no averaged weights beside the raw ones; leave out the choice, or take raw")
         ema = averaged and weights != "raw"
@@ -88,7 +88,7 @@ def open_original(path: Path, tensors: Tensors, weights: str = "auto") -> Checkp
     foreign = tuple(name for name in shapes if name not in used and not original.unused(name))
     layout = "original single file" if unet else "original autoencoder" if not text else "original networks"
     facts = {key: value for key, value in tensors.metadata.items() if key not in (CONFIG, "format")}
-    return Checkpoint(path, layout, config, parts, assumed, tuple(remarks), foreign, facts)
+    return Checkpoint(path, layout, config, parts, assumed, tuple(remarks), foreign, facts, averaged)
 
 
 def _unet_names(keys: Iterable[str], config: Any, ema: bool) -> Names:

@@ -41,6 +41,7 @@ class Checkpoint:
     remarks: tuple[str, ...] = ()  # other sentences that a user should read
     foreign: tuple[str, ...] = ()  # tensors that are no part of the model
     facts: Mapping[str, str] = field(default_factory=dict)  # what else the files say of themselves
+    two_sets: bool = False  # raw and averaged weights of the U-Net are there; `parts` has those asked for
 
     def state(self, name: str, network: nn.Module | None = None) -> Translated:
         """The tensors of a part ("autoencoder", "text", "unet"), as they are stored, each read when it is asked for.
