@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm import catalogue, errors, image_io, jobs, provenance
+from ldm.adapters.record import Adapter, parse_embedding, parse_lora
 from ldm.errors import UserError
 from ldm.guides import check_paths, load_guides
 from ldm.jobs import Request, Settings
-from ldm.model import SHIPPED, find
+from ldm.model import SHIPPED, CheckpointNotice, find
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -35,7 +36,7 @@ def main() -> None:
     # What can be wrong without a model is found before torch is imported, which takes seconds.
     recipe = provenance.read(given["reproduce"]) if "reproduce" in given else None
     if recipe is not None:
-        taken = sorted(set(given) - {"reproduce", "model", "device", "precision", "out"})
+        taken = sorted(set(given) - {"reproduce", "model", "vae", "set", "device", "precision", "out"})
         if taken:
             raise UserError(f"--{taken[0].replace('_', '-')} does not go with --reproduce, which reads it in the file")
         settings, batches = recipe.settings, [recipe.batch]
@@ -44,7 +45,10 @@ def main() -> None:
         batches = list(jobs.batches(requests_of(given), given.get("batch_size", 4)))
     name = given.get("model", recipe.model if recipe else "icons")
     find(name)
+    if "vae" in given:
+        find(given["vae"])
     check_paths(settings)
+    adapters = recipe.adapters if recipe else adapters_of(given)
     folder = Path(given.get("out", "outputs"))
     image_io.check_folder(folder)
 
@@ -53,11 +57,20 @@ def main() -> None:
 
     import ldm
     from ldm import generate
+    from ldm.checkpoints.opening import parse_settings
 
     before = recipe.made_on if recipe else {}
     device = given.get("device", before.get("device", "auto"))
-    model = ldm.load(name, device, given.get("precision", before.get("precision", "auto")))
-    notices = generate.cut_notices(model, [request for batch in batches for request in batch])
+    warnings.simplefilter("ignore", CheckpointNotice)  # said below, as all that is worth a warning
+    model = ldm.load(
+        name,
+        device,
+        given.get("precision", before.get("precision", "auto")),
+        vae=given.get("vae"),
+        settings=parse_settings(given.get("set", [])),
+    )
+    notices = list(model.notices)
+    notices += generate.cut_notices(model, [request for batch in batches for request in batch])
     guides = load_guides(model, settings)
     notices += provenance.differences(recipe, model, guides.hashes) if recipe else []
     for notice in notices:
@@ -116,6 +129,11 @@ def requests_of(given: Mapping[str, Any]) -> list[Request]:
     return jobs.read_prompts(given["from_file"], negative, seed, n)
 
 
+def adapters_of(given: Mapping[str, Any]) -> tuple[Adapter, ...]:
+    """The LoRAs and the words of textual inversions, in order; their files are there."""
+    return (*map(parse_lora, given.get("lora", ())), *map(parse_embedding, given.get("embedding", ())))
+
+
 class Parser(argparse.ArgumentParser):
     """Mistakes end in one sentence, as everywhere."""
 
@@ -168,7 +186,12 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add("--option", dest="options", action="append", metavar="NAME=VALUE", help="of the sampler; --list-samplers")
 
     add = parser.add_argument_group("with what, and where to").add_argument
-    add("--model", metavar="MODEL", help=f"{', '.join(SHIPPED)}, a directory or a file (default icons)")
+    kinds = "ours, diffusers, Stable Diffusion's .safetensors or .ckpt"
+    add("--model", metavar="MODEL", help=f"{', '.join(SHIPPED)} (default); directory or file ({kinds}); hf:owner/name")
+    add("--vae", metavar="MODEL", help="take the autoencoder of this model or file (default: the model's own)")
+    add("--set", action="append", metavar="KEY=VALUE", help="what a foreign model does not say: parameterization=v")
+    add("--lora", action="append", metavar="FILE[:SCALE]", help="merged into the model; may be given several times")
+    add("--embedding", action="append", metavar="FILE", help="a textual inversion, whose word prompts may then use")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), help="default auto: fp16 on a GPU, else fp32")
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once (default 4)")

@@ -72,9 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("output", type=Path, help="a directory, or a file if it ends in .safetensors")
     parser.add_argument("--to", choices=FORMATS, default="native", help="the layout to write (default native)")
     parser.add_argument("--precision", choices=PRECISIONS, default="keep", help="of the stored weights")
-    parser.add_argument(
-        "--weights", choices=WEIGHTS, default="auto", help="of files with both: the average, or the raw"
-    )
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of files with two sets")
     parser.add_argument("--vae", metavar="MODEL", help="take the autoencoder of this checkpoint")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="what goes before the files: parameterization=v"

@@ -31,9 +31,7 @@ LONG = 12  # entries; longer lists are counted
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="shipped name, checkpoint directory or file, or hf:owner/name")
-    parser.add_argument(
-        "--weights", choices=WEIGHTS, default="auto", help="of files with both: the average, or the raw"
-    )
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of files with two sets")
     arguments = parser.parse_args()
 
     checkpoint = open_checkpoint(find(arguments.model), arguments.weights)

@@ -14,7 +14,7 @@ FOLDERS = ("unet", "vae", "text_encoder")
 SETTINGS = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*.json", "model.json")
 WEIGHTS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
 _NAME = re.compile(
-    r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>[\w./-]+\.(?:safetensors|ckpt)))?"
+    r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+\.(?:safetensors|ckpt)))?"
 )
 
 
@@ -29,6 +29,7 @@ def fetch(name: str) -> Path:
         raise UserError(f"'hf:{name}' is not of the form hf:owner/name, hf:owner/name@revision or hf:owner/name/file")
     try:
         import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise UserError("fetching from Hugging Face needs huggingface_hub: pip install 'ldm[hub]'") from error
     repo, revision, file = found["repo"], found["revision"], found["file"]
@@ -40,7 +41,7 @@ def fetch(name: str) -> Path:
         if not any(folder.rglob("*.safetensors")):
             patterns = [*SETTINGS, *_weights(".fp16")]
             folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # every error of the hub's, and of the network below it, is one of the two
+    except (OSError, ValueError, EntryNotFoundError) as error:  # the hub's errors, and the network's below it
         raise _explain(error, name) from error
     if not any(folder.rglob("*.safetensors")):
         raise UserError(f"hf:{repo} has no weights as safetensors in the folders {', '.join(FOLDERS)}; name another")
