@@ -10,10 +10,12 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm import catalogue
 from ldm.diffusion import Branches, Denoiser, bind
@@ -23,12 +25,14 @@ from ldm.guidance import (
     cfg,
     classifier_guidance,
     dynamic_threshold,
+    keep,
     perpendicular_negative,
     static_threshold,
 )
 from ldm.guides import Guides, load_guides
 from ldm.jobs import Request, Settings, batches
-from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid, start
+from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid, start, tail
+from ldm.sampling.step import solver_state
 
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
@@ -39,25 +43,70 @@ THRESHOLDS = {"static": static_threshold, "dynamic": dynamic_threshold}
 LATENT_BOUND = 4.0  # deviations; the latents of 640 real pictures of the shipped model's reach 3.9 at most
 
 
+@dataclass(frozen=True, eq=False)
+class Begin:
+    """A picture to begin from, instead of nothing but noise.
+
+    `image`: (B, 3, H, W) in [-1, 1], one for each request, H and W divisible by f.
+    `strength`: in (0, 1], the share of the grid's steps that are walked, from the picture noised to where they begin.
+    `mask`: (B, 1, H, W) in [0, 1], 1 where the picture is drawn anew and 0 where it stays; None draws all of it.
+    """
+
+    image: Tensor
+    strength: float = 0.75
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        wanted = (len(self.image), 1, *self.image.shape[2:])
+        if self.mask is not None and self.mask.shape != wanted:
+            raise UserError(f"the mask is {tuple(self.mask.shape)} and the picture asks for {wanted}; make it fit")
+
+    def check(self, requests: int) -> None:
+        """Raise UserError unless there is one for each request."""
+        if len(self.image) != requests:
+            raise UserError(f"{len(self.image)} pictures to begin from were given for {requests} requests; match them")
+
+    def rows(self, rows: slice) -> Begin:
+        """Those of some of the pictures."""
+        return Begin(self.image[rows], self.strength, None if self.mask is None else self.mask[rows])
+
+
 class PromptCut(UserWarning):
     """A prompt is longer than the text tower reads; the message names the words that were dropped."""
 
 
-def txt2img(model: LatentDiffusion, requests: Sequence[Request], settings: Settings, batch_size: int = 4) -> Tensor:
-    """Pictures (B, 3, H, W), float32 in [-1, 1] on the CPU, one for each request.
+def draw(
+    model: LatentDiffusion,
+    requests: Sequence[Request],
+    settings: Settings,
+    batch_size: int = 4,
+    begin: Begin | None = None,
+) -> Tensor:
+    """Pictures (B, 3, H, W), float32 in [-1, 1] on the CPU, one for each request, from noise or from `begin`.
 
+    Outside a mask the pixels are those of the given picture, untouched by the autoencoder.
     Raises UserError for settings that the model cannot follow, and for a picture that is not finite in float32 either.
     """
+    if begin is not None:
+        begin.check(len(requests))
     drawn = []
     guides = load_guides(model, settings.check())
-    for batch in batches(requests, batch_size):
-        last = deque(sample(model, batch, settings, guides), maxlen=1).pop()
-        drawn.append(decode(model, last).cpu())
+    for first, batch in zip(range(0, len(requests), batch_size), batches(requests, batch_size), strict=True):
+        own = None if begin is None else begin.rows(slice(first, first + len(batch)))
+        last = deque(sample(model, batch, settings, guides, own), maxlen=1).pop()
+        image = decode(model, last).cpu()
+        if own is not None and own.mask is not None:
+            image = own.mask.cpu() * image + (1 - own.mask.cpu()) * own.image.cpu()
+        drawn.append(image)
     return torch.cat(drawn)
 
 
 def sample(
-    model: LatentDiffusion, requests: Sequence[Request], settings: Settings, guides: Guides | None = None
+    model: LatentDiffusion,
+    requests: Sequence[Request],
+    settings: Settings,
+    guides: Guides | None = None,
+    begin: Begin | None = None,
 ) -> Iterator[Step]:
     """The trajectory of one batch, step by step; `decode` makes pictures of a step.
 
@@ -68,11 +117,20 @@ def sample(
     tower does not read (PromptCut).
     """
     settings = settings.check()
-    shape = latent_shape(model, settings)
+    shape = latent_shape(model, settings) if begin is None else model.codec.latent_shape(*begin.image.shape[2:])
     sampler, sigmas = make_sampler(model, settings), make_sigmas(model, settings)
     noise = make_noise(settings, [request.seed for request in requests], shape, model.device)
-    x = start(noise.initial(), model.schedule, sigmas)
     denoiser = make_denoiser(model, requests, settings, guides or load_guides(model, settings))
+    if begin is None:
+        x = start(noise.initial(), model.schedule, sigmas)
+    else:
+        begin.check(len(requests))
+        sigmas = tail(sigmas, begin.strength)
+        with torch.no_grad(), _memory_told(len(requests)):
+            latent = model.codec.encode(begin.image.to(model.device))
+        x = solver_state(latent) + float(sigmas[0]) * noise.initial()
+        if begin.mask is not None:  # what a mask touches at all is drawn
+            denoiser = keep(denoiser, latent, F.max_pool2d(begin.mask.to(latent), model.codec.factor))
     steps = sampler(denoiser, x, sigmas, noise)
     while True:
         with torch.no_grad(), _memory_told(len(requests)):  # not across the yield: the mode is the caller's own

@@ -87,6 +87,11 @@ class Settings:
             steps=len(self.sigmas) - 1 if len(self.sigmas) > 1 else self.steps,
         )
 
+    def but(self, cfg: float | None = None, steps: int | None = None, sampler: str | None = None) -> Settings:
+        """The same with those of these that are not None."""
+        given = {"cfg": cfg, "steps": steps, "sampler": sampler}
+        return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
+
     def _check_guides(self) -> None:
         weight, bound = self.perp_negative, self.threshold_bound
         if weight is not None and not 0 <= weight < math.inf:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ldm.adapters.record import Adapter
     from ldm.autoencoder.codec import Codec
     from ldm.checkpoints.record import Checkpoint
     from ldm.conditioning.clip import TextTower
@@ -51,6 +52,7 @@ class LatentDiffusion:
     name: str = ""
     path: Path | None = None
     checkpoint: Checkpoint | None = None
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -90,56 +92,87 @@ class LatentDiffusion:
         prompt: str | Sequence[str],
         *,
         negative: str = "",
-        cfg: float = Settings.cfg,
-        steps: int = Settings.steps,
-        sampler: str = Settings.sampler,
-        spacing: str | None = None,
-        eta: float | None = None,
+        cfg: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
         seed: int = 0,
         n: int = 1,
         batch_size: int = 4,
-        width: int | None = None,
-        height: int | None = None,
-        cfg_rescale: float = 0.0,
-        cfg_interval: tuple[float, float] | None = None,
+        settings: Settings = Settings(),
     ) -> Tensor:
         """`n` pictures of each prompt, prompt by prompt: (B, 3, H, W), float32 in [-1, 1], on the CPU.
 
-        Picture i has seed + i, whatever the batch size. See `jobs.Settings` for the rest. Raises UserError.
+        Picture i has seed + i, whatever the batch size. `settings` has everything else that there is to choose; `cfg`,
+        `steps` and `sampler` go before what it says of them. Raises UserError.
         """
         from ldm import generate
 
-        settings = Settings(cfg, steps, sampler, spacing, eta, width, height, cfg_rescale, cfg_interval)
-        return generate.txt2img(self, of_prompts(_list(prompt), negative, seed, n), settings, batch_size)
+        requests = of_prompts(_list(prompt), negative, seed, n)
+        return generate.draw(self, requests, settings.but(cfg, steps, sampler), batch_size)
+
+    def img2img(
+        self,
+        image: Tensor,
+        prompt: str | Sequence[str],
+        *,
+        strength: float = 0.75,
+        mask: Tensor | None = None,
+        negative: str = "",
+        cfg: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        batch_size: int = 4,
+        settings: Settings = Settings(),
+    ) -> Tensor:
+        """`image` (B, 3, H, W) in [-1, 1] drawn again after `prompt` (one, or B), on the CPU; as `txt2img` otherwise.
+
+        `strength`: in (0, 1], the share of the steps that are walked: 0.75 keeps the composition, 1 hardly anything.
+        `mask`: (B, 1, H, W) in [0, 1]: draw anew where it is 1; where it is 0 the pixels stay as they are.
+        """
+        from ldm import generate
+
+        prompts = [prompt] * len(image) if isinstance(prompt, str) else list(prompt)
+        begin = generate.Begin(image, strength, mask)
+        requests = of_prompts(prompts, negative, seed)
+        return generate.draw(self, requests, settings.but(cfg, steps, sampler), batch_size, begin)
 
     def sample(
         self,
         prompt: str | Sequence[str],
         *,
         negative: str = "",
-        cfg: float = Settings.cfg,
-        steps: int = Settings.steps,
-        sampler: str = Settings.sampler,
-        spacing: str | None = None,
-        eta: float | None = None,
+        cfg: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
         seed: int = 0,
         n: int = 1,
-        width: int | None = None,
-        height: int | None = None,
-        cfg_rescale: float = 0.0,
-        cfg_interval: tuple[float, float] | None = None,
+        settings: Settings = Settings(),
     ) -> Iterator[Step]:
         """What `txt2img` does, in one batch, step by step; `decode` shows one. Raises UserError at the first step."""
         from ldm import generate
 
-        settings = Settings(cfg, steps, sampler, spacing, eta, width, height, cfg_rescale, cfg_interval)
-        return generate.sample(self, of_prompts(_list(prompt), negative, seed, n), settings)
+        return generate.sample(self, of_prompts(_list(prompt), negative, seed, n), settings.but(cfg, steps, sampler))
 
     def decode(self, step: Step) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [-1, 1], of the state after `step`. Raises UserError if not finite."""
         from ldm import generate
 
         return generate.decode(self, step)
+
+    def adapted(
+        self, loras: Mapping[str | Path, float] | None = None, embeddings: Sequence[str | Path] = ()
+    ) -> LatentDiffusion:
+        """This model with LoRAs (file -> scale) merged into its networks, and the words of textual inversions.
+
+        The weights are shared: this model has the LoRAs too (`adapters.use.apply` takes them out again). UserError for
+        files that cannot be read or do not fit.
+        """
+        from ldm.adapters import use
+        from ldm.adapters.record import Adapter
+
+        files = [Adapter("lora", str(path), scale) for path, scale in (loras or {}).items()]
+        return use.apply(self, files + [Adapter("embedding", str(path)) for path in embeddings])[0]
 
 
 def load(

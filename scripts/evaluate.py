@@ -25,7 +25,7 @@ from ldm.data.loader import validation_batches
 from ldm.device import choose_device, choose_precision, precision_name
 from ldm.errors import UserError, run
 from ldm.files import atomic_write_text
-from ldm.generate import txt2img
+from ldm.generate import draw
 from ldm.image_io import grid, save_png
 from ldm.jobs import Settings, batches, of_prompts
 from ldm.metrics.classifier import load_classifier
@@ -122,7 +122,7 @@ def evaluate_prompts(arguments: argparse.Namespace) -> dict[str, Any]:
 
     requests = of_prompts([prompt.text for prompt in prompts], seed=arguments.seed, n=arguments.n)
     parts = list(batches(requests, arguments.batch_size))
-    drawn = torch.cat([txt2img(model, part, settings, len(part)) for part in progress(parts, len(parts))])
+    drawn = torch.cat([draw(model, part, settings, len(part)) for part in progress(parts, len(parts))])
     if arguments.grid:
         save_png(grid(drawn, columns=8), arguments.grid, {})
     asked = [prompt for prompt in prompts for _ in range(arguments.n)]

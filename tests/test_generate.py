@@ -26,7 +26,7 @@ FAST = Settings(steps=4, cfg=3.0)
 
 
 def draw(model: LatentDiffusion, requests: list[Request], batch_size: int = 4, **changes: Any) -> Tensor:
-    return generate.txt2img(model, requests, dataclasses.replace(FAST, **changes), batch_size)
+    return generate.draw(model, requests, dataclasses.replace(FAST, **changes), batch_size)
 
 
 def spied(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, note: Callable[..., Any]) -> list[Any]:
@@ -138,7 +138,7 @@ def test_the_loop_can_be_taken_apart(tiny_model: LatentDiffusion) -> None:
         assert torch.is_grad_enabled()  # sampling does not leak its mode into the caller's loop
         step.x.mul_(0)  # nor hand out tensors that may not be changed
         break
-    leading = list(tiny_model.sample("a cat", steps=4, spacing="leading"))
+    leading = list(tiny_model.sample("a cat", steps=4, settings=Settings(spacing="leading")))
     assert leading[-1].sigma_next > 0 and bool(tiny_model.decode(leading[-1]).isfinite().all())
 
 
@@ -266,14 +266,14 @@ def test_what_cannot_be_loaded(tiny_checkpoint: Path, arguments: tuple[str, ...]
 def test_a_recipe_comes_back_from_a_png(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
     settings = Settings(steps=3, sampler="ddpm", cfg_interval=(0.1, 9.0))
     batch = [Request("a ${cat}", "ü", 3), Request("a red heart", "", 4)]
-    images = generate.txt2img(tiny_model, batch, settings)
+    images = generate.draw(tiny_model, batch, settings)
     save_png(images[1], tmp_path / "a.png", provenance.record(tiny_model, settings, batch, 1))
     save_png(images[0], tmp_path / "b.png", provenance.record(tiny_model, settings, batch, 0))
     recipe = provenance.read(tmp_path / "a.png")
     assert recipe.request == batch[1] and provenance.read(tmp_path / "b.png").request == batch[0]
     assert recipe.settings == dataclasses.replace(settings.check(), width=32, height=32)
     assert provenance.differences(recipe, tiny_model) == []
-    again = generate.txt2img(tiny_model, recipe.batch, recipe.settings, recipe.batch_size)[recipe.index]
+    again = generate.draw(tiny_model, recipe.batch, recipe.settings, recipe.batch_size)[recipe.index]
     assert torch.equal(again, images[1])
 
     other = dataclasses.replace(tiny_model, config=dataclasses.replace(tiny_model.config, parameterization="eps"))
@@ -314,3 +314,43 @@ def test_the_hash_is_of_weights_and_config(tiny_model: LatentDiffusion, tiny_che
     assert load(tiny_checkpoint, "cpu", "bf16").hash == tiny_model.hash  # of what is stored
     in_memory = dataclasses.replace(tiny_model, path=None)
     assert in_memory.hash != dataclasses.replace(broken(tiny_model, "unet"), path=None).hash
+
+
+def test_img2img_is_nearer_to_the_picture_the_less_it_is_noised(tiny_model: LatentDiffusion) -> None:
+    shipped = load(device="cpu")
+    heart = shipped.txt2img("a red heart, flat emoji", cfg=3, steps=10)
+
+    def change(strength: float) -> float:
+        drawn = shipped.img2img(heart, "a dog face, noto emoji", cfg=3, strength=strength, steps=10, seed=5)
+        return float((drawn - heart).square().mean())
+
+    assert change(0.2) < change(0.6) < change(1.0)
+    image = tiny_model.txt2img(["a cat", "a red heart"], seed=3, steps=2)
+    alone = tiny_model.img2img(image[1:], "a dog", strength=0.5, steps=4, seed=6)
+    both = tiny_model.img2img(image, "a dog", strength=0.5, steps=4, seed=5, batch_size=1)
+    assert torch.equal(both[1:], alone), "picture i has seed + i"
+    for words, call in (
+        ("less than one step", lambda: tiny_model.img2img(image, "a", strength=0.1, steps=4)),
+        ("the strength is 1.5", lambda: tiny_model.img2img(image, "a", strength=1.5)),
+        ("2 pictures to begin from", lambda: tiny_model.img2img(image, ["a"], batch_size=1)),
+        ("the mask is", lambda: tiny_model.img2img(image, "a", mask=torch.ones(1, 1, 32, 32))),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m", "heun"])
+def test_inpainting_leaves_the_rest_alone(tiny_model: LatentDiffusion, sampler: str) -> None:
+    """Outside the mask the pixels are the picture's own, bit for bit; the latents end there as the known ones."""
+    image = tiny_model.txt2img("a cat", seed=3, steps=2)
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 8:24, 8:24] = 1
+    drawn = tiny_model.img2img(image, "a dog", mask=mask, strength=1.0, steps=4, seed=5, sampler=sampler)
+    outside = (mask == 0).expand_as(image)
+    assert torch.equal(drawn[outside], image[outside]) and not torch.allclose(drawn[~outside], image[~outside])
+
+    request, settings = [Request("a dog", seed=5)], Settings(steps=4, sampler=sampler)
+    *_, last = generate.sample(tiny_model, request, settings, begin=generate.Begin(image, 1.0, mask))
+    known = tiny_model.codec.encode(image)
+    inside = torch.nn.functional.max_pool2d(mask, tiny_model.codec.factor).bool().expand_as(known)
+    torch.testing.assert_close(last.x[~inside].float(), known[~inside], rtol=0, atol=1e-6)

@@ -30,7 +30,7 @@ SCRIPT = str(Path(__file__).parents[1] / "scripts" / "txt2img.py")
 
 
 def draw(model: LatentDiffusion, requests: list[Request] = REQUESTS, **changes: Any) -> Tensor:
-    return generate.txt2img(model, requests, dataclasses.replace(FAST, **changes))
+    return generate.draw(model, requests, dataclasses.replace(FAST, **changes))
 
 
 def apart(a: Tensor, b: Tensor) -> float:

@@ -1,7 +1,8 @@
 """Branches -> Denoiser, Denoiser -> Denoiser: rules that steer a sample.
 
     Branches -> Denoiser    compare a network's predictions: cfg, autoguidance, perpendicular_negative, conjunction
-    Denoiser -> Denoiser    change one prediction: classifier_guidance, clip_guidance, static_ and dynamic_threshold
+    Denoiser -> Denoiser    change one prediction: classifier_guidance, clip_guidance, static_ and dynamic_threshold,
+                            keep (inpainting)
 
 All work on x0 in the coordinates x = x0 + sigma n, whatever the network predicts, and compose:
 dynamic_threshold(classifier_guidance(cfg(branches, 3.0), log_probability, 1.0), bound=4.0).
@@ -10,6 +11,7 @@ dynamic_threshold(classifier_guidance(cfg(branches, 3.0), log_probability, 1.0),
 from ldm.guidance.classifier_free import autoguidance, cfg
 from ldm.guidance.clip import cosine_similarity
 from ldm.guidance.gradient import LogProbability, Similarity, classifier_guidance, clip_guidance
+from ldm.guidance.keep import keep
 from ldm.guidance.several import conjunction, perpendicular_negative
 from ldm.guidance.threshold import dynamic_threshold, static_threshold
 
@@ -23,6 +25,7 @@ __all__ = [
     "conjunction",
     "cosine_similarity",
     "dynamic_threshold",
+    "keep",
     "perpendicular_negative",
     "static_threshold",
 ]
