@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.adapters.record import Adapter, from_record
+from ldm.adapters.record import differences as adapter_differences
 from ldm.config import from_dict
 from ldm.errors import UserError
 from ldm.image_io import read_metadata
@@ -31,6 +33,7 @@ class Recipe:
     index: int  # its place in the batch
     made_on: Mapping[str, Any]  # what `surroundings` said
     guides: Mapping[str, str] = field(default_factory=dict)  # Guides.hashes
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def batch(self) -> list[Request]:
@@ -56,6 +59,7 @@ def record(
         "seed": request.seed,
         **_drawn(model, settings),
         "model": {"name": model.name, "hash": model.hash},
+        "adapters": [asdict(adapter) for adapter in model.adapters],
         "guides": dict(guides or {}),
         "batch": {"size": len(batch), "index": index},
         "made_on": surroundings(model),
@@ -69,6 +73,7 @@ def record_sheet(model: LatentDiffusion, settings: Settings, requests: Sequence[
         "seeds": [request.seed for request in requests],
         **_drawn(model, settings),
         "model": {"name": model.name, "hash": model.hash},
+        "adapters": [asdict(adapter) for adapter in model.adapters],
     }
 
 
@@ -100,8 +105,9 @@ def read(path: str | Path) -> Recipe:
         model, batch, made_on = (_as(dict, data[key]) for key in ("model", "batch", "made_on"))
         size, index = _as(int, batch["size"]), _as(int, batch["index"])
         name, digest, guides = _as(str, model["name"]), _as(str, model["hash"]), _as(dict, data.get("guides", {}))
-        recipe = Recipe(request, settings, name, digest, size, index, made_on, guides)
-    except (KeyError, TypeError) as error:
+        adapters = from_record(data.get("adapters", []))
+        recipe = Recipe(request, settings, name, digest, size, index, made_on, guides, adapters)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks a setting that is needed to make it again ({error}); is it a grid?") from error
     if not (0 <= index < size <= MAX_BATCH and 0 <= request.seed <= MAX_SEED):
         raise UserError(f"{path} names picture {index} of a batch of {size}, seed {request.seed}: that cannot be")
@@ -115,6 +121,7 @@ def differences(recipe: Recipe, model: LatentDiffusion, guides: Mapping[str, str
         found.append(
             f"the model differs: the picture was made with {recipe.hash[:10]}, this is {model.hash[:10]} ({model.name})"
         )
+    found += adapter_differences(recipe.adapters, model.adapters)
     for name, digest in (guides or {}).items():
         if recipe.guides.get(name) != digest:
             found.append(f"the {name.replace('_', ' ')} is not the one that the picture was made with")

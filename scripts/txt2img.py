@@ -69,6 +69,10 @@ def main() -> None:
         vae=given.get("vae"),
         settings=parse_settings(given.get("set", [])),
     )
+    if adapters:
+        from ldm.adapters import use
+
+        model, _ = use.apply(model, adapters)
     notices = list(model.notices)
     notices += generate.cut_notices(model, [request for batch in batches for request in batch])
     guides = load_guides(model, settings)
