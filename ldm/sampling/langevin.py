@@ -56,8 +56,9 @@ def pc(snr: float = 0.16, moves: int = 1) -> Sampler:
         epsilon = 2 (snr |n| / |score|)^2,
 
     where each picture has its own norms, so that none changes another. (The paper's code averages them over the batch.)
-    An epsilon so chosen depends on the state, and in a few dimensions on chance: it is made for pictures. `snr` = 0, or
-    no moves, leaves the predictor alone. The step to 0 gives D, one evaluation; every other takes 1 + `moves`.
+    An epsilon so chosen depends on chance: of d values a picture, the moves settle at about 1 + snr^2 + 4 / d times the
+    level's variance. So it is made for pictures, not for a few dimensions. `snr` = 0, or no moves, leaves the predictor
+    alone. The step to 0 gives D, one evaluation; every other takes 1 + `moves`.
     `Step.x0` is the last one made. Raises UserError for negative options.
     """
     if not snr >= 0:
@@ -88,7 +89,8 @@ def move(x: Tensor, score: Tensor, epsilon: Tensor | float, n: Tensor) -> Tensor
 
     On N(0, 1) the chain's own stationary variance is 1 / (1 - epsilon / 2).
     """
-    return x + epsilon * score + (2 * torch.as_tensor(epsilon).to(x)).sqrt() * n
+    epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device)
+    return x + epsilon * score + (2 * epsilon).sqrt() * n
 
 
 def norms(x: Tensor) -> Tensor:
