@@ -64,6 +64,15 @@ class LatentDiffusion:
         """Channels that the U-Net takes beside the noisy latent's: 5 of an inpainting model, 1 of a depth model."""
         return self.unet.config.in_channels - self.codec.latent_channels
 
+    def check_prompt_suffices(self) -> None:
+        """Raise UserError if the U-Net has to be given more than a prompt."""
+        if self.extra_channels:
+            what = {5: "a mask and the masked picture, to inpaint", 1: "a depth map"}.get(self.extra_channels, "others")
+            raise UserError(
+                f"the U-Net of {self.name or 'this model'} takes {self.extra_channels} channels beside the latent "
+                f"({what}), which a prompt does not give; draw with a model that takes {self.codec.latent_channels}"
+            )
+
     @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
