@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm import catalogue
-from ldm.diffusion import Branches, Denoiser, bind
+from ldm.diffusion import Branches, Denoiser, LearnedVariance, bind
 from ldm.errors import UserError
 from ldm.guidance import (
     autoguidance,
@@ -32,6 +32,7 @@ from ldm.guidance import (
 from ldm.guides import Guides, load_guides
 from ldm.jobs import Request, Settings, batches
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid, start, tail
+from ldm.sampling.ddpm import Fraction
 from ldm.sampling.step import solver_state
 
 if TYPE_CHECKING:
@@ -118,9 +119,10 @@ def sample(
     """
     settings = settings.check()
     shape = latent_shape(model, settings) if begin is None else model.codec.latent_shape(*begin.image.shape[2:])
-    sampler, sigmas = make_sampler(model, settings), make_sigmas(model, settings)
+    sigmas = make_sigmas(model, settings)
     noise = make_noise(settings, [request.seed for request in requests], shape, model.device)
-    denoiser = make_denoiser(model, requests, settings, guides or load_guides(model, settings))
+    denoiser, fraction = make_denoiser(model, requests, settings, guides or load_guides(model, settings))
+    sampler = make_sampler(model, settings, fraction)
     if begin is None:
         x = start(noise.initial(), model.schedule, sigmas)
     else:
@@ -140,9 +142,12 @@ def sample(
         yield step
 
 
-def make_denoiser(model: LatentDiffusion, requests: Sequence[Request], settings: Settings, guides: Guides) -> Denoiser:
+def make_denoiser(
+    model: LatentDiffusion, requests: Sequence[Request], settings: Settings, guides: Guides
+) -> tuple[Denoiser, Fraction | None]:
     """The model on the prompts of `requests`, guided: by comparison first, then by the classifier, then thresholded.
 
+    And, of a model that learned its variance, what it says of that for the prompts themselves.
     Raises UserError for negative prompts beside a guide model, which stands in their place.
     """
     prompts = [request.prompt for request in requests]
@@ -151,13 +156,15 @@ def make_denoiser(model: LatentDiffusion, requests: Sequence[Request], settings:
     if guides.worse is not None:
         if any(negatives):
             raise UserError("a guide model stands in the negative prompt's place; leave one of the two out")
-        denoiser = autoguidance(branches_of(model, [prompts]), branches_of(guides.worse, [prompts]), *how)
+        branches = branches_of(model, [prompts])
+        denoiser = autoguidance(branches, branches_of(guides.worse, [prompts]), *how)
     elif settings.perp_negative is not None:
         branches = branches_of(model, [prompts, [""] * len(prompts), negatives])
         denoiser = perpendicular_negative(branches, settings.perp_negative, *how)
     else:
         # Under guidance scale 1 nothing looks at the unconditional branch, so it is not even encoded.
-        denoiser = cfg(branches_of(model, [prompts] if settings.cfg == 1 else [prompts, negatives]), *how)
+        branches = branches_of(model, [prompts] if settings.cfg == 1 else [prompts, negatives])
+        denoiser = cfg(branches, *how)
 
     if guides.classifier is not None:
         known = guides.classifier.config
@@ -167,18 +174,23 @@ def make_denoiser(model: LatentDiffusion, requests: Sequence[Request], settings:
     if settings.threshold is not None:
         usual = 1.0 if model.codec.autoencoder is None else LATENT_BOUND
         denoiser = THRESHOLDS[settings.threshold](denoiser, settings.threshold_bound or usual)
-    return denoiser
+    return denoiser, branches.fraction if isinstance(branches, LearnedVariance) else None
 
 
 def branches_of(model: LatentDiffusion, prompts: Sequence[Sequence[str]]) -> Branches:
-    """The model's predictions for K lists of B prompts; their keys and values are projected when first needed."""
+    """The model's predictions for K lists of B prompts; their keys and values are projected when first needed.
+
+    Raises UserError for a model that has to be given more than prompts.
+    """
+    model.check_prompt_suffices()
     with torch.no_grad():
         contexts = [encode(model, texts) for texts in prompts]
 
     def prepare(some: Sequence[Tensor]) -> ContextKV:
         return model.unet.project_context(torch.cat(list(some)))
 
-    return bind(model.unet, contexts, prepare, model.schedule, model.parameterization)
+    bound = LearnedVariance if model.config.learned_variance else bind
+    return bound(model.unet, contexts, prepare, model.schedule, model.parameterization)
 
 
 def decode(model: LatentDiffusion, step: Step) -> Tensor:
@@ -223,14 +235,15 @@ def latent_shape(model: LatentDiffusion, settings: Settings) -> tuple[int, int, 
     return model.codec.latent_shape(settings.height or side, settings.width or side)
 
 
-def make_sampler(model: LatentDiffusion, settings: Settings) -> Sampler:
+def make_sampler(model: LatentDiffusion, settings: Settings, fraction: Fraction | None = None) -> Sampler:
     """The sampler of checked `settings` with its options bound, and the model's law where it is defined by one.
 
-    Raises UserError for an option that makes no sense.
+    `fraction`: the variance that the model learned. Raises UserError for an option that makes no sense.
     """
     factory = SAMPLERS[settings.sampler]
-    law = {"schedule": model.schedule} if "schedule" in inspect.signature(factory).parameters else {}
-    return factory(**settings.options, **law)
+    of_model = {"schedule": model.schedule, "fraction": fraction}
+    taken = {name: of_model[name] for name in inspect.signature(factory).parameters if name in of_model}
+    return factory(**settings.options, **taken)
 
 
 def make_sigmas(model: LatentDiffusion, settings: Settings) -> Tensor:

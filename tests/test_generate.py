@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY, tiny_parts
 from torch import Tensor
 
 from ldm import generate, jobs, provenance
 from ldm.autoencoder.codec import Codec
+from ldm.checkpoints import native
 from ldm.config import AutoencoderConfig
 from ldm.errors import UserError
 from ldm.image_io import save_png
@@ -354,3 +356,27 @@ def test_inpainting_leaves_the_rest_alone(tiny_model: LatentDiffusion, sampler: 
     known = tiny_model.codec.encode(image)
     inside = torch.nn.functional.max_pool2d(mask, tiny_model.codec.factor).bool().expand_as(known)
     torch.testing.assert_close(last.x[~inside].float(), known[~inside], rtol=0, atol=1e-6)
+
+
+def test_a_learned_variance_is_what_ddpm_steps_with(tmp_path: Path) -> None:
+    """The network's second half says beta (v = 1) or beta-tilde (v = -1) everywhere; under guidance too."""
+    assert TINY.unet
+    unet = dataclasses.replace(TINY.unet, out_channels=2 * TINY.unet.out_channels)
+    config = dataclasses.replace(TINY, unet=unet, learned_variance=True)
+    native.save(tmp_path / "learned", config, tiny_parts(config))  # type: ignore[arg-type]
+    model = load(tmp_path / "learned", device="cpu")
+    half = model.unet.config.in_channels
+
+    def drawn(variance: str, v: float | None = None) -> Tensor:
+        if v is not None:
+            last = model.unet.conv_out
+            with torch.no_grad():
+                last.weight[half:] = 0
+                last.bias[half:] = v
+        return model.txt2img(
+            "a cat", cfg=2.0, settings=Settings(steps=4, sampler="ddpm", options={"variance": variance})
+        )
+
+    torch.testing.assert_close(drawn("learned", 1.0), drawn("beta"))
+    torch.testing.assert_close(drawn("learned", -1.0), drawn("posterior"))
+    assert not torch.allclose(drawn("learned", 0.0), drawn("posterior"))
