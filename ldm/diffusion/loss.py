@@ -3,7 +3,8 @@
 A weight is one function of sigma whatever the parameterization; SNR is 1 / sigma^2 and d is sigma_data:
 
     uniform   1 / c_out^2       plain |F - F*|^2: eps 1 / sigma^2, v 1 + 1 / sigma^2, flow (1 + 1 / sigma)^2, x0 1
-    snr       1 / sigma^2       equal to uniform eps for every parameterization (DDPM's L_simple)
+    snr       1 / sigma^2       equal to uniform eps for every parameterization (DDPM's L_simple); on a score-network's
+                                own output it is sigma^2 (Song & Ermon 2019, section 4.2)
     min_snr   min(1 / sigma^2, gamma)     (Hang et al. 2023); on F this is min(SNR, gamma) / SNR for eps and
                                           min(SNR, gamma) / (SNR + 1) for v
     edm       (sigma^2 + d^2) / (sigma d)^2     (Karras et al. 2022, table 1); uniform edm, and with d = 1 uniform v

@@ -202,7 +202,9 @@ def test_snr_weights_do_not_know_the_parameterization(weight_name: str) -> None:
 
 
 def test_snr_is_uniform_eps() -> None:
+    """And sigma^2 |s + n / sigma|^2 for scores, the weight of Song & Ermon 2019."""
     torch.testing.assert_close(on_output("eps", "snr"), torch.ones_like(SIGMA))
+    torch.testing.assert_close(on_output("score", "snr"), SIGMA**2)
 
 
 @given(gamma=st.floats(0.01, 1000))
