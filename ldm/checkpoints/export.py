@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import diffusers, networks
+from ldm.checkpoints import diffusers, networks, original_file
 from ldm.checkpoints import diffusers_configs as configs
 from ldm.checkpoints.architectures import DEPTH, MASK, extra_channels
 from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
-from ldm.checkpoints.original_file import write_original
 from ldm.checkpoints.state import exported
 from ldm.checkpoints.writing import write_tensors
 from ldm.conditioning.clip import VOCABULARY
@@ -48,7 +47,7 @@ def write(path: str | Path, config: ModelConfig, states: States, to: str) -> lis
     if to == "original":
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: the original layout is one file; name it so that it ends in .safetensors")
-        write_original(path, config, states)
+        original_file.write_original(path, config, states)
     else:
         if path.suffix == ".safetensors" or (path.exists() and not path.is_dir()):
             raise UserError(f"{path} would be a file, and the diffusers layout is a directory; name one")
@@ -71,9 +70,12 @@ def prepare(config: ModelConfig, states: States, to: str) -> tuple[ModelConfig, 
             state["token_embedding.weight"] = _all_rows(state["token_embedding.weight"], text.token_ids)
             text = replace(text, token_ids=(), vocabulary=VOCABULARY)
             remarks.append(f"the token table is written with all {VOCABULARY:,} rows, those of unknown tokens alike")
-        if text.cleaning != "plain":
-            text = replace(text, cleaning="plain")
-            remarks.append("other tools read prompts without ftfy and HTML entities (&amp;), which ours resolves")
+        hugging_face = to == "diffusers" or original_file.in_hugging_face_names(text, state)
+        if (text.cleaning == "plain") != hugging_face:
+            how = "does not resolve" if hugging_face else "resolves"
+            remarks.append(
+                f"what reads this layout {how} mojibake and HTML entities (&amp;) in prompts, unlike this model"
+            )
         if to == "diffusers":
             if text.layer == "penultimate":
                 last = f"transformer.resblocks.{text.layers - 1}."

@@ -14,7 +14,7 @@ FOLDERS = ("unet", "vae", "text_encoder")
 SETTINGS = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*.json", "model.json")
 WEIGHTS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
 _NAME = re.compile(
-    r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+\.(?:safetensors|ckpt)))?"
+    r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+\.(?:safetensors|ckpt)))?"
 )
 
 
@@ -25,7 +25,7 @@ def fetch(name: str) -> Path:
     without the network, for a name that does not exist, and one that asks for a login.
     """
     found = _NAME.fullmatch(name)
-    if found is None:
+    if found is None or ".." in name:
         raise UserError(f"'hf:{name}' is not of the form hf:owner/name, hf:owner/name@revision or hf:owner/name/file")
     try:
         import huggingface_hub

@@ -255,20 +255,21 @@ def tables(config: ScheduleConfig) -> dict[str, Tensor]:
     return {name: table.float() for name, table in found.items()}
 
 
-def schedule_of(alphas_bar: Tensor) -> ScheduleConfig | None:
-    """The schedule whose table `alphas_cumprod` (T,) this is, to float16's precision; None if none that is known."""
+def schedule_of(alphas_bar: Tensor, betas: Tensor | None = None) -> ScheduleConfig | None:
+    """The schedule whose tables `alphas_cumprod` and `betas` (T,) these are, to float16's precision; None: none known.
+
+    Without `betas`, or after a rescaling to zero terminal SNR, ends of the betas other than Stable Diffusion's are not
+    found.
+    """
     table = alphas_bar.double().cpu()
-    if table.ndim != 1 or len(table) < 2 or not bool(((table >= 0) & (table < 1)).all()):
+    steps = len(table) if table.ndim == 1 else 0
+    if steps < 2:
         return None
-    zero = float(table[-1]) < 1e-7
-    published = ScheduleConfig(steps=len(table), zero_terminal_snr=zero)
-    start = 1 - float(table[0])
-    candidates = [published]
-    if not zero:
-        end = 1 - float(table[-1] / table[-2])
-        candidates += [ScheduleConfig(k, len(table), _round(start), _round(end)) for k in ("scaled_linear", "linear")]
-    candidates.append(ScheduleConfig("cosine", len(table), zero_terminal_snr=zero))
-    for config in candidates:
+    candidates = [ScheduleConfig(steps=steps), ScheduleConfig(steps=steps, zero_terminal_snr=True)]
+    if betas is not None and betas.shape == table.shape:
+        start, end = (float(f"{float(betas[i]):.3g}") for i in (0, -1))  # as they were written, before any rounding
+        candidates += [ScheduleConfig(kind, steps, start, end) for kind in ("scaled_linear", "linear")]
+    for config in [*candidates, ScheduleConfig("cosine", steps)]:
         try:
             made = make_schedule(config).alphas_cumprod
         except UserError:
@@ -276,8 +277,3 @@ def schedule_of(alphas_bar: Tensor) -> ScheduleConfig | None:
         if bool(torch.isclose(made, table, rtol=2e-3, atol=2e-5).all()):
             return config
     return None
-
-
-def _round(value: float) -> float:
-    """To four digits: tables are rounded, and betas are written with few."""
-    return float(f"{value:.4g}")

@@ -22,7 +22,7 @@ from ldm.checkpoints.reading import Tensors
 from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.state import Names, Shape, exported
 from ldm.checkpoints.writing import write_tensors
-from ldm.config import ModelConfig, ScheduleConfig, from_dict, to_dict
+from ldm.config import ModelConfig, ScheduleConfig, TextConfig, from_dict, to_dict
 from ldm.errors import UserError
 from ldm.files import atomic_write
 from ldm.plain import parse_json, read_yaml_text
@@ -114,7 +114,7 @@ def _complete(config: ModelConfig, path: Path, tensors: Tensors) -> tuple[ModelC
     if config.unet is not None:
         config = replace(config, parameterization=assumed_prediction(config.unet))
     if "alphas_cumprod" in tensors:
-        schedule = original.schedule_of(tensors["alphas_cumprod"])
+        schedule = original.schedule_of(tensors["alphas_cumprod"], tensors.get("betas"))
         if schedule is None:
             raise UserError(
                 f"{path} was trained with a noise schedule that is not read here (its table alphas_cumprod is neither "
@@ -194,10 +194,15 @@ def _dict(value: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- writing
 
 
+def in_hugging_face_names(config: TextConfig, state: Mapping[str, Tensor]) -> bool:
+    """Whether a text tower is written as v1's is; v2's way has room for the projection and for what lies after."""
+    return config.layer == "last" and "text_projection" not in state
+
+
 def write_original(path: Path, config: ModelConfig, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write one safetensors file of networks that `export.prepare` made fit for it, with our config in its metadata.
 
-    The text tower gets v1's names if it has what v1's has (last block, no projection), else v2's.
+    The text tower gets v1's names, Hugging Face's, if it has no more than v1's has, else v2's, which are open_clip's.
     """
     tensors: dict[str, Tensor] = {}
     for name, state in states.items():
@@ -209,10 +214,11 @@ def write_original(path: Path, config: ModelConfig, states: Mapping[str, Mapping
             prefix = original.AUTOENCODER if "unet" in states else ""
             tensors |= exported(state, original.autoencoder_names(state, config.autoencoder, prefix))
         else:
-            plain = config.text is not None and config.text.layer == "last" and "text_projection" not in state
-            prefix = f"{original.CLIP_TEXT}text_model." if plain else original.OPEN_CLIP_TEXT
+            assert config.text is not None
+            hugging_face = in_hugging_face_names(config.text, state)
+            prefix = f"{original.CLIP_TEXT}text_model." if hugging_face else original.OPEN_CLIP_TEXT
             tensors |= exported(state, original.text_names(state, prefix))
-            if plain:
+            if hugging_face:
                 length = state["positional_embedding"].shape[0]
                 tensors[f"{prefix}embeddings.position_ids"] = torch.arange(length).unsqueeze(0)
     if config.schedule is not None and "unet" in states:

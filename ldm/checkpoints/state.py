@@ -94,6 +94,10 @@ class Translated(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def theirs(self) -> dict[str, Shape]:
+        """The foreign names that it is made of, with the shapes they should have."""
+        return wanted(self._names, self._shapes)
+
     def form(self, name: str) -> tuple[torch.dtype, Shape]:
         """Type, as it is stored, and shape, without reading it."""
         return self._source.form(self._names[name][0])[0], self._shapes[name]

@@ -50,7 +50,7 @@ def peers() -> Any:
 
 
 def unet(version: int, full: bool, in_channels: int = 4) -> Any:
-    """Version 1 has convolutions around its attention and as many heads everywhere, 2 linear layers and as wide ones."""
+    """Version 1: convolutions around the attention, as many heads everywhere; 2: linear layers, heads as wide."""
     torch.manual_seed(0)
     size = {"sample_size": 16} if full else SMALL_UNET
     if version == 1:

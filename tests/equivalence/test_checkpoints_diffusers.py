@@ -52,7 +52,8 @@ def check_networks(pipe: Any, path: Path, dtype: torch.dtype, most: float) -> di
 
         x = torch.randn(3, unet.config.in_channels, 8, 8, generator=generator).to(dtype)
         t = torch.tensor([1.0, 500.0, 981.0])
-        found["U-Net"] = relative(networks.load_unet(checkpoint, dtype=dtype)(x, t, context), unet(x, t, context).sample)
+        network = networks.load_unet(checkpoint, dtype=dtype)
+        found["U-Net"] = relative(network(x, t, context), unet(x, t, context).sample)
 
         autoencoder = networks.load_autoencoder(checkpoint, dtype=dtype).autoencoder
         assert autoencoder is not None
