@@ -246,11 +246,22 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Train low-rank changes of the U-Net of `init` in place of all its weights (Hu et al. 2021)."""
+
+    rank: int = 0  # 0: train the weights themselves
+    alpha: float = 0.0  # the change is alpha / rank times the two matrices' product; 0: the rank
+    layers: str = "attention"  # of the attentions; transformer: all in the spatial transformers; all: all
+
+
+@dataclass(frozen=True)
 class DiffusionTraining:
     """scripts/train_diffusion.py"""
 
     output: str = ""
     resume: str = ""
+    init: str = ""  # a model to go on from: it says what `model`, `schedule` and the target are
+    lora: LoraConfig = LoraConfig()
     autoencoder: str = ""  # a directory that train_autoencoder.py wrote; empty: the identity codec
     text: str = ""  # a directory that train_clip.py wrote
     latents: str = ""  # shards that tools/precompute_latents.py wrote; empty: encode data.shards on the fly
@@ -265,3 +276,21 @@ class DiffusionTraining:
     loop: LoopConfig = LoopConfig()
     sample: SampleConfig = SampleConfig()
     gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class EmbeddingTraining:
+    """scripts/train_embedding.py: a new word for the text tower of `init`, from pictures of what it means."""
+
+    output: str = ""
+    resume: str = ""
+    init: str = "icons"  # a model
+    word: str = "<new>"
+    vectors: int = 1  # places of the context that the word takes
+    begin_with: str = "picture"  # a word that is known: the vectors begin as its own
+    templates: tuple[str, ...] = ("{}", "a picture of {}", "a drawing of {}", "one {}", "a large {}", "a small {}")
+    data: DataConfig = DataConfig()  # the pictures' own captions are not used
+    loss: DiffusionLossConfig = DiffusionLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(rate=5e-3)
+    loop: LoopConfig = LoopConfig(global_batch=8, ema=0.0)
+    sample: SampleConfig = SampleConfig()

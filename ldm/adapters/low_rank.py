@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,11 @@ class AdaptedUNet(nn.Module):
     def forward(self, *inputs: Any) -> Tensor:
         """What the U-Net gives."""
         return self._unet[0](*inputs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode, of the U-Net too."""
+        self._unet[0].train(mode)
+        return super().train(mode)
 
     def lora(self) -> Lora:
         """The changes as they are now, ready to be saved or merged elsewhere."""

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.adapters.low_rank import AdaptedUNet
 from ldm.autoencoder.codec import Codec
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
+from ldm.checkpoints.lora import save_lora
 from ldm.conditioning.clip import TextTower
 from ldm.conditioning.dropout import drop
 from ldm.conditioning.record import Conditioning
@@ -39,6 +41,7 @@ from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
 from ldm.model import assemble
+from ldm.training.begin import begin
 from ldm.training.draws import Draws
 from ldm.training.stage import Batches, Player
 from ldm.unet.unet import UNet
@@ -54,19 +57,23 @@ class DiffusionStage:
         if not 0 <= config.loss.caption_dropout <= 1:
             raise UserError(f"loss.caption_dropout is a share from 0 to 1, not {config.loss.caption_dropout}")
         torch.manual_seed(config.loop.seed)
+        config, began = begin(config, device)
         self.config, self.device = config, device
         self.schedule = make_schedule(config.schedule)
         self.parameterization = make_parameterization(config.parameterization, config.sigma_data)
         check(self.schedule, self.parameterization, config.learned_variance)
         check_loss(config.loss, config.learned_variance)
-        self.codec = load_codec(config.autoencoder, device)
-        self.text = self._text_tower()
+        self.codec = load_codec(config.autoencoder, device) if began is None else began.codec
+        self.text = self._text_tower() if began is None else began.text
         size = config.data.size
         self.latent_shape = self.codec.latent_shape(size, size)
         self._check_widths()
-        self.unet = UNet(config.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.unet = UNet(config.model) if began is None else began.unet
+        self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.unet.gradient_checkpointing = config.gradient_checkpointing
-        self.players = {"unet": Player(self.unet, config.optimizer)}
+        lora = config.lora
+        self.lora = AdaptedUNet(self.unet, lora.rank, lora.alpha or lora.rank, lora.layers) if lora.rank else None
+        self.players = {"unet": Player(self.lora or self.unet, config.optimizer)}
         self.null = self._condition([""])
         loop = config.loop
         if config.latents:
@@ -139,7 +146,10 @@ class DiffusionStage:
         save_png(grid(image.cpu(), columns=min(8, len(prompts))), output / "samples" / f"{step:08d}.png", {})
 
     def export(self, output: Path, finished: bool) -> None:
-        """The whole model, autoencoder and text tower included, as a native checkpoint."""
+        """The whole model, autoencoder and text tower included, as a native checkpoint; of a LoRA itself alone."""
+        if self.lora is not None:
+            save_lora(output / "lora.safetensors", self.lora.lora(), self.unet, None)
+            return
         parts: dict[str, nn.Module] = {"unet": self.unet}
         if self.codec.autoencoder is not None:
             parts["autoencoder"] = self.codec.autoencoder

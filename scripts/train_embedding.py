@@ -1,0 +1,27 @@
+"""Textual inversion: teach a model a new word from a few pictures of what it means.
+
+accelerate launch scripts/train_embedding.py init=icons word='<mine>' begin_with=cat data.shards='...' output=runs/mine
+"""
+
+from __future__ import annotations
+
+from ldm.errors import run
+from ldm.training.command import training_arguments
+
+
+def main() -> None:
+    arguments = training_arguments(__doc__)
+    from ldm import config
+    from ldm.training.embedding import EmbeddingStage
+    from ldm.training.loop import prepare_output, train
+    from ldm.training.processes import make_accelerator
+
+    settings = config.load(config.EmbeddingTraining, arguments.config, arguments.overrides)
+    output = prepare_output(settings.output, settings.resume)
+    accelerator = make_accelerator(settings.loop, output)
+    stage = EmbeddingStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)
+    train(stage, settings.loop, accelerator, output, settings)
+
+
+if __name__ == "__main__":
+    run(main)

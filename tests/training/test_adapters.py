@@ -1,0 +1,159 @@
+"""Going on from a model: all its weights, a LoRA of them, or a new word. What is not trained does not move."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ldm
+from ldm.checkpoints import native
+from ldm.checkpoints.textual_inversion import read_embeddings
+from ldm.config import (
+    DiffusionLossConfig,
+    DiffusionTraining,
+    EmbeddingTraining,
+    LoraConfig,
+    OptimizerConfig,
+    UNetConfig,
+)
+from ldm.errors import UserError
+from ldm.training.draws import Draws
+from ldm.training.embedding import EmbeddingStage
+from ldm.training.stage_two import DiffusionStage
+
+from .test_scripts import fails
+from .toys import CPU, DATA, LOOP, run
+
+LONG = replace(LOOP, steps=12, global_batch=8, save_every=6)
+PLAIN = DiffusionTraining(
+    data=replace(DATA, size=32),
+    loss=DiffusionLossConfig(caption_dropout=0.0),
+    optimizer=OptimizerConfig(rate=1e-2),
+    loop=LONG,
+)
+
+
+def frozen(stage: DiffusionStage) -> dict[str, torch.Tensor]:
+    assert stage.text is not None and stage.codec.autoencoder is not None
+    parts = {"text": stage.text, "autoencoder": stage.codec.autoencoder}
+    return {f"{part}.{name}": v.clone() for part, module in parts.items() for name, v in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_lora_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """It learns; the model's own weights stay; the file draws what the training's network drew; resuming is exact."""
+    config = replace(PLAIN, init=str(tiny_checkpoint), lora=LoraConfig(rank=2, alpha=4.0, layers="transformer"))
+    stage = DiffusionStage(config, 0, 1, CPU)
+    with torch.no_grad():
+        before, loss = frozen(stage), stage.validate()["validation/loss"]
+    run(stage, LONG, tmp_path / "run", config)
+    stored = native.load_unet(tiny_checkpoint).state_dict()
+    assert same(frozen(stage), before) and same(dict(stage.unet.state_dict()), dict(stored))
+    with torch.no_grad():
+        assert stage.validate()["validation/loss"] < 0.9 * loss
+    assert not (tmp_path / "run" / "model.json").exists()
+
+    model = ldm.load(tiny_checkpoint, device="cpu").adapted({tmp_path / "run" / "lora.safetensors": 1.0})
+    assert stage.lora is not None
+    average = torch.load(next((tmp_path / "run" / "state").glob("*12.pt")), weights_only=True)["averages"]["unet"]
+    stage.lora.load_state_dict(average["average"])
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([50.0]), torch.randn(1, 16, 32)
+    with torch.no_grad():
+        drawn = model.unet(x, t, context)
+        assert torch.allclose(drawn, stage.unet.eval()(x, t, context), atol=1e-4)
+        assert not torch.allclose(drawn, native.load_unet(tiny_checkpoint)(x, t, context), atol=1e-2)
+
+    half = replace(config, loop=replace(LONG, steps=6))
+    run(DiffusionStage(half, 0, 1, CPU), half.loop, tmp_path / "resumed", half)
+    run(DiffusionStage(config, 0, 1, CPU), LONG, tmp_path / "resumed", config)
+    names = ("run", "resumed")
+    one, two = (ldm.checkpoints.reading.read_tensors(tmp_path / name / "lora.safetensors") for name in names)
+    assert list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_all_weights_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = replace(PLAIN, init=str(tiny_checkpoint), loop=replace(LONG, steps=1, ema=0.0))
+    stage = DiffusionStage(config, 0, 1, CPU)
+    assert same(dict(stage.unet.state_dict()), dict(native.load_unet(tiny_checkpoint).state_dict()))
+    run(stage, config.loop, tmp_path, config)
+    made = native.read_config(tmp_path)
+    assert made == replace(native.read_config(tiny_checkpoint), image_size=32)
+    assert not same(dict(native.load_unet(tmp_path).state_dict()), dict(native.load_unet(tiny_checkpoint).state_dict()))
+
+
+def test_a_new_word(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Its vectors learn and nothing else does; what is exported is what was trained, and prompts may use it."""
+    config = EmbeddingTraining(
+        init=str(tiny_checkpoint),
+        word="<thing>",
+        vectors=2,
+        begin_with="heart",
+        data=replace(DATA, size=32),
+        optimizer=OptimizerConfig(rate=3e-2),
+        loop=replace(LONG, ema=0.0),
+    )
+    stage = EmbeddingStage(config, 0, 1, CPU)
+    tower = ldm.load(tiny_checkpoint, device="cpu").text
+    assert tower.rows is not None
+    (piece,) = tower.tokenizer().encode("heart")
+    start = tower.token_embedding.weight[tower.rows[[piece, piece]]]
+    assert torch.equal(stage.tower.token_embedding.extra, start)
+
+    before = frozen(stage.model)
+    unet = {name: value.clone() for name, value in stage.model.unet.state_dict().items()}
+    run(stage, config.loop, tmp_path, config)
+    after = frozen(stage.model)
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"text.token_embedding.extra"}
+    assert same(dict(stage.model.unet.state_dict()), unet)
+    (word,) = read_embeddings(tmp_path / "embedding.safetensors")
+    assert word.word == "<thing>" and torch.equal(word.vectors, stage.tower.token_embedding.extra)
+    model = ldm.load(tiny_checkpoint, device="cpu").adapted(embeddings=[tmp_path / "embedding.safetensors"])
+    drawn = model.txt2img("a <thing>", steps=1)
+    assert not torch.equal(drawn, model.txt2img("a heart heart", steps=1))
+
+    batch = next(iter(EmbeddingStage(config, 0, 1, CPU).batches))  # always the same, so that the loss has to fall
+    word_module = stage.players["word"].module
+    optimizer = torch.optim.Adam(word_module.parameters(), 1e-2)
+    losses = []
+    for _ in range(8):
+        ((_, loss, _),) = stage.losses(batch, Draws(0, 0, batch.key), 0, {"word": word_module})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lora.rank=4"], "name it with init=PATH"),
+        (["init=icons", "autoencoder=x"], "leave out autoencoder="),
+        (["init=nowhere"], "there is no model 'nowhere'"),
+    ],
+)
+def test_what_does_not_go_together(words: list[str], said: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    assert said in fails("diffusion", [*words, f"output={tmp_path / 'run'}"], monkeypatch, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_make_no_sense(tiny_checkpoint: Path) -> None:
+    config = EmbeddingTraining(init=str(tiny_checkpoint), data=replace(DATA, size=32))
+    for changes, said in (
+        ({"init": ""}, "init=PATH"),
+        ({"templates": ("a picture",)}, "has {} once"),
+        ({"vectors": 15}, "room for 1 to 14"),
+        ({"begin_with": " "}, "no piece"),
+        ({"word": "two words"}, "white space"),
+    ):
+        with pytest.raises(UserError, match=said):
+            EmbeddingStage(replace(config, **changes), 0, 1, CPU)
+    lora = LoraConfig(rank=2, layers="all of them")
+    with pytest.raises(UserError, match="choose one of"):
+        DiffusionStage(replace(PLAIN, init=str(tiny_checkpoint), lora=lora, model=UNetConfig()), 0, 1, CPU)
