@@ -36,6 +36,7 @@ def langevin(moves: int = 10, step_size: float = 0.1) -> Sampler:
             if sigma_next == 0:
                 x0 = denoiser(x, level(sigma))
                 return x0, x0
+            x0 = x  # until the first move, and there is one
             for _ in range(moves):
                 x0 = denoiser(x, level(sigma_next))
                 score, n = (x0 - x) / sigma_next**2, noise(sigma, sigma_next).to(x)
