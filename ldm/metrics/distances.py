@@ -1,25 +1,37 @@
-"""How far two sets of pictures are apart, on their features (N, D). The formulas are torch-fidelity's."""
+"""How far two sets of pictures are apart, on features (N, D). Where a kept library has the formula, it is used."""
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.errors import UserError
+from ldm.metrics.moments import Moments
+
+CMMD_SIGMA = 10.0  # of the Gaussian kernel on unit vectors, as in the paper; the figure is given times 1000
+ROWS = 1000  # of the table of all pairs that are held at once
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of Gaussians fitted to features (N, D), (M, D): |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)).
+    """Frechet distance of Gaussians fitted to features (N, D), (M, D); see `frechet_of`."""
+    return frechet_of(Moments.of(a), Moments.of(b))
 
-    Heusel et al. 2017, equation 6. It is biased upwards when N or M is small: only figures of equal counts compare,
-    and below D pictures the covariances are singular. Raises UserError for fewer than 2 pictures.
+
+def frechet_of(a: Moments, b: Moments) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)); Heusel et al. 2017, equation 6, by torch-fidelity.
+
+    It is biased upwards when the counts are small: only figures of equal counts compare, and below D pictures the
+    covariances are singular. Raises UserError for fewer than 2 pictures.
     """
     declare_missing_operators()  # torch-fidelity imports torchvision
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    if min(len(a), len(b)) < 2:
-        raise UserError(f"a Frechet distance of {len(a)} and {len(b)} pictures has no covariance; give at least 2")
-    statistics = [fid_features_to_statistics(features.double().cpu()) for features in (a, b)]
+    if min(a.count, b.count) < 2:
+        raise UserError(f"a Frechet distance of {a.count} and {b.count} pictures has no covariance; give at least 2")
+    statistics = [{"mu": m.mean.numpy(), "sigma": m.covariance.numpy()} for m in (a, b)]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
@@ -30,13 +42,111 @@ def kernel(a: Tensor, b: Tensor, subsets: int = 100, size: int = 100, seed: int 
     different counts compare. Raises UserError if a set has fewer pictures than a subset takes.
     """
     declare_missing_operators()
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
     if min(len(a), len(b)) < size:
         raise UserError(
             f"subsets of {size} pictures were asked for, of sets of {len(a)} and {len(b)}; choose a smaller subset"
         )
-    found = kid_features_to_metric(
-        a.double(), b.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
+    rng, found = np.random.RandomState(seed), []
+    for _ in range(subsets):  # float64 for one subset at a time: of all features it would be gigabytes
+        chosen = [x[torch.from_numpy(rng.choice(len(x), size, replace=False))].double() for x in (a, b)]
+        estimate = kid_features_to_metric(*chosen, kid_subsets=1, kid_subset_size=size, verbose=False)
+        found.append(estimate[KEY_METRIC_KID_MEAN])
+    return float(np.mean(found)), float(np.std(found))
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+    """exp of the mean KL between p(y | x) and p(y) over the logits (N, K): mean and deviation over `splits` parts.
+
+    Salimans et al. 2016, section 4, by torch-fidelity. It looks at no real picture. Raises UserError for fewer
+    pictures than parts.
+    """
+    declare_missing_operators()
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    if len(logits) < splits:
+        raise UserError(f"an Inception Score over {splits} parts needs as many pictures, not {len(logits)}")
+    found = isc_features_to_metric(logits.double(), splits)
+    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+
+
+def precision_recall(drawn: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Share of the drawn that lie among the real, and of the real that lie among the drawn (Kynkaanniemi et al. 2019).
+
+    A feature vector lies among a set if it is no further from one of its members than that one's `neighbours`-th
+    nearest other member. Raises UserError for sets that have not so many.
+    """
+    declare_missing_operators()
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    _check_neighbours(drawn, real, neighbours)
+    # In parts, or the table of all pairs would be held whole.
+    found = prc_features_to_metric(
+        drawn.float(), real.float(), prc_neighborhood=neighbours, prc_batch_size=ROWS, save_cpu_ram=True, verbose=False
     )
-    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    return float(found[KEY_METRIC_PRECISION]), float(found[KEY_METRIC_RECALL])
+
+
+def density_coverage(drawn: Tensor, real: Tensor, neighbours: int = 5) -> tuple[float, float]:
+    """Naeem et al. 2020, equations 4 and 6, on balls around the real pictures only, so that outliers among the drawn
+    widen nothing. A ball reaches to its picture's `neighbours`-th nearest other real one.
+
+    Density: in how many balls a drawn picture lies on the mean, over `neighbours` (1 for equal laws, may be more).
+    Coverage: the share of balls that hold a drawn picture. Raises UserError for sets that have not so many.
+    """
+    _check_neighbours(drawn, real, neighbours)
+    drawn, real = drawn.float(), real.float()
+    inside, covered = 0, 0
+    for part in real.split(ROWS):
+        radius = torch.cdist(part, real).kthvalue(neighbours + 1, dim=1, keepdim=True).values
+        held = torch.cdist(part, drawn) < radius
+        inside += int(held.sum())
+        covered += int(held.any(dim=1).sum())
+    return inside / (neighbours * len(drawn)), covered / len(real)
+
+
+def cmmd(a: Tensor, b: Tensor, sigma: float = CMMD_SIGMA) -> float:
+    """CLIP maximum mean discrepancy of joint-space features (N, D), (M, D), times 1000 (Jayasumana et al. 2024).
+
+    The unbiased estimate of MMD^2 (equation 4 there) with the kernel exp(-|x - y|^2 / (2 sigma^2)) on unit vectors.
+    Needs no Gaussian to fit and far fewer pictures than a Frechet distance. Raises UserError for fewer than 2 pictures.
+    """
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"the kernel distance of {len(a)} and {len(b)} pictures is not defined; give at least 2")
+    return 1000 * gaussian_mmd(F.normalize(a.double(), dim=1), F.normalize(b.double(), dim=1), sigma)
+
+
+def gaussian_mmd(a: Tensor, b: Tensor, sigma: float) -> float:
+    """Unbiased estimate of MMD^2 between (N, D) and (M, D) with the kernel exp(-|x - y|^2 / (2 sigma^2))."""
+
+    def total(x: Tensor, y: Tensor) -> float:
+        return sum(float((-torch.cdist(part, y).square() / (2 * sigma**2)).exp().sum()) for part in x.split(ROWS))
+
+    n, m = len(a), len(b)
+    within = (total(a, a) - n) / (n * (n - 1)) + (total(b, b) - m) / (m * (m - 1))  # a picture and itself: exp(0)
+    return within - 2 * total(a, b) / (n * m)
+
+
+def clip_score(images: Tensor, texts: Tensor) -> float:
+    """100 times the mean of max(cosine, 0) between features of pictures and of their captions, both (N, D).
+
+    Hessel et al. 2021, equation 1, with the weight 100 that is usual since, not the paper's 2.5.
+    """
+    return 100 * float(F.cosine_similarity(images.double(), texts.double(), dim=1).clamp(min=0).mean())
+
+
+def retrieval(images: Tensor, texts: Tensor, own: Tensor) -> tuple[float, float]:
+    """Share of pictures (N, D) whose caption, texts[own[i]] of (K, D), is the nearest, and among the nearest five.
+
+    The R-precision of Xu et al. 2018 among all K. A tie counts against the picture.
+    """
+    from ldm.metrics.accuracy import ranks
+
+    places = ranks(images.double(), own, F.normalize(texts.double(), dim=1))
+    return float((places == 0).double().mean()), float((places < 5).double().mean())
+
+
+def _check_neighbours(drawn: Tensor, real: Tensor, neighbours: int) -> None:
+    if min(len(drawn), len(real)) <= neighbours:
+        raise UserError(f"{neighbours} neighbours need larger sets than {len(drawn)} and {len(real)} pictures")
