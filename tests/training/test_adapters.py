@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,3 +159,18 @@ def test_settings_that_make_no_sense(tiny_checkpoint: Path) -> None:
     lora = LoraConfig(rank=2, layers="all of them")
     with pytest.raises(UserError, match="choose one of"):
         DiffusionStage(replace(PLAIN, init=str(tiny_checkpoint), lora=lora, model=UNetConfig()), 0, 1, CPU)
+
+
+def test_the_scripts(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    words = [f"init={tiny_checkpoint}", f"data.shards={DATA.shards}", "data.size=32", "data.streams=4"]
+    words += ["data.workers=0", "loop.steps=1", "loop.global_batch=4", "loop.threads=1"]
+    for stage, more, made in (
+        ("embedding", ["word=<it>", "begin_with=heart", "sample.prompts=[a <it>]", "sample.steps=1"], "embedding"),
+        ("diffusion", ["lora.rank=8"], "lora"),
+    ):
+        script = Path(__file__).parents[2] / "scripts" / f"train_{stage}.py"
+        monkeypatch.setattr(sys, "argv", [str(script), *words, *more, f"output={tmp_path / stage}"])
+        runpy.run_path(str(script), run_name="__main__")
+        assert "finished at step 1" in capsys.readouterr().out
+        assert (tmp_path / stage / f"{made}.safetensors").exists()
+    assert (tmp_path / "embedding" / "samples" / "00000001.png").exists()
