@@ -1,189 +1,330 @@
-"""Measure a model on held-out pictures and on prompts.
+"""Measure a model, or pictures, and say how it was measured.
 
-    python scripts/evaluate.py autoencoder --model icons --shards 'data/icons/shards/test_*.tar'
-    python scripts/evaluate.py prompts --model icons --shards 'data/icons/masters/*.tar' --where mono=false \\
-        --classifier runs/classifier
+python scripts/evaluate.py generation --captions prompts.txt --reference 'data/train-*.tar' --out runs/eval
+python scripts/evaluate.py generation --pictures outputs/ --size 64 --reference photos/ --space inception=weights.pth
+python scripts/evaluate.py generation ... --sweep cfg=1,2,4,8 steps=10,20,50 eta=0,1
+python scripts/evaluate.py autoencoder --model icons --shards 'data/icons/masters/test_*.tar'
+python scripts/evaluate.py prompts --model icons --shards 'data/icons/masters/*.tar' --classifier runs/classifier
+python scripts/evaluate.py likelihood --model icons --shards tests/fixtures/icons/val-0000.tar --count 4
+python scripts/evaluate.py --compare a.json b.json
 
-Each prints a table, and with --output writes its figures as JSON together with the protocol that they were made by.
+Each prints its figures, and with --output writes them as JSON with the protocol that they were made by. `generation`
+may be started by accelerate-launch on several processes. docs/evaluation.md tells what the figures mean.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm import tqdm
-
-import ldm
-from ldm.checkpoints import native
-from ldm.config import DataConfig
-from ldm.data.loader import validation_batches
-from ldm.device import choose_device, choose_precision, precision_name
 from ldm.errors import UserError, run
-from ldm.files import atomic_write_text
-from ldm.generate import draw
-from ldm.image_io import grid, save_png
-from ldm.jobs import Settings, batches, of_prompts
-from ldm.metrics.classifier import load_classifier
-from ldm.metrics.pictures import read_concepts, read_pictures
-from ldm.metrics.prompts import Judge, Score, make_prompts
-from ldm.metrics.quality import psnr, ssim
-from ldm.model import find
+from ldm.jobs import Settings
 from ldm.options import WHERE_HELP, parse_where, split_list
-from ldm.provenance import surroundings
+
+if TYPE_CHECKING:
+    from ldm.metrics.drawing import Drawing
+    from ldm.metrics.generation import Against
+
+CACHE = "~/.cache/ldm/features"
 
 
 def main() -> None:
     arguments = parse()
+    if arguments.compare:
+        from ldm.metrics.protocol import compare
+
+        print(compare(tuple(arguments.compare), split_list(arguments.besides)))
+        return
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
-    report = {"autoencoder": evaluate_autoencoder, "prompts": evaluate_prompts}[arguments.command](arguments)
-    if arguments.output:
-        atomic_write_text(arguments.output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        print(f"wrote {arguments.output}")
+    commands = {
+        "generation": generation,
+        "autoencoder": autoencoder,
+        "prompts": prompts,
+        "likelihood": likelihood,
+    }
+    commands[arguments.command](arguments)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def generation(arguments: argparse.Namespace) -> None:
+    """Figures of a model's pictures, or of pictures that are there."""
+    import ldm
+    from ldm.metrics.crew import muster
+    from ldm.metrics.figures import table, tables
+    from ldm.metrics.generation import evaluate_model, evaluate_pictures
+    from ldm.metrics.sources import open_source, read_captions, recaption
+    from ldm.metrics.sweep import figures_of, parse_axes, sweep
+
+    if not arguments.pictures and not (arguments.captions and arguments.out):
+        raise UserError("say what to measure: --pictures FOLDER_OR_SHARDS, or a model by --captions and a folder --out")
+    if arguments.pictures and (arguments.sweep or not arguments.size):
+        raise UserError("pictures that are there need the size they are compared at, as --size 64, and take no --sweep")
+    axes = parse_axes(arguments.sweep)
+    crew = muster()
+    against = compared_with(arguments, crew.main)
+    where = parse_where(arguments.captions_where)
+    captions = read_captions(arguments.captions, where) if arguments.captions else ()
+    if arguments.pictures:
+        drawn = open_source(arguments.pictures, "--pictures", where)
+        drawn = recaption(drawn, captions) if captions else drawn
+        document = evaluate_pictures(drawn, arguments.size, against, crew)
+    else:
+        model = ldm.load(arguments.model, arguments.device, arguments.precision, weights=arguments.weights)
+        drawing, out = what_to_draw(arguments, captions), Path(arguments.out)
+        if axes:
+            rows = sweep(model, drawing, axes, against, out, crew)
+            if crew.main:
+                heads = [" ".join(f"{name} {row[name]}" for name in axes) for row in rows]
+                print(tables([figures_of(row) for row in rows], heads))
+                print(f"wrote sweep.csv, sweep.png and a result for each combination into {out}")
+            return
+        document = evaluate_model(model, drawing, against, out / "pictures", crew, arguments.weights)
+        arguments.output = arguments.output or str(out / "figures.json")
+    if crew.main:
+        made = document["protocol"]
+        beside = f" and {made['held_out']['pictures']} held out" if made["held_out"] else ""
+        real = f"{made['reference']['pictures']} real ones{beside}"
+        print(f"{made['pictures']} pictures against {real}, {made['size']} px")
+        print(table(document["figures"]))
+        keep(document, arguments.output)
+
+
+def compared_with(arguments: argparse.Namespace, main: bool) -> Against:
+    """The real pictures, the spaces and the measures."""
+    from ldm.device import choose_device
+    from ldm.metrics.features import make_space
+    from ldm.metrics.figures import Measures
+    from ldm.metrics.generation import Against
+    from ldm.metrics.sources import open_source
+
+    kinds = tuple(split_list(arguments.figures)) if arguments.figures else Measures.kinds
+    numbers = {name: getattr(arguments, name) for name in ("subset", "subsets", "neighbours", "ball", "splits")}
+    measures = Measures(kinds, **numbers, allow_few=arguments.allow_few).check()
+    where, device = parse_where(arguments.where), choose_device(arguments.device).type
+    real = open_source(arguments.reference, "--reference", where)
+    held_out = open_source(arguments.held_out, "--held-out", where) if arguments.held_out else None
+    spaces = [make_space(name, device) for name in arguments.space or ["efficientnet-lite0"]]
+    cache = Path(arguments.cache).expanduser()
+    return Against(real, held_out, spaces, measures, cache, 4 if device == "cpu" else 64, main and shown())
+
+
+def what_to_draw(arguments: argparse.Namespace, captions: tuple[str, ...]) -> Drawing:
+    from ldm.metrics.drawing import Drawing
+
+    settings = Settings(
+        cfg=arguments.cfg,
+        steps=arguments.steps,
+        sampler=arguments.sampler,
+        spacing=arguments.spacing,
+        eta=arguments.eta,
+        width=arguments.size,
+        height=arguments.size,
+        cfg_rescale=arguments.cfg_rescale,
+    )
+    settings.check()
+    count = len(captions) if arguments.count is None else arguments.count
+    return Drawing(captions, settings, count, arguments.seed, arguments.batch_size)
+
+
+def autoencoder(arguments: argparse.Namespace) -> None:
+    """PSNR, SSIM, perceptual distances and rFID of decoded pictures; the latents' statistics."""
+    from ldm.checkpoints import native
+    from ldm.device import choose_device, choose_precision
+    from ldm.metrics.features import make_space
+    from ldm.metrics.reconstruction import autoencoder_table, evaluate_autoencoder
+    from ldm.metrics.sources import open_source
+    from ldm.model import find
+
+    path, device = find(arguments.model), choose_device(arguments.device)
+    codec = native.load_autoencoder(path, device, choose_precision(arguments.precision, device))
+    size = arguments.size or native.read_config(path).image_size
+    source = open_source(arguments.shards, "--shards", parse_where(arguments.where))
+    spaces = [make_space(name, device.type) for name in arguments.space]
+    document = evaluate_autoencoder(
+        codec,
+        str(arguments.model),
+        source,
+        size,
+        spaces,
+        arguments.perceptual,
+        arguments.batch_size,
+        arguments.allow_few,
+        shown(),
+    )
+    print(f"f = {codec.factor}, {codec.latent_channels} latent channels")
+    print(autoencoder_table(document))
+    keep(document, arguments.output)
+
+
+def prompts(arguments: argparse.Namespace) -> None:
+    """Prompt accuracy by style, and of real pictures of the left-out style."""
+    import ldm
+    from ldm.image_io import grid, save_png
+    from ldm.metrics.classifier import load_classifier
+    from ldm.metrics.pictures import read_concepts
+    from ldm.metrics.prompt_accuracy import evaluate_prompts, prompt_table
+
+    concepts, classifier = read_concepts(arguments.concepts), load_classifier(arguments.classifier)
+    model = ldm.load(arguments.model, arguments.device, arguments.precision)
+    document, drawn = evaluate_prompts(
+        model,
+        classifier,
+        concepts,
+        split_list(arguments.styles),
+        arguments.left_out,
+        arguments.shards,
+        parse_where(arguments.where),
+        Settings(arguments.cfg, arguments.steps, arguments.sampler),
+        arguments.n,
+        arguments.seed,
+        arguments.batch_size,
+        shown(),
+    )
+    if arguments.grid:
+        save_png(grid(drawn, columns=8), arguments.grid, {})
+    print(prompt_table(document))
+    keep(document, arguments.output)
+
+
+def likelihood(arguments: argparse.Namespace) -> None:
+    """Bits per dimension by the probability flow or the variational bound."""
+    import ldm
+    from ldm.metrics.bits import Method, evaluate_likelihood, likelihood_table
+
+    method = Method(
+        arguments.method,
+        arguments.probes,
+        arguments.tolerance,
+        arguments.variance,
+        arguments.strata,
+        arguments.draws,
+    )
+    model = ldm.load(arguments.model, arguments.device, arguments.precision)
+    where = parse_where(arguments.where)
+    document = evaluate_likelihood(
+        model, arguments.shards, where, method, arguments.count, arguments.seed, arguments.batch_size
+    )
+    print(likelihood_table(document))
+    keep(document, arguments.output)
+
+
+def keep(document: Mapping[str, Any], path: str | None) -> None:
+    from ldm.metrics.protocol import write
+
+    if path:
+        write(document, path)
+        print(f"wrote {path}")
+
+
+def shown() -> bool:
+    """Whether somebody looks: bars on a terminal, quiet in a pipe."""
+    return sys.stderr.isatty()
+
+
+# ---------------------------------------------------------------- words
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    autoencoder = commands.add_parser("autoencoder", help="PSNR and SSIM of decoded pictures")
-    autoencoder.add_argument("--size", type=int, help="pixels; default: the model's")
-
-    prompts = commands.add_parser("prompts", help="is the picture of a prompt nearest to its own concept?")
-    prompts.add_argument("--classifier", required=True, help="what tools/train_classifier.py wrote")
-    prompts.add_argument("--concepts", default="configs/evaluation/concepts64.yaml", help="YAML list of concepts")
-    prompts.add_argument("--styles", default="noto emoji,flat emoji", help="styles to prompt, separated by commas")
-    prompts.add_argument("--left-out", default="twemoji", help="the style whose real pictures are judged beside")
-    prompts.add_argument("--n", type=int, default=2, help="pictures of each prompt")
-    prompts.add_argument("--cfg", type=float, default=Settings.cfg)
-    prompts.add_argument("--steps", type=int, default=Settings.steps)
-    prompts.add_argument("--sampler", default=Settings.sampler)
-    prompts.add_argument("--seed", type=int, default=0, help="picture i of all has the seed SEED + i")
-    prompts.add_argument("--grid", metavar="PNG", help="write the pictures, a row for each eight")
-
-    for command in (autoencoder, prompts):
-        command.add_argument("--model", default="icons", help="shipped name, directory or file")
-        command.add_argument("--shards", required=True, help="real pictures")
-        command.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
-        command.add_argument("--batch-size", type=int, default=16)
-        command.add_argument("--device", default="auto")
-        command.add_argument("--precision", default="auto")
-        command.add_argument("--output", metavar="JSON", help="write figures and protocol")
+    parser.add_argument("--compare", nargs=2, metavar="JSON", help="two results side by side, if measured alike")
+    parser.add_argument("--besides", default="", metavar="NAMES", help="what may differ all the same: drawing.cfg,...")
+    commands = parser.add_subparsers(dest="command", required="--compare" not in sys.argv)
+    add_generation(commands.add_parser("generation", help="FID and its kin, of a model or of pictures"))
+    add_autoencoder(commands.add_parser("autoencoder", help="PSNR, SSIM, rFID of decoded pictures"))
+    add_prompts(commands.add_parser("prompts", help="is the picture of a prompt nearest to its own concept?"))
+    add_likelihood(commands.add_parser("likelihood", help="bits per dimension of captioned pictures"))
     return parser.parse_args()
 
 
-@torch.inference_mode()
-def evaluate_autoencoder(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Mean PSNR and SSIM over pictures: encoded to the posterior's mode, decoded, compared as floats."""
-    path = find(arguments.model)
-    device = choose_device(arguments.device)
-    dtype = choose_precision(arguments.precision, device)
-    codec = native.load_autoencoder(path, device, dtype)
-    size = arguments.size or native.read_config(path).image_size
-    data = DataConfig(validation=arguments.shards, size=size, where=parse_where(arguments.where))
-    values: list[torch.Tensor] = []
-    for batch in progress(validation_batches(data, arguments.batch_size), None):
-        decoded = codec.decode(codec.encode(batch.image.to(device))).cpu()
-        values.append(torch.stack([psnr(batch.image, decoded), ssim(batch.image, decoded)]))
-    pairs = torch.cat(values, dim=1)
-    (mean_psnr, mean_ssim), count = pairs.mean(dim=1).tolist(), pairs.shape[1]
-    print(f"{count} pictures of {size} px, f = {codec.factor}, {codec.latent_channels} latent channels")
-    print(f"PSNR {mean_psnr:.2f} dB, SSIM {mean_ssim:.4f} (means over pictures)")
-    weights = native.fingerprint(native.read_part(path, "autoencoder")) if codec.autoencoder else "identity"
-    return {
-        "figures": {"psnr": round(mean_psnr, 4), "ssim": round(mean_ssim, 5), "pictures": count},
-        "protocol": {
-            "model": {"name": str(arguments.model), "autoencoder": weights},
-            "shards": arguments.shards,
-            "where": data.where,
-            "size": size,
-            "made_on": {"device": device.type, "precision": precision_name(dtype), **versions()},
-        },
-    }
+def add_generation(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("what is measured").add_argument
+    add("--pictures", help="a folder or shards, in place of a model's")
+    add("--captions", help="of the pictures: a file, a prompt a line, or shards")
+    add("--captions-where", action="append", default=[], metavar="FIELD=VALUE,...", help="of those shards, as --where")
+    add("--count", type=int, help="pictures to draw, captions in turn (default: one of each)")
+    add("--seed", type=int, default=0, help="picture i has the seed SEED + i")
+    add("--size", type=int, help="pixels; default: the model's")
+    add("--cfg", type=float, default=Settings.cfg)
+    add("--cfg-rescale", type=float, default=Settings.cfg_rescale)
+    add("--steps", type=int, default=Settings.steps)
+    add("--sampler", default=Settings.sampler)
+    add("--spacing")
+    add("--eta", type=float)
+    add("--sweep", nargs="+", default=[], metavar="NAME=VALUES", help="each combination: cfg=1,2,4 steps=10,20 eta=0,1")
+    add("--weights", default="auto", choices=("auto", "ema", "raw"), help="of files that hold two sets")
+    add("--out", metavar="FOLDER", help="of drawn pictures and results; gone on with when it is there")
+    add = command.add_argument_group("against what, and how").add_argument
+    add("--reference", required=True, help="real pictures: a folder or shards")
+    add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
+    add("--held-out", help="real pictures that no training saw, beside them")
+    add("--space", action="append", help="of features: efficientnet-lite0, inception=FILE, clip=FOLDER, ViT-B-32=FILE")
+    add("--figures", metavar="KINDS", help="some of frechet,kernel,neighbours,score,captions (default: all)")
+    add("--subset", type=int, default=1000, help="pictures in a subset of the kernel distance")
+    add("--subsets", type=int, default=100)
+    add("--neighbours", type=int, default=3, help="of precision and recall")
+    add("--ball", type=int, default=5, help="neighbours of density and coverage")
+    add("--splits", type=int, default=10, help="of the Inception Score")
+    add("--allow-few", action="store_true", help="Frechet distances of fewer pictures than dimensions")
+    add("--cache", default=CACHE, help=f"folder of features that were made already (default {CACHE})")
+    add_common(command)
 
 
-def evaluate_prompts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prompt accuracy by style, and of real pictures of the left-out style; see ldm/metrics/prompts.py."""
-    concepts, styles = read_concepts(arguments.concepts), split_list(arguments.styles)
-    classifier = load_classifier(arguments.classifier)
-    if arguments.left_out in classifier.config.styles:
-        raise UserError(f"the classifier was trained on the style '{arguments.left_out}'; name the one it left out")
-    where = {"name": list(concepts), **parse_where(arguments.where)}
-    pictures = read_pictures(arguments.shards, where, classifier.config.size)
-    judge = Judge(classifier, pictures, concepts)
-    prompts = make_prompts(pictures, concepts, styles)
-    settings = Settings(arguments.cfg, arguments.steps, arguments.sampler).check()
-    model = ldm.load(arguments.model, arguments.device, arguments.precision)
-
-    requests = of_prompts([prompt.text for prompt in prompts], seed=arguments.seed, n=arguments.n)
-    parts = list(batches(requests, arguments.batch_size))
-    drawn = torch.cat([draw(model, part, settings, len(part)) for part in progress(parts, len(parts))])
-    if arguments.grid:
-        save_png(grid(drawn, columns=8), arguments.grid, {})
-    asked = [prompt for prompt in prompts for _ in range(arguments.n)]
-    places = judge.ranks(drawn, [prompt.concept for prompt in asked])
-
-    def score(name: str, of: str) -> Score:
-        return Score.of(places[torch.tensor([getattr(prompt, of) == name for prompt in asked])])
-
-    rows = {f"drawn, {style}": score(style, "style") for style in styles}
-    rows["drawn, all"] = Score.of(places)
-    unseen = pictures.of(concepts, [arguments.left_out])
-    if len(unseen):
-        rows[f"real, {arguments.left_out} (never seen)"] = Score.of(judge.ranks(unseen.image, unseen.name))
-    by_concept = {name: score(name, "concept") for name in concepts}
-    print_table(rows, by_concept)
-    return {
-        "figures": {name: row.figures() for name, row in rows.items()},
-        "concepts": {name: row.top1 for name, row in by_concept.items()},
-        "protocol": {
-            "model": {"name": str(arguments.model), "hash": model.hash},
-            "prompts": [prompt.text for prompt in prompts],
-            "pictures_of_each": arguments.n,
-            "seeds": [requests[0].seed, requests[-1].seed],
-            "sampler": settings.sampler,
-            "spacing": settings.spacing,
-            "steps": settings.steps,
-            "cfg": settings.cfg,
-            "chance": 1 / len(concepts),
-            "classifier": {
-                "fingerprint": native.fingerprint(classifier),
-                "classes": len(classifier.config.classes),
-                "styles": classifier.config.styles,
-                "size": classifier.config.size,
-            },
-            "prototypes": {"concepts": len(concepts), "pictures": judge.pictures, "shards": arguments.shards},
-            "made_on": {**surroundings(model), **versions()},
-        },
-    }
+def add_autoencoder(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--shards", required=True, help="real pictures: shards or a folder")
+    add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
+    add("--size", type=int, help="pixels; default: the model's")
+    add("--space", action="append", default=[], help="of rFID: efficientnet-lite0, inception=FILE")
+    add("--perceptual", action="append", default=[], choices=("efficientnet-lite0", "lpips"))
+    add("--allow-few", action="store_true", help="rFID of fewer pictures than dimensions")
+    add_common(command)
 
 
-def print_table(rows: dict[str, Score], by_concept: dict[str, Score]) -> None:
-    width = max(map(len, rows))
-    print(f"nearest of {len(by_concept)} concept prototypes (chance {1 / len(by_concept):.1%})")
-    print(f"{'':{width}}  pictures   top-1  95 % interval   top-5")
-    for name, row in rows.items():
-        f = row.figures()
-        interval = f"{f['low']:.1%} - {f['high']:.1%}"
-        print(f"{name:{width}}  {row.count:8d}  {f['top1']:6.1%}  {interval:>13}  {f['top5']:6.1%}")
-    always = [name for name, row in by_concept.items() if row.top1 == row.count]
-    never = [name for name, row in by_concept.items() if row.top1 == 0]
-    print(f"always right: {', '.join(always) or 'none'}")
-    print(f"never right: {', '.join(never) or 'none'}")
+def add_prompts(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--classifier", required=True, help="what tools/train_classifier.py wrote")
+    add("--concepts", default="configs/evaluation/concepts64.yaml", help="YAML list of concepts")
+    add("--styles", default="noto emoji,flat emoji", help="styles to prompt, separated by commas")
+    add("--left-out", default="twemoji", help="the style whose real pictures are judged beside")
+    add("--n", type=int, default=2, help="pictures of each prompt")
+    add("--cfg", type=float, default=Settings.cfg)
+    add("--steps", type=int, default=Settings.steps)
+    add("--sampler", default=Settings.sampler)
+    add("--seed", type=int, default=0, help="picture i of all has the seed SEED + i")
+    add("--grid", metavar="PNG", help="write the pictures, a row for each eight")
+    add("--shards", required=True, help="real pictures")
+    add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
+    add_common(command)
 
 
-def progress(batches: Any, total: int | None) -> Any:
-    """A bar on a terminal, quiet in a pipe."""
-    return tqdm(batches, total=total, unit="batch", disable=not sys.stderr.isatty())
+def add_likelihood(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--method", choices=["flow", "bound"], default="flow", help="the ODE's density, or DDPM's")
+    add("--count", type=int, default=8, help="pictures, from the first of the shards")
+    add("--seed", type=int, default=0, help="picture i of all has the seed SEED + i")
+    add("--probes", type=int, default=1, help="flow: of the trace's estimate")
+    add("--tolerance", type=float, default=1e-4, help="flow: of the solver, relative and absolute")
+    add("--variance", choices=["posterior", "beta", "learned"], default="posterior", help="bound")
+    add("--strata", type=int, default=50, help="bound: 0 evaluates every step")
+    add("--draws", type=int, default=2, help="bound: evaluations in each stratum, or of each step")
+    add("--shards", required=True, help="real pictures")
+    add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
+    add_common(command)
+    command.set_defaults(precision="fp32")  # the trace is a derivative, which half precision blurs
 
 
-def versions() -> dict[str, str]:
-    return {"ldm": ldm.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+def add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", default="icons", help="shipped name, directory or file")
+    command.add_argument("--batch-size", type=int, default=16)
+    command.add_argument("--device", default="auto")
+    command.add_argument("--precision", default="auto")
+    command.add_argument("--output", metavar="JSON", help="write figures and protocol")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""Pictures of a model, drawn to be measured: a folder of PNGs that several processes fill and that can be gone on with.
+
+Picture i has the caption i (in turn) and the seed `seed + i`, and is drawn in the batch of the pictures
+[k batch_size, (k + 1) batch_size) that it belongs to, always whole: so it is the same bits however many pictures are
+asked for and however many processes draw them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm import generate
+from ldm.errors import UserError
+from ldm.files import atomic_write_text, read_text
+from ldm.guides import load_guides
+from ldm.image_io import save_png
+from ldm.jobs import Request, Settings
+from ldm.metrics.crew import Crew
+from ldm.metrics.sources import Source, of_files
+from ldm.model import LatentDiffusion
+from ldm.provenance import surroundings
+
+ALWAYS = ("cfg", "steps", "sampler", "spacing", "options")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn: `count` pictures of `captions` under `settings`."""
+
+    captions: tuple[str, ...]
+    settings: Settings
+    count: int
+    seed: int = 0
+    batch_size: int = 16
+
+    def requests(self, first: int, count: int) -> list[Request]:
+        """Pictures first to first + count."""
+        return [Request(self.captions[i % len(self.captions)], seed=self.seed + i) for i in range(first, first + count)]
+
+    def protocol(self, model: LatentDiffusion) -> dict[str, Any]:
+        """All that the pictures depend on, but for the model, which is what is measured."""
+        settings, usual = asdict(self.settings.check()), asdict(Settings())
+        side = model.config.image_size
+        made_on = surroundings(model)
+        return {
+            **{name: settings[name] for name in ALWAYS},
+            # Of the others those that say something, so that a setting added later makes no old drawing another.
+            **{name: value for name, value in settings.items() if name not in ALWAYS and value != usual[name]},
+            "width": settings["width"] or side,
+            "height": settings["height"] or side,
+            "captions": len(self.captions),
+            "captions_hash": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest(),
+            "first_seed": self.seed,
+            "batch_size": self.batch_size,
+            "device": made_on["device"],
+            "precision": made_on["precision"],
+        }
+
+
+def draw(model: LatentDiffusion, drawing: Drawing, folder: Path, crew: Crew, bar: bool = False) -> Source:
+    """Draw what is missing in `folder`; all its `drawing.count` pictures.
+
+    Raises UserError if the folder holds pictures that were drawn otherwise.
+    """
+    if drawing.count < 1 or drawing.batch_size < 1:
+        raise UserError(f"{drawing.count} pictures in batches of {drawing.batch_size} were asked for; choose 1 or more")
+    if crew.main:
+        settle(folder / "drawing.json", {"model": model.hash, **drawing.protocol(model)})
+    crew.wait()
+    guides = load_guides(model, drawing.settings.check())
+    starts = range(0, drawing.count, drawing.batch_size)
+    for piece in tqdm(list(crew.mine(len(starts))), unit="batch", disable=not (bar and crew.main), leave=False):
+        first = starts[piece]
+        wanted = range(first, min(first + drawing.batch_size, drawing.count))
+        if all(_path(folder, i).exists() for i in wanted) and (first or (folder / "cost.json").exists()):
+            continue
+        images, rows = _batch(model, drawing, first, guides)
+        for i in wanted:
+            save_png(images[i - first], _path(folder, i))  # without settings inside: equal pictures are equal files
+        if first == 0:
+            cost = {"evaluations": rows / drawing.batch_size}
+            atomic_write_text(folder / "cost.json", json.dumps(cost) + "\n")
+    crew.wait()
+    numbers = range(drawing.count)
+    captions = [request.prompt for request in drawing.requests(0, drawing.count)]
+    return of_files(str(folder), [_path(folder, i) for i in numbers], captions)
+
+
+def evaluations(folder: Path) -> float:
+    """Rows that the U-Net was given for a picture, counted in the first batch: guidance counts twice."""
+    return float(json.loads(read_text(folder / "cost.json"))["evaluations"])
+
+
+def settle(path: Path, document: dict[str, Any]) -> None:
+    """Write `document` to `path`, or see that it is what stands there; raises UserError if it is not."""
+    wanted = json.loads(json.dumps(document))
+    if not path.exists():
+        atomic_write_text(path, json.dumps(wanted, indent=1) + "\n")
+        return
+    found = json.loads(read_text(path))
+    other = sorted(name for name in wanted.keys() | found.keys() if found.get(name) != wanted.get(name))
+    if other:
+        raise UserError(f"{path.parent} holds what was made with another {' and '.join(other)}; choose another folder")
+
+
+def _batch(model: LatentDiffusion, drawing: Drawing, first: int, guides: Any) -> tuple[Tensor, int]:
+    rows = 0
+
+    def count(network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal rows
+        rows += len(inputs[0])
+
+    hook = model.unet.register_forward_hook(count)
+    try:
+        steps = generate.sample(model, drawing.requests(first, drawing.batch_size), drawing.settings, guides)
+        last = deque(steps, maxlen=1).pop()
+        return generate.decode(model, last).cpu(), rows
+    finally:
+        hook.remove()
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number // 1000:04d}" / f"{number:07d}.png"

@@ -1,0 +1,135 @@
+"""The figures of a set of pictures: which there are, what each is called, and what it takes to be told.
+
+A figure's name carries its space, and names that a reader knows from elsewhere are kept for what they mean there:
+FID, KID and IS in the Inception space only, FD and KD (Frechet and kernel distance) in every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ldm.errors import UserError
+from ldm.metrics.distances import (
+    clip_score,
+    cmmd,
+    density_coverage,
+    frechet_of,
+    inception_score,
+    kernel,
+    precision_recall,
+    retrieval,
+)
+from ldm.metrics.extraction import Features
+from ldm.metrics.sources import Source
+
+KINDS = ("frechet", "kernel", "neighbours", "score", "captions")
+HELD_OUT = " held-out"  # behind the names of figures against the held-out pictures
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Which figures, and the numbers in their definitions."""
+
+    kinds: tuple[str, ...] = KINDS
+    subset: int = 1000  # pictures in each of KID's random subsets
+    subsets: int = 100
+    neighbours: int = 3  # of precision and recall
+    ball: int = 5  # neighbours of density and coverage
+    splits: int = 10  # of the Inception Score
+    allow_few: bool = False  # a Frechet distance of no more pictures than dimensions
+
+    def check(self) -> Measures:
+        """The same; raises UserError for numbers and kinds that are none."""
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise UserError(f"there are no figures '{kind}'; choose from {', '.join(KINDS)}")
+        for name in ("subset", "subsets", "neighbours", "ball", "splits"):
+            if getattr(self, name) < (2 if name == "subset" else 1):
+                raise UserError(f"--{name} is {getattr(self, name)}; choose a larger number")
+        return self
+
+
+def between(drawn: Features, real: Features, measures: Measures, held_out: bool = False) -> dict[str, float]:
+    """Figures of two sets in one space. Against held-out pictures, which are few, no Frechet distance is told.
+
+    Raises UserError for sets that are too small for what is asked.
+    """
+    space, found = drawn.space, {}
+    official = space.name.startswith("inception")
+    wanted = [kind for kind in measures.kinds if not (held_out and kind == "frechet")]
+    tail = f"[{space.name}]{HELD_OUT if held_out else ''}"
+    if "frechet" in wanted:
+        name = ("FID" if official else "FD") + tail
+        if min(len(drawn), len(real)) <= space.width and not measures.allow_few:
+            raise UserError(
+                f"{name} fits covariances of {space.width} dimensions to {len(drawn)} and {len(real)} pictures, which "
+                "says more of their number than of the model; give more, leave frechet out of --figures, or insist "
+                "with --allow-few"
+            )
+        found[name] = frechet_of(drawn.moments(), real.moments())
+    if "kernel" in wanted:
+        name = ("KID" if official else "KD") + tail
+        found[name], found[f"{name} deviation"] = kernel(drawn.all(), real.all(), measures.subsets, measures.subset)
+        if space.text is not None:
+            found[f"CMMD{tail}"] = cmmd(drawn.all(), real.all())
+    if "neighbours" in wanted:
+        a, b = drawn.all(), real.all()
+        found[f"precision{tail}"], found[f"recall{tail}"] = precision_recall(a, b, measures.neighbours)
+        found[f"density{tail}"], found[f"coverage{tail}"] = density_coverage(a, b, measures.ball)
+    return found
+
+
+def alone(drawn: Features, source: Source, measures: Measures) -> dict[str, float]:
+    """Figures that need no real pictures: the Inception Score where there are logits; of captioned pictures in a joint
+    space, how well they fit their captions and how often their caption is found among all different ones."""
+    space, found = drawn.space, {}
+    if "score" in measures.kinds and space.logits:
+        name = f"IS[{space.name}]"
+        found[name], found[f"{name} deviation"] = inception_score(drawn.logits(), measures.splits)
+    if "captions" in measures.kinds and space.text is not None and source.captioned:
+        captions = [source.items[row].caption for row in drawn.rows]
+        different = sorted(set(captions))
+        place = {caption: i for i, caption in enumerate(different)}
+        own = torch.tensor([place[caption] for caption in captions])
+        texts, images = space.text(different), drawn.all()
+        found[f"CLIP score[{space.name}]"] = clip_score(images, texts[own])
+        among = f"of {len(different)} [{space.name}]"
+        found[f"caption first {among}"], found[f"caption in five {among}"] = retrieval(images, texts, own)
+    return found
+
+
+def space_of(name: str) -> str:
+    """The space in a figure's name, "" where it has none."""
+    return name.partition("[")[2].partition("]")[0]
+
+
+def table(figures: dict[str, float], columns: Sequence[str] = ()) -> str:
+    """The figures as lines, those of each space under its name; never two spaces in one column."""
+    return tables([figures], columns)
+
+
+def tables(rows: Sequence[dict[str, float]], columns: Sequence[str] = ()) -> str:
+    """The same of several sets of the same figures, a column for each, headed by `columns`."""
+    names = [name for name in rows[0] if not name.endswith(" deviation")]
+    width = max(map(len, names), default=0)
+    lines: list[str] = []
+    for space in dict.fromkeys(map(space_of, names)):
+        lines += [
+            "",
+            space or "without a space",
+            *([" " * width + "".join(f"  {c:>18}" for c in columns)] if columns else []),
+        ]
+        for name in (name for name in names if space_of(name) == space):
+            cells = [_cell(row, name) for row in rows]
+            lines.append(f"{name:{width}}" + "".join(f"  {cell:>18}" for cell in cells))
+    return "\n".join(lines[1:])
+
+
+def _cell(figures: dict[str, float], name: str) -> str:
+    value, deviation = figures.get(name), figures.get(f"{name} deviation")
+    if value is None:
+        return "-"
+    return f"{value:.5g}" + (f" +- {deviation:.2g}" if deviation is not None else "")

@@ -1,0 +1,106 @@
+"""Prompt accuracy, measured: is the picture of a prompt nearest to its own concept? See prompts.py for the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.checkpoints import native
+from ldm.errors import UserError
+from ldm.generate import draw
+from ldm.jobs import Settings, batches, of_prompts
+from ldm.metrics import protocol
+from ldm.metrics.classifier import Classifier
+from ldm.metrics.pictures import read_pictures
+from ldm.metrics.prompts import Judge, Score, make_prompts
+from ldm.model import LatentDiffusion
+from ldm.provenance import surroundings
+
+
+def evaluate_prompts(
+    model: LatentDiffusion,
+    classifier: Classifier,
+    concepts: Sequence[str],
+    styles: Sequence[str],
+    left_out: str,
+    shards: str,
+    where: Mapping[str, Sequence[str]],
+    settings: Settings,
+    n: int = 2,
+    seed: int = 0,
+    batch_size: int = 16,
+    bar: bool = False,
+) -> tuple[dict[str, Any], Tensor]:
+    """The result by style, and of real pictures of the style `left_out`; with it, the pictures (N, 3, H, W).
+
+    Picture i of all has the seed `seed + i`. Raises UserError for concepts without pictures and for a style that was
+    not left out.
+    """
+    if left_out in classifier.config.styles:
+        raise UserError(f"the classifier was trained on the style '{left_out}'; name the one it left out")
+    pictures = read_pictures(shards, {"name": list(concepts), **where}, classifier.config.size)
+    judge = Judge(classifier, pictures, concepts)
+    prompts = make_prompts(pictures, concepts, styles)
+    settings = settings.check()
+
+    requests = of_prompts([prompt.text for prompt in prompts], seed=seed, n=n)
+    parts = list(batches(requests, batch_size))
+    drawn = torch.cat([draw(model, part, settings, len(part)) for part in tqdm(parts, unit="batch", disable=not bar)])
+    asked = [prompt for prompt in prompts for _ in range(n)]
+    places = judge.ranks(drawn, [prompt.concept for prompt in asked])
+
+    def score(name: str, of: str) -> Score:
+        return Score.of(places[torch.tensor([getattr(prompt, of) == name for prompt in asked])])
+
+    rows = {f"drawn, {style}": score(style, "style") for style in styles}
+    rows["drawn, all"] = Score.of(places)
+    unseen = pictures.of(concepts, [left_out])
+    if len(unseen):
+        rows[f"real, {left_out} (never seen)"] = Score.of(judge.ranks(unseen.image, unseen.name))
+    document = protocol.result(
+        {name: row.figures() for name, row in rows.items()},
+        protocol.subject_of(model),
+        {
+            "command": "prompts",
+            "prompts": [prompt.text for prompt in prompts],
+            "pictures_of_each": n,
+            "seeds": [requests[0].seed, requests[-1].seed],
+            "sampler": settings.sampler,
+            "spacing": settings.spacing,
+            "steps": settings.steps,
+            "cfg": settings.cfg,
+            "precision": surroundings(model)["precision"],
+            "chance": 1 / len(concepts),
+            "classifier": {
+                "fingerprint": native.fingerprint(classifier),
+                "classes": len(classifier.config.classes),
+                "styles": list(classifier.config.styles),
+                "size": classifier.config.size,
+            },
+            "prototypes": {"concepts": len(concepts), "pictures": judge.pictures, "shards": shards},
+        },
+        concepts={name: score(name, "concept").top1 for name in concepts},
+        surroundings=surroundings(model),
+    )
+    return document, drawn
+
+
+def prompt_table(document: Mapping[str, Any]) -> str:
+    """The figures as lines, and which concepts were right or wrong each time."""
+    figures, hits = document["figures"], document["concepts"]
+    each = document["protocol"]["pictures_of_each"] * len(document["protocol"]["prompts"]) // len(hits)
+    width = max(map(len, figures))
+    lines = [
+        f"nearest of {len(hits)} concept prototypes (chance {1 / len(hits):.1%})",
+        f"{'':{width}}  pictures   top-1  95 % interval   top-5",
+    ]
+    for name, f in figures.items():
+        interval = f"{f['low']:.1%} - {f['high']:.1%}"
+        lines.append(f"{name:{width}}  {f['pictures']:8d}  {f['top1']:6.1%}  {interval:>13}  {f['top5']:6.1%}")
+    lines.append(f"always right: {', '.join(name for name, count in hits.items() if count == each) or 'none'}")
+    lines.append(f"never right: {', '.join(name for name, count in hits.items() if count == 0) or 'none'}")
+    return "\n".join(lines)

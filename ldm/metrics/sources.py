@@ -1,0 +1,170 @@
+"""Pictures to be measured, and their captions: from a folder, from tar shards, or just drawn into a folder.
+
+A source is a set: its pictures are put in the order of their contents' hashes, so that no figure depends on the order
+they lie in, not even one that is estimated on random subsets. Pictures are brought to one size as in training: the
+middle square, resized by Pillow's antialiased bicubic filter on 8 bits (of the filters in use that one and only that
+one agrees between libraries; Parmar et al. 2022).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.data.samples import PICTURES, choose_caption, decode_picture
+from ldm.data.shards import BadSample, Members, Record, ShardReader, ShardSet, open_set
+from ldm.data.transforms import square, to_tensor
+from ldm.errors import UserError, explain_os_error
+from ldm.files import read_text
+
+RESIZE = "middle square, Pillow bicubic, antialiased, 8 bits"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture: the sha256 of its file, its caption ("" where it has none), and where it lies."""
+
+    digest: str
+    caption: str
+    place: Path | tuple[int, int]  # a file, or (shard, number in it)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A set of pictures, in the order of their digests."""
+
+    name: str  # as the user named it
+    items: tuple[Item, ...]
+    where: Mapping[str, Sequence[str]]
+    shards: ShardSet | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def digest(self) -> str:
+        """sha256, in hex, of all pictures' contents, whatever their names and order."""
+        return hashlib.sha256("".join(item.digest for item in self.items).encode()).hexdigest()
+
+    @property
+    def captioned(self) -> bool:
+        return all(item.caption for item in self.items)
+
+    def images(self, start: int, stop: int, size: int) -> tuple[list[int], list[Tensor]]:
+        """Numbers and pictures (3, size, size) in [-1, 1] of the items start to stop that can be decoded."""
+        reader = ShardReader(self.shards.shards) if self.shards else None
+        kept, images = [], []
+        for number in range(start, min(stop, len(self))):
+            place = self.items[number].place
+            try:
+                content = place.read_bytes() if isinstance(place, Path) else _picture(reader, *place)  # type: ignore[arg-type]
+                images.append(to_tensor(square(decode_picture(content), size)))
+                kept.append(number)
+            except BadSample:
+                continue
+            except OSError as error:
+                raise explain_os_error(error, f"reading {place}") from error
+        if reader:
+            reader.close()
+        return kept, images
+
+    def protocol(self) -> dict[str, object]:
+        """What a figure must say of it."""
+        filtered = {"where": {name: list(values) for name, values in self.where.items()}} if self.where else {}
+        return {"pictures": len(self), "hash": self.digest, **filtered}
+
+
+def open_source(name: str, what: str, where: Mapping[str, Sequence[str]] | None = None) -> Source:
+    """The pictures of a folder (all below it; captions in .txt files beside them) or of tar shards.
+
+    `what` names the option in messages. Raises UserError for what is not there, or holds no pictures.
+    """
+    if Path(name).is_dir():
+        if where:
+            raise UserError(f"{what} is a folder, whose pictures have no fields; give shards to choose by field")
+        paths = sorted(path for path in Path(name).rglob("*") if path.suffix.lower().lstrip(".") in PICTURES)
+        if not paths:
+            raise UserError(f"{what}: the folder {name} has no pictures ({', '.join(PICTURES)})")
+        return of_files(name, paths, [_beside(path) for path in paths])
+    shards = open_set(name, what, _fault, where)
+    reader, items = ShardReader(shards.shards), []
+    for shard, index in enumerate(shards.shards):
+        for number in range(len(index)):
+            record = reader.read(shard, number)
+            items.append(Item(_sha(_content(record)), _caption(record), (shard, number)))
+    reader.close()
+    return Source(name, _ordered(items), where or {}, shards)
+
+
+def of_files(name: str, paths: Sequence[Path], captions: Sequence[str]) -> Source:
+    """The pictures in these files, with a caption for each ("" for none). Raises UserError."""
+    try:
+        items = [Item(_sha(path.read_bytes()), caption, path) for path, caption in zip(paths, captions, strict=True)]
+    except OSError as error:
+        raise explain_os_error(error, f"reading {name}") from error
+    return Source(name, _ordered(items), {})
+
+
+def recaption(source: Source, captions: Sequence[str]) -> Source:
+    """`source` with these captions, one for each picture in the order of their files' names or their place in shards.
+
+    Raises UserError if there are more or fewer of them.
+    """
+    if len(captions) != len(source):
+        raise UserError(f"there are {len(captions)} captions for the {len(source)} pictures of {source.name}")
+    placed = sorted(source.items, key=lambda item: item.place)  # type: ignore[arg-type, return-value]
+    return replace(source, items=_ordered([replace(i, caption=c) for i, c in zip(placed, captions, strict=True)]))
+
+
+def read_captions(name: str, where: Mapping[str, Sequence[str]] | None = None) -> tuple[str, ...]:
+    """Captions in their own order: of tar shards, or of a file as `jobs.read_prompts` takes it. Raises UserError."""
+    from ldm.jobs import read_prompts
+
+    path = Path(name)
+    if path.is_file() and path.suffix.lower() != ".tar":
+        return tuple(request.prompt for request in read_prompts(path))
+    source = open_source(name, "--captions", where)
+    found = tuple(item.caption for item in sorted(source.items, key=lambda item: item.place) if item.caption)  # type: ignore[arg-type, return-value]
+    if not found:
+        raise UserError(f"none of the pictures of {name} has a caption")
+    return found
+
+
+def _ordered(items: Sequence[Item]) -> tuple[Item, ...]:
+    return tuple(sorted(items, key=lambda item: (item.digest, item.caption)))
+
+
+def _fault(members: Members) -> str | None:
+    return None if any(members.get(name, (0, 0))[1] for name in PICTURES) else "no picture"
+
+
+def _content(record: Record) -> bytes:
+    return next(record.fields[name] for name in PICTURES if record.fields.get(name))
+
+
+def _picture(reader: ShardReader, shard: int, number: int) -> bytes:
+    return _content(reader.read(shard, number))
+
+
+def _caption(record: Record) -> str:
+    import json
+
+    try:
+        meta = json.loads(record.fields.get("json", b"{}"))
+        return choose_caption(record, meta if isinstance(meta, dict) else {}, "txt", random.Random(0))
+    except (BadSample, ValueError):
+        return ""
+
+
+def _beside(path: Path) -> str:
+    text = path.with_suffix(".txt")
+    return " ".join(read_text(text).split()) if text.is_file() else ""
+
+
+def _sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
