@@ -2,6 +2,7 @@
 
     python tools/benchmark.py start                     # a fresh process, until its first picture is written
     python tools/benchmark.py unet --config configs/diffusion/icons.yaml    # samples/s of training and sampling
+    python tools/benchmark.py load                      # memory and seconds to load a model, beside diffusers
 
 Torch is imported only by what measures in this process: `start` measures others, and must not be in their way.
 """
@@ -34,10 +35,10 @@ def main() -> None:
     for name in ("runs", "steps", "batch", "side", "length", "threads"):
         if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
-    if arguments.command == "trace":
-        trace(arguments)
+    if arguments.command in ("trace", "loaded"):
+        {"trace": trace, "loaded": loaded}[arguments.command](arguments)
         return
-    figures = {"start": start, "unet": unet}[arguments.command](arguments)
+    figures = {"start": start, "unet": unet, "load": load}[arguments.command](arguments)
     if arguments.output:
         atomic_write_text(arguments.output, json.dumps(figures, indent=1) + "\n")
         print(f"wrote {arguments.output}")
@@ -45,7 +46,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="start | unet")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="start | unet | load")
 
     first = commands.add_parser("start", help="seconds from a fresh process to the first picture, and where they go")
     traced = commands.add_parser("trace")  # what `start` runs in a process of its own
@@ -68,7 +69,16 @@ def parse() -> argparse.Namespace:
     network.add_argument("--seconds", type=float, default=10.0, help="how long each is measured")
     network.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
 
-    for command in (first, network):
+    memory = commands.add_parser("load", help="peak memory and seconds of loading a model onto the CPU, and diffusers'")
+    memory.add_argument("--model", help="a diffusers directory; default: v1's shapes in float16, random, made for this")
+    memory.add_argument("--precision", nargs="+", choices=("fp32", "fp16"), default=["fp32", "fp16"])
+    memory.add_argument("--runs", type=int, default=3, help="fresh processes of each kind; the median counts")
+    one = commands.add_parser("loaded")  # what `load` runs in a process of its own
+    one.add_argument("--model", required=True)
+    one.add_argument("--precision", required=True)
+    one.add_argument("--by", choices=("ldm", "diffusers"), required=True)
+
+    for command in (first, network, memory):
         command.add_argument("--output", metavar="JSON", help="write the figures")
     return parser.parse_args()
 
@@ -218,6 +228,86 @@ def seconds_each(work: Callable[[], object], seconds: float) -> float:
         work()
         durations.append(time.perf_counter() - begun)
     return statistics.median(durations)
+
+
+# ---------------------------------------------------------------- load
+
+
+def load(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of each precision and library: seconds, bytes of the weights held, and the process' peak above its imports."""
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.model or str(random_v1(Path(folder) / "v1"))
+        print("weights held, peak memory above what the imports take, their ratio, seconds")
+        for precision in arguments.precision:
+            for library in ("ldm", "diffusers"):
+                words = [__file__, "loaded", "--model", path, "--precision", precision, "--by", library]
+                runs = [json.loads(child(words).splitlines()[-1]) for _ in range(arguments.runs)]
+                median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+                figures[f"{library} {precision}"] = median
+                held, peak = median["held"] / 1e9, median["peak"] / 1e9
+                row = f"{held:5.2f} GB {peak:6.2f} GB {peak / held:6.2f} {median['seconds']:7.1f} s"
+                print(f"  {library:10s}{precision}  {row}")
+    return figures
+
+
+def random_v1(path: Path) -> Path:
+    """A diffusers directory of Stable Diffusion v1's shapes, random, in float16: about 2 GB."""
+    import torch
+
+    from ldm.checkpoints import export, native
+    from ldm.checkpoints.architectures import SD_V1
+    from ldm.checkpoints.networks import skeleton
+
+    states = {}
+    for name in native.PARTS:
+        shapes = {key: value.shape for key, value in skeleton(name, SD_V1, path).state_dict().items()}
+        states[name] = {key: torch.randn(shape, dtype=torch.float16) * 0.02 for key, shape in shapes.items()}
+    export.write(path, SD_V1, states, "diffusers")
+    return path
+
+
+def loaded(arguments: argparse.Namespace) -> None:
+    """Load once in this process; prints seconds and bytes as JSON. Linux alone tells a process its peak."""
+    import torch
+
+    from ldm.conditioning.torchvision_ops import declare_missing_operators
+
+    declare_missing_operators()
+    if arguments.by == "ldm":
+        import open_clip.transformer  # noqa: F401
+
+        from ldm import model
+        from ldm.checkpoints import opening  # noqa: F401
+    else:
+        from diffusers import StableDiffusionPipeline
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    except OSError as error:
+        raise UserError("the peak of memory is read from /proc, which only Linux has") from error
+    before, begun = resident("VmRSS"), time.perf_counter()
+    if arguments.by == "ldm":
+        made = model.load(arguments.model, "cpu", arguments.precision)
+        networks = [made.unet, made.text, made.codec.autoencoder]
+    else:
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}[arguments.precision]
+        pipe = StableDiffusionPipeline.from_pretrained(arguments.model, torch_dtype=dtype, local_files_only=True)
+        networks = [pipe.unet, pipe.text_encoder, pipe.vae]
+    seconds = time.perf_counter() - begun
+    held = sum(
+        p.numel() * p.element_size() for network in networks if network is not None for p in network.parameters()
+    )
+    print(json.dumps({"seconds": seconds, "held": held, "peak": resident("VmHWM") - before}))
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise UserError(f"/proc/self/status does not tell {name}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ settings; in float32 also the rounding.
 
 from __future__ import annotations
 
+import gc
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,61 +37,74 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     yield pipe, sd.save(pipe, tmp_path_factory.mktemp("peer") / f"v{request.param}")
 
 
-def check_networks(pipe: Any, path: Path, dtype: torch.dtype, most: float) -> dict[str, float]:
-    """The largest relative error of each network, on inputs of the peer's own kind."""
+def outputs_there(pipe: Any, side: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What the peer's networks make of inputs that are the same whenever this is called; x is (3, C, side, side)."""
     unet, vae, text = (part.to(dtype) for part in (pipe.unet, pipe.vae, pipe.text_encoder))
-    checkpoint = open_checkpoint(path)
-    generator = torch.Generator().manual_seed(3)
-    found = {}
     with torch.no_grad():
-        ours = networks.load_text(checkpoint, dtype=dtype)
-        tokens, _ = ours.tokenize(PROMPTS)
-        theirs = pipe.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        assert torch.equal(tokens, theirs)
+        tokens = pipe.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
         context = text(tokens).last_hidden_state
-        found["text tower"] = relative(ours(tokens), context)
+        x, t, image = inputs(unet.config.in_channels, side, dtype)
+        moments = vae.quant_conv(vae.encoder(image))
+        found = {"encode": moments, "decode": vae.decode(moments[:, :4]).sample}
+        return found | {"tokens": tokens, "text tower": context, "U-Net": unet(x, t, context).sample}
 
-        x = torch.randn(3, unet.config.in_channels, 8, 8, generator=generator).to(dtype)
-        t = torch.tensor([1.0, 500.0, 981.0])
-        network = networks.load_unet(checkpoint, dtype=dtype)
-        found["U-Net"] = relative(network(x, t, context), unet(x, t, context).sample)
 
+def errors_here(path: Path, side: int, dtype: torch.dtype, there: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Each of our networks' relative error against the peer's, on the peer's own inputs to it."""
+    checkpoint = open_checkpoint(path)
+    with torch.no_grad():
+        tower = networks.load_text(checkpoint, dtype=dtype)
+        tokens, _ = tower.tokenize(PROMPTS)
+        assert torch.equal(tokens, there["tokens"])
+        made = {"text tower": tower(tokens)}
+        unet = networks.load_unet(checkpoint, dtype=dtype)
+        x, t, image = inputs(unet.config.in_channels, side, dtype)
+        made["U-Net"] = unet(x, t, there["text tower"])
         autoencoder = networks.load_autoencoder(checkpoint, dtype=dtype).autoencoder
         assert autoencoder is not None
-        image = (torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1).to(dtype)
-        moments = autoencoder.to_moments(autoencoder.encoder(image))
-        found["encode"] = relative(moments, vae.quant_conv(vae.encoder(image)))
-        z = moments[:, :4]
-        found["decode"] = relative(autoencoder.decode(z), vae.decode(z).sample)
-    assert max(found.values()) <= most, found
-    return found
+        made["encode"] = autoencoder.to_moments(autoencoder.encoder(image))
+        made["decode"] = autoencoder.decode(there["encode"][:, :4])
+    assert all(value.dtype == dtype for value in made.values())
+    return {name: relative(value, there[name]) for name, value in made.items()}
 
 
-def trajectory(model: ldm.LatentDiffusion, side: int, seed: int, prompt: str, negative: str) -> torch.Tensor:
-    """The latent (1, 4, side, side) at the end of 20 steps of guided DDIM on the original grid."""
-    pixels = side * model.codec.factor
-    settings = Settings(cfg=7.5, steps=20, sampler="ddim", spacing="leading", width=pixels, height=pixels)
-    *_, last = model.sample(prompt, negative=negative, seed=seed, settings=settings)
-    return finish(last.x, model.schedule, torch.tensor([last.sigma_next]))
+def inputs(channels: int, side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (3, channels, side, side), t (3,), and pictures (2, 3, 4 side, 4 side)."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, channels, side, side, generator=generator).to(dtype)
+    image = (torch.rand(2, 3, 4 * side, 4 * side, generator=generator) * 2 - 1).to(dtype)
+    return x, torch.tensor([1.0, 500.0, 981.0]), image
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["fp32", "fp64"])
 def test_the_networks(small: tuple[Any, Path], dtype: torch.dtype, most: float) -> None:
-    check_networks(*small, dtype, most)
-    small[0].to(torch.float32)
+    pipe, path = small
+    errors = errors_here(path, 8, dtype, outputs_there(pipe, 8, dtype))
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.to(torch.float32)
+    assert max(errors.values()) <= most, errors
 
 
-def check_trajectory(pipe: Any, model: ldm.LatentDiffusion, side: int, most: float) -> float:
-    """The relative error of the latent that comes out, from the same noise and words."""
-    words, seed = ("a red heart on a table", "blurry"), 4
-    noise = NoiseStream([seed], (4, side, side)).initial().float()
-    options = {"num_inference_steps": 20, "guidance_scale": 7.5, "output_type": "latent", "negative_prompt": words[1]}
+WORDS, SEED = ("a red heart on a table", "blurry"), 4
+
+
+def drawn_there(pipe: Any, side: int) -> torch.Tensor:
+    """The peer's latent of the words, from the noise of the seed."""
+    noise = NoiseStream([SEED], (4, side, side)).initial().float()
+    options = {"num_inference_steps": 20, "guidance_scale": 7.5, "output_type": "latent", "negative_prompt": WORDS[1]}
+    pixels = side * pipe.vae_scale_factor
+    pipe.set_progress_bar_config(disable=True)
+    latent = pipe(WORDS[0], latents=noise, height=pixels, width=pixels, **options).images
+    assert bool(latent.std() > 0.1)
+    return latent
+
+
+def drawn_here(model: ldm.LatentDiffusion, side: int) -> torch.Tensor:
+    """Ours: 20 steps of guided DDIM on the original grid."""
     pixels = side * model.codec.factor
-    theirs = pipe(words[0], latents=noise, height=pixels, width=pixels, **options).images
-    assert bool(theirs.std() > 0.1)
-    found = relative(trajectory(model, side, seed, *words), theirs)
-    assert found <= most, found
-    return found
+    settings = Settings(cfg=7.5, steps=20, sampler="ddim", spacing="leading", width=pixels, height=pixels)
+    *_, last = model.sample(WORDS[0], negative=WORDS[1], seed=SEED, settings=settings)
+    return finish(last.x, model.schedule, torch.tensor([last.sigma_next]))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +115,7 @@ def loaded(small: tuple[Any, Path]) -> ldm.LatentDiffusion:
 
 
 def test_a_guided_trajectory(small: tuple[Any, Path], loaded: ldm.LatentDiffusion) -> None:
-    check_trajectory(small[0], loaded, 8, 1e-4)
+    assert relative(drawn_here(loaded, 8), drawn_there(small[0], 8)) <= 1e-4
 
 
 def test_our_export_draws_the_same_there(small: tuple[Any, Path], tmp_path: Path) -> None:
@@ -118,3 +133,20 @@ def test_our_export_draws_the_same_there(small: tuple[Any, Path], tmp_path: Path
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     pictures = [p("a DOG!! &amp; <|endoftext|> ", latents=noise, **options).images for p in (pipe, again)]
     assert torch.equal(*pictures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_at_full_size(version: int, tmp_path: Path) -> None:
+    """Stable Diffusion's own shapes, latents of 16 x 16. The peer is gone before ours is loaded: each takes 4 GB."""
+    pipe = sd.pipeline(version, full=True)
+    path = sd.save(pipe, tmp_path / "peer")
+    there, latent = outputs_there(pipe, 16, torch.float32), drawn_there(pipe, 16)
+    del pipe
+    gc.collect()
+    errors = errors_here(path, 16, torch.float32, there)
+    trajectory = relative(drawn_here(ldm.load(path, device="cpu"), 16), latent)
+    print(f"v{version}: " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()) + f", trajectory {trajectory:.1e}")
+    shutil.rmtree(path)
+    assert max(errors.values()) <= 1e-5, errors
+    assert trajectory <= 1e-4

@@ -1,21 +1,30 @@
-"""tools/convert_checkpoint.py: what goes in comes out, as a directory, as a file, and halved."""
+"""tools/convert_checkpoint.py: what goes in comes out, in any layout, as a directory, as a file, and halved."""
 
 import runpy
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints.small_models import SMALL, random_states, same  # tests/ is the root of the tests' packages
+from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints import native
+from ldm.checkpoints import export, native
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import AutoencoderConfig, ModelConfig
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+Convert = Callable[..., None]
 
 
-def convert(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *words])
-    runpy.run_path(str(TOOL), run_name="__main__")
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch) -> Convert:
+    def call(*words: object) -> None:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, words)])
+        runpy.run_path(str(TOOL), run_name="__main__")
+
+    return call
 
 
 @pytest.fixture
@@ -27,26 +36,86 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "a"
 
 
-def test_directory_to_file_and_back_is_bit_identical(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    convert(monkeypatch, str(source), str(tmp_path / "one.safetensors"))
-    convert(monkeypatch, str(tmp_path / "one.safetensors"), str(tmp_path / "b"))
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("foreign") / "sd.safetensors"
+    export.write(path, SMALL, random_states(SMALL), "original")
+    return path
+
+
+def stored(path: Path) -> Mapping[str, torch.Tensor]:
+    return open_checkpoint(path).tensors()
+
+
+def test_directory_to_file_and_back_is_bit_identical(source: Path, tmp_path: Path, convert: Convert):
+    convert(source, tmp_path / "one.safetensors")
+    convert(tmp_path / "one.safetensors", tmp_path / "b")
     before, after = native.read_part(source, "autoencoder"), native.read_part(tmp_path / "b", "autoencoder")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert native.read_config(tmp_path / "b") == native.read_config(source)
 
 
-def test_half_precision_rounds_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    convert(monkeypatch, str(source), str(tmp_path / "half"), "--precision", "fp16")
+def test_half_precision_rounds_once(source: Path, tmp_path: Path, convert: Convert):
+    convert(source, tmp_path / "half", "--precision", "fp16")
     before, after = native.read_part(source, "autoencoder"), native.read_part(tmp_path / "half", "autoencoder")
     assert all(torch.equal(before[key].half(), after[key]) for key in before)
 
 
+def test_original_to_native_and_back_is_bit_identical(foreign: Path, tmp_path: Path, convert: Convert):
+    convert(foreign, tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "again.safetensors", "--to", "original")
+    assert same(load_file(tmp_path / "again.safetensors"), load_file(foreign))
+    assert open_checkpoint(tmp_path / "again.safetensors").config == SMALL
+
+
+def test_diffusers_to_original_and_back_is_bit_identical(foreign: Path, tmp_path: Path, convert: Convert):
+    convert(foreign, tmp_path / "d", "--to", "diffusers", "--precision", "fp16")
+    convert(tmp_path / "d", tmp_path / "o.safetensors", "--to", "original")
+    convert(tmp_path / "o.safetensors", tmp_path / "e", "--to", "diffusers")
+    for file in (path for path in (tmp_path / "d").rglob("*") if path.is_file()):
+        again = tmp_path / "e" / file.relative_to(tmp_path / "d")
+        if file.suffix == ".safetensors":
+            assert same(load_file(file), load_file(again))
+        else:
+            assert again.read_text() == file.read_text()
+
+
+def test_raw_or_averaged_weights_by_choice(
+    foreign: Path, tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+):
+    tensors = load_file(foreign)
+    raw = {name: value for name, value in tensors.items() if name.startswith("model.diffusion_model.")}
+    averages = {"model_ema." + name.removeprefix("model.").replace(".", ""): value + 1 for name, value in raw.items()}
+    save_file(tensors | averages, tmp_path / "both.safetensors")
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "both.safetensors", tmp_path / "out")
+    assert "--weights ema" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    for weights, shift in (("raw", 0), ("ema", 1)):
+        convert(tmp_path / "both.safetensors", tmp_path / weights, "--weights", weights)
+        unet = open_checkpoint(tmp_path / weights).state("unet")
+        assert torch.equal(unet["conv_out.bias"], raw["model.diffusion_model.out.2.bias"] + shift)
+
+
+def test_another_autoencoder_and_other_settings(
+    foreign: Path, tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+):
+    other = {key: value * 2 for key, value in random_states(SMALL)["autoencoder"].items()}
+    native.save(tmp_path / "vae", ModelConfig(SMALL.autoencoder), {"autoencoder": other})
+    convert(foreign, tmp_path / "out", "--vae", tmp_path / "vae", "--set", "parameterization=eps")
+    made = open_checkpoint(tmp_path / "out")
+    assert made.config.parameterization == "eps" and same(made.state("autoencoder"), other)
+    with pytest.raises(SystemExit):
+        convert(foreign, tmp_path / "out", "--set", "parameterization")
+    assert "key=value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(), ("--to", "diffusers")])
 def test_a_missing_model_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ):
     with pytest.raises(SystemExit) as end:
-        convert(monkeypatch, str(tmp_path / "nowhere"), str(tmp_path / "out"))
+        convert(tmp_path / "nowhere", tmp_path / "out", *words)
     assert end.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
