@@ -24,6 +24,7 @@ from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.reading import read_tensors
 from ldm.checkpoints.record import Checkpoint
 from ldm.checkpoints.state import Shape
+from ldm.conditioning.clip import TextTower
 from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig
 from ldm.errors import UserError
 from ldm.model import CheckpointNotice
@@ -104,6 +105,17 @@ def test_what_is_written_of_a_known_architecture_is_the_published_list(name: str
     published = dict(LISTS[LIST_OF[name]])
     published.pop("cond_stage_model.model.logit_scale", None)  # of the contrastive training; no tower of ours has it
     assert written == published
+
+
+def test_the_text_tower_of_v1_in_open_clips_names():
+    """Against a table of the renaming made by others: one to one, but for q, k and v, which open_clip keeps in one."""
+    table: Any = LISTS["v1_text_to_open_clip"]
+    wanted = {ours: (theirs,) for theirs, ours in table["rename"].items()}
+    wanted |= {ours: tuple(theirs) for ours, theirs in table["concat_dim0"].items()}
+    with torch.device("meta"):
+        keys = TextTower(architectures.CLIP_L).state_dict()
+    assert original.text_names(keys, "cond_stage_model.transformer.text_model.") == wanted
+    assert all(original.unused(name) for name in table["dropped"])
 
 
 def test_averages_have_every_raw_weight_under_a_name_without_dots():
