@@ -87,7 +87,8 @@ def bound(
             denoiser, with the same tensors. A tensor (N,) is v itself, from s = sigmas[i] to sigmas[i + 1].
         decoder: density, or levels for 8-bit pixels (the space must be pixels).
         uniform: (B, K, draws) in [0, 1), each picture's from its own generator: K strata of steps are looked at,
-            instead of all N - 1, each with `draws` steps drawn uniformly from it. The sum keeps its expectation.
+            instead of all N - 1, each with `draws` steps drawn uniformly from it. They are as even in ln sigma as
+            whole steps allow, for there the terms are most alike. The sum keeps its expectation.
         draws: how often each step (without `uniform`), and the decoder, is evaluated with new noise.
 
     Costs (K + 1) * draws evaluations. Raises UserError for a grid that does not end in 0, an unknown variance or
@@ -97,12 +98,10 @@ def bound(
     sigmas = sigmas.double().cpu()
     table = _Table.of(variance, sigmas, schedule)
     last = len(sigmas) - 2
-    edges = torch.arange(last + 1)
+    edges = list(range(last + 1))
     if uniform is not None:
         strata, draws = uniform.shape[1:]
-        if not 1 <= strata <= max(last, 1):
-            raise UserError(f"{strata} strata were asked for; the grid has {last} steps before its last")
-        edges = (torch.arange(strata + 1) * (last / strata)).round().long() if last else torch.zeros(1).long()
+        edges = _edges(sigmas, strata)
 
     def term(index: Tensor) -> Tensor:
         """(B,) nats per dimension of the step `index`, () or (B,), with new noise."""
@@ -117,7 +116,7 @@ def bound(
 
     columns, spread = [], torch.zeros(len(x0), dtype=torch.float64)
     for stratum in range(len(edges) - 1):
-        first, size = int(edges[stratum]), int(edges[stratum + 1] - edges[stratum])
+        first, size = edges[stratum], edges[stratum + 1] - edges[stratum]
         values = []
         for draw in range(draws):
             index = torch.tensor(first)
@@ -136,7 +135,7 @@ def bound(
     steps = torch.stack(columns, dim=1) if columns else torch.zeros(len(x0), 0, dtype=torch.float64)
     prior = prior_nats(x0, float(sigmas[0]), float(schedule.start_scale(sigmas[0]))).flatten(1).mean(1).double().cpu()
     error = bits((spread + variance_of_mean).sqrt())
-    return Bound(bits(prior), bits(steps), bits(decoded + offset), edges, error, space.name)
+    return Bound(bits(prior), bits(steps), bits(decoded + offset), torch.tensor(edges), error, space.name)
 
 
 def prior_nats(x0: Tensor, sigma: float, start: float) -> Tensor:
@@ -203,6 +202,22 @@ class _Table:
         if self.fraction is None:
             return per_picture(self.low[index], x)
         return mixed(self.fraction(x, sigma).to(x), self.low[index].log(), self.high[index].log()).exp()
+
+
+def _edges(sigmas: Tensor, strata: int) -> list[int]:
+    """(strata + 1,) from 0 to N - 1, strictly increasing and as even in ln sigma as that allows."""
+    last = len(sigmas) - 2
+    if not 1 <= strata <= last:
+        raise UserError(f"{strata} strata were asked for; the grid has {last} steps before its last")
+    levels = -sigmas[: last + 1].log()
+    wanted = torch.linspace(float(levels[0]), float(levels[-1]), strata + 1, dtype=torch.float64)
+    edges = torch.searchsorted(levels, wanted).clamp(max=last).tolist()
+    for k in range(1, strata + 1):
+        edges[k] = max(edges[k], edges[k - 1] + 1)
+    edges[0], edges[-1] = 0, last
+    for k in range(strata - 1, 0, -1):
+        edges[k] = min(edges[k], edges[k + 1] - 1)
+    return edges
 
 
 def _summary(values: list[Tensor]) -> tuple[Tensor, Tensor]:
