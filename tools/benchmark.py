@@ -269,37 +269,51 @@ def random_v1(path: Path) -> Path:
 
 def loaded(arguments: argparse.Namespace) -> None:
     """Load once in this process; prints seconds and bytes as JSON. Linux alone tells a process its peak."""
-    import torch
-
-    from ldm.conditioning.torchvision_ops import declare_missing_operators
-
-    declare_missing_operators()
-    if arguments.by == "ldm":
-        import open_clip.transformer  # noqa: F401
-
-        from ldm import model
-        from ldm.checkpoints import opening  # noqa: F401
-    else:
-        from diffusers import StableDiffusionPipeline
-        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
-
+    work = {"ldm": by_ldm, "diffusers": by_diffusers}[arguments.by](arguments.model, arguments.precision)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     except OSError as error:
         raise UserError("the peak of memory is read from /proc, which only Linux has") from error
     before, begun = resident("VmRSS"), time.perf_counter()
-    if arguments.by == "ldm":
-        made = model.load(arguments.model, "cpu", arguments.precision)
-        networks = [made.unet, made.text, made.codec.autoencoder]
-    else:
-        dtype = {"fp32": torch.float32, "fp16": torch.float16}[arguments.precision]
-        pipe = StableDiffusionPipeline.from_pretrained(arguments.model, torch_dtype=dtype, local_files_only=True)
-        networks = [pipe.unet, pipe.text_encoder, pipe.vae]
+    networks = work()
     seconds = time.perf_counter() - begun
-    held = sum(
-        p.numel() * p.element_size() for network in networks if network is not None for p in network.parameters()
-    )
+    held = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
     print(json.dumps({"seconds": seconds, "held": held, "peak": resident("VmHWM") - before}))
+
+
+def by_ldm(path: str, precision: str) -> Callable[[], Sequence[Any]]:
+    """With everything imported, what loads the model and gives its networks."""
+    from ldm import model
+    from ldm.checkpoints import opening  # noqa: F401
+    from ldm.conditioning.torchvision_ops import declare_missing_operators
+
+    declare_missing_operators()
+    import open_clip.transformer  # noqa: F401
+
+    def work() -> Sequence[Any]:
+        made = model.load(path, "cpu", precision)
+        return [made.unet, made.text, made.codec.autoencoder]
+
+    return work
+
+
+def by_diffusers(path: str, precision: str) -> Callable[[], Sequence[Any]]:
+    """The same of diffusers."""
+    import torch
+
+    from ldm.conditioning.torchvision_ops import declare_missing_operators
+
+    declare_missing_operators()
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
+
+    def work() -> Sequence[Any]:
+        pipe: Any = StableDiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+        return [pipe.unet, pipe.text_encoder, pipe.vae]
+
+    return work
 
 
 def resident(name: str) -> int:

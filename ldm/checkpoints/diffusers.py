@@ -159,7 +159,7 @@ def open_autoencoder_file(path: Path, tensors: Tensors) -> Checkpoint:
 
 def _autoencoder(folder: Path) -> tuple[AutoencoderConfig, Part, tuple[str, ...]]:
     config, assumed = _autoencoder_config(folder / "config.json")
-    groups = configs.norm_groups(read_json(folder / "config.json"))
+    groups = configs.norm_groups(read_json(folder / "config.json"), str(folder / "config.json"))
     part = _autoencoder_part(_open_weights(folder, "vae"), folder, groups)
     return config, part, ("autoencoder.scale",) if assumed else ()
 

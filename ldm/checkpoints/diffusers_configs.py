@@ -68,10 +68,7 @@ def read_unet(plain: Plain, where: str) -> UNetConfig:
     widths = _numbers(plain, "block_out_channels", (320, 640, 1280, 1280), where)
     default_down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     default_up = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    down, up = (
-        tuple(plain.get(name, default))
-        for name, default in (("down_block_types", default_down), ("up_block_types", default_up))
-    )
+    down, up = _words(plain, "down_block_types", default_down), _words(plain, "up_block_types", default_up)
     attention = tuple(level for level, kind in enumerate(down) if kind == "CrossAttnDownBlock2D")
     if (down, up) != _block_types(len(widths), attention):
         raise UserError(f"{where}: blocks {', '.join(map(str, (*down, *up)))} are not those of Stable Diffusion")
@@ -94,7 +91,7 @@ def read_unet(plain: Plain, where: str) -> UNetConfig:
         head_width=0 if same else head_widths.pop(),
         context_width=_one(plain, "cross_attention_dim", 1280, len(widths), where),
         linear_projection=bool(plain.get("use_linear_projection", False)),
-        dropout=float(plain.get("dropout", 0.0)),
+        dropout=_real(plain, "dropout", 0.0, where),
     )
 
 
@@ -103,7 +100,7 @@ def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
     _refuse_others(plain, AUTOENCODER_FIXED, where)
     widths = _numbers(plain, "block_out_channels", (64,), where)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if any(block != kind for block in plain.get(name, ())):
+        if any(block != kind for block in _words(plain, name, (kind,))):
             raise UserError(f"{where}: {name} has blocks that are not {kind}, which alone are read")
     return AutoencoderConfig(
         in_channels=_number(plain, "in_channels", 3, where),
@@ -112,14 +109,14 @@ def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
         blocks=_number(plain, "layers_per_block", 1, where),
         middle_attention=bool(plain.get("mid_block_add_attention", True)),
         latent_channels=_number(plain, "latent_channels", 4, where),
-        shift=(float(_get(plain, "shift_factor", None) or 0.0),),
-        scale=(float(plain.get("scaling_factor", 0.18215)),),
+        shift=(_real(plain, "shift_factor", 0.0, where),),
+        scale=(_real(plain, "scaling_factor", 0.18215, where),),
     )
 
 
-def norm_groups(plain: Plain) -> int:
+def norm_groups(plain: Plain, where: str) -> int:
     """The groups of an autoencoder's norms, which our networks derive from their widths."""
-    return int(plain.get("norm_num_groups", 32))
+    return _number(plain, "norm_num_groups", 32, where)
 
 
 def read_text(plain: Plain, padding: str, where: str) -> TextConfig:
@@ -146,7 +143,7 @@ def read_text(plain: Plain, padding: str, where: str) -> TextConfig:
 def read_scheduler(plain: Plain, where: str) -> tuple[ScheduleConfig, str]:
     """scheduler/scheduler_config.json -> the schedule and the parameterization; raises UserError for another law."""
     _refuse_others(plain, {"trained_betas": None}, where)
-    prediction, betas = plain.get("prediction_type", "epsilon"), plain.get("beta_schedule", "linear")
+    prediction, betas = str(plain.get("prediction_type", "epsilon")), str(plain.get("beta_schedule", "linear"))
     if prediction not in PREDICTIONS or betas not in BETAS:
         raise UserError(
             f"{where}: prediction_type '{prediction}' with beta_schedule '{betas}' is not read; "
@@ -155,8 +152,8 @@ def read_scheduler(plain: Plain, where: str) -> tuple[ScheduleConfig, str]:
     schedule = ScheduleConfig(
         kind=BETAS[betas],
         steps=_number(plain, "num_train_timesteps", 1000, where),
-        beta_start=float(plain.get("beta_start", 0.0001)),
-        beta_end=float(plain.get("beta_end", 0.02)),
+        beta_start=_real(plain, "beta_start", 0.0001, where),
+        beta_end=_real(plain, "beta_end", 0.02, where),
         zero_terminal_snr=bool(plain.get("rescale_betas_zero_snr", False)),
     )
     return schedule, PREDICTIONS[prediction]
@@ -276,9 +273,22 @@ def _number(plain: Plain, name: str, default: int, where: str) -> int:
     return value
 
 
+def _real(plain: Plain, name: str, default: float, where: str) -> float:
+    value = _get(plain, name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
+        raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a number")
+    return float(value)
+
+
+def _words(plain: Plain, name: str, default: Sequence[str]) -> tuple[str, ...]:
+    """A list of words; anything else becomes words that no network has."""
+    value = plain.get(name, default)
+    return tuple(str(item)[:60] for item in value) if isinstance(value, list | tuple) else (str(value)[:60],)
+
+
 def _numbers(plain: Plain, name: str, default: tuple[int, ...], where: str) -> tuple[int, ...]:
     value = plain.get(name, default)
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(item, int) for item in value):
+    if not isinstance(value, list | tuple) or not value or not all(type(item) is int for item in value):
         raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a list of whole numbers")
     return tuple(value)
 
@@ -286,7 +296,7 @@ def _numbers(plain: Plain, name: str, default: tuple[int, ...], where: str) -> t
 def _spread(value: Any, levels: int, name: str, where: str) -> tuple[int, ...]:
     """One number for all levels, or a list of one for each."""
     found = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
-    if len(found) != levels or not all(isinstance(item, int) and item > 0 for item in found):
+    if len(found) != levels or not all(type(item) is int and item > 0 for item in found):
         raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a whole number, or one for each level")
     return found
 

@@ -72,8 +72,7 @@ def open_original(path: Path, tensors: Tensors, weights: str = "auto") -> Checkp
     prefix = original.AUTOENCODER if f"{original.AUTOENCODER}encoder.conv_in.weight" in shapes else ""
     if f"{prefix}encoder.conv_in.weight" in shapes:
         autoencoder = config.autoencoder if config else original.autoencoder_config(_within(shapes, prefix))
-        assert autoencoder is not None
-        add("autoencoder", prefix, partial(original.autoencoder_names, config=autoencoder, prefix=prefix))
+        add("autoencoder", prefix, partial(_autoencoder_names, config=autoencoder, prefix=prefix))
     prefix = original.text_prefix(shapes)
     if prefix:
         text = config.text if config else original.text_config(_within(shapes, prefix), prefix)
@@ -94,6 +93,10 @@ def open_original(path: Path, tensors: Tensors, weights: str = "auto") -> Checkp
 def _unet_names(keys: Iterable[str], config: Any, ema: bool) -> Names:
     names = original.unet_names(keys, config)
     return original.ema_names(names) if ema else names
+
+
+def _autoencoder_names(keys: Iterable[str], config: Any, prefix: str) -> Names:
+    return original.autoencoder_names(keys, config, prefix)
 
 
 def _within(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
@@ -176,7 +179,7 @@ def _read_yaml(config: ModelConfig, path: Path) -> tuple[ModelConfig, set[str]]:
             scale = (float(model["scale_factor"]),)
             config = replace(config, autoencoder=replace(config.autoencoder, scale=scale))
             told.add("autoencoder.scale")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} has a setting that is not read here ({error}); correct or remove the file") from error
     target = str(stage.get("target", ""))
     if config.text is not None and target.endswith(("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder")):

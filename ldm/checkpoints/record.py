@@ -64,8 +64,8 @@ class Checkpoint:
 
     def part(self, name: str) -> Part:
         """Where a part is; raises UserError if it is not there."""
-        if name not in self.parts:
-            present = ", ".join(self.parts) or "nothing"
+        if name not in self.parts or getattr(self.config, name) is None:
+            present = ", ".join(part for part in self.parts if getattr(self.config, part) is not None) or "nothing"
             raise UserError(f"{self.path} has no {name} (it has: {present}); name a checkpoint that has one")
         return self.parts[name]
 

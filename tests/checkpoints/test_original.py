@@ -25,7 +25,7 @@ from ldm.checkpoints.reading import read_tensors
 from ldm.checkpoints.record import Checkpoint
 from ldm.checkpoints.state import Shape
 from ldm.conditioning.clip import TextTower
-from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig
+from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, to_dict
 from ldm.errors import UserError
 from ldm.model import CheckpointNotice
 
@@ -267,6 +267,14 @@ def test_a_round_trip_is_bit_identical(file: Path, states: dict[str, dict[str, T
     export.write(tmp_path / "b.safetensors", SMALL, {n: checkpoint.state(n) for n in native.PARTS}, "original")
     again, before = read_tensors(tmp_path / "b.safetensors"), read_tensors(file)
     assert same(again, before) and again.metadata == before.metadata
+
+
+def test_a_config_that_does_not_go_with_its_tensors(file: Path, tmp_path: Path):
+    for changes, words in (({"unet": None}, "has no unet"), ({"text": None}, "has no text")):
+        document = json.dumps(to_dict(SMALL) | changes)
+        save_file(load_file(file), tmp_path / "a.safetensors", {original_file.CONFIG: document})
+        with pytest.raises(UserError, match=words):
+            ldm.load(tmp_path / "a.safetensors", device="cpu")
 
 
 def bare(file: Path, change: Callable[[dict[str, Tensor]], Any] | None = None) -> dict[str, Tensor]:
