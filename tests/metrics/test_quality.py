@@ -64,3 +64,17 @@ def test_each_picture_has_its_own_figure():
     for measure in (psnr, ssim):
         alone = torch.cat([measure(a[i : i + 1], b[i : i + 1]) for i in range(3)])
         torch.testing.assert_close(measure(a, b), alone)
+
+
+def test_both_agree_with_scikit_image():
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    a = noise(3, 3, 40, 33, seed=1)
+    b = (0.8 * a + 0.3 * noise(3, 3, 40, 33, seed=2)).clamp(-1, 1)
+    for x, y, found_psnr, found_ssim in zip(a.double(), b.double(), psnr(a, b), ssim(a, b), strict=True):
+        pair = x.numpy(), y.numpy()
+        assert found_psnr.item() == pytest.approx(peak_signal_noise_ratio(*pair, data_range=2), abs=1e-5)
+        wang = structural_similarity(
+            *pair, data_range=2, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+        assert found_ssim.item() == pytest.approx(wang, abs=1e-6)

@@ -1,0 +1,94 @@
+"""Pictures from folders and shards: a set, whose figures cannot depend on the order of its files."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.transforms import square, to_tensor
+from ldm.errors import UserError
+from ldm.metrics.sources import of_files, open_source, read_captions, recaption
+
+from .pictures_maker import COLOURS, STYLES, toy_shard
+
+
+def paint(folder, names, captions=True, side=20):
+    """A folder of noise pictures, each with its own caption beside."""
+    folder.mkdir()
+    for seed, name in enumerate(names):
+        pixels = np.random.default_rng(seed).integers(0, 256, (side, side + 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        if captions:
+            (folder / f"{name}.txt").write_text(f" picture\n{seed} ")
+    return folder
+
+
+def test_the_names_of_files_do_not_matter(tmp_path):
+    one = open_source(str(paint(tmp_path / "a", "pqrs")), "--pictures")
+    other = open_source(str(paint(tmp_path / "b", "srqp")), "--pictures")
+    assert len(one) == 4 and one.digest == other.digest
+    assert [item.caption for item in one.items] == [item.caption for item in other.items]
+    first, second = one.images(0, 4, 8), other.images(0, 4, 8)
+    torch.testing.assert_close(torch.stack(first[1]), torch.stack(second[1]), atol=0, rtol=0)
+
+
+def test_a_changed_picture_is_another_set(tmp_path):
+    folder = paint(tmp_path / "a", "pq")
+    before = open_source(str(folder), "--pictures").digest
+    Image.new("RGB", (20, 24), "red").save(folder / "p.png")
+    assert open_source(str(folder), "--pictures").digest != before
+
+
+def test_pictures_are_prepared_as_in_training(tmp_path):
+    source = open_source(str(paint(tmp_path / "a", "p")), "--pictures")
+    _, (image,) = source.images(0, 1, 8)
+    with Image.open(tmp_path / "a" / "p.png") as picture:
+        torch.testing.assert_close(image, to_tensor(square(picture, 8)), atol=0, rtol=0)
+    assert source.items[0].caption == "picture 0" and source.captioned
+
+
+def test_what_does_not_decode_is_left_out(tmp_path):
+    folder = paint(tmp_path / "a", "pqr", captions=False)
+    (folder / "q.png").write_bytes(b"no picture")
+    source = open_source(str(folder), "--pictures")
+    rows, images = source.images(0, 9, 8)
+    assert len(rows) == len(images) == 2 and not source.captioned
+    assert {source.items[row].place.stem for row in rows} == {"p", "r"}
+
+
+def test_shards_with_fields(tmp_path):
+    shard = toy_shard(tmp_path / "toy.tar")
+    everything = open_source(shard, "--reference")
+    some = open_source(shard, "--reference", {"style": ["twemoji"]})
+    assert (len(everything), len(some)) == (9, 3)
+    assert {item.caption for item in some.items} == {f"a {name}, twemoji" for name in COLOURS}
+    assert some.protocol() == {"pictures": 3, "hash": some.digest, "where": {"style": ["twemoji"]}}
+    rows, images = everything.images(2, 5, 32)
+    assert rows == [2, 3, 4] and images[0].shape == (3, 32, 32)
+
+
+def test_captions_keep_their_own_order(tmp_path):
+    shard = toy_shard(tmp_path / "toy.tar")
+    assert read_captions(shard, {"style": [STYLES[0]]}) == tuple(f"a {name}, {STYLES[0]}" for name in COLOURS)
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    assert read_captions(str(tmp_path / "p.txt")) == ("one", "two")
+
+
+def test_captions_given_apart_go_to_the_pictures_by_name(tmp_path):
+    folder = paint(tmp_path / "a", "qp", captions=False)
+    source = recaption(open_source(str(folder), "--pictures"), ["first", "second"])
+    assert {item.place.stem: item.caption for item in source.items} == {"p": "first", "q": "second"}
+    with pytest.raises(UserError, match="1 captions for the 2 pictures"):
+        recaption(source, ["one"])
+
+
+def test_mistakes(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--reference: the folder .* has no pictures"):
+        open_source(str(tmp_path / "empty"), "--reference")
+    with pytest.raises(UserError, match="--reference: no file matches"):
+        open_source(str(tmp_path / "none"), "--reference")
+    with pytest.raises(UserError, match="give shards to choose by field"):
+        open_source(str(tmp_path / "empty"), "--reference", {"style": ["x"]})
+    with pytest.raises(UserError, match="no such file"):
+        of_files("x", [tmp_path / "none.png"], [""])
