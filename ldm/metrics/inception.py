@@ -11,6 +11,7 @@ import io
 import tempfile
 import urllib.request
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def build(content: bytes) -> torch.nn.Module:
         torch.save(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), packed)
         packed.seek(0)
         return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], packed)
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         raise UserError(f"the Inception weights cannot be read ({str(error).splitlines()[0]}); fetch them") from error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def open_clip_space(architecture: str, file: str, device: str = "cpu") -> Featur
     model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False, device=device)
     try:
         open_clip.load_checkpoint(model, file, weights_only=True)
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         raise UserError(f"{file} holds no weights of {architecture} ({str(error).splitlines()[0]})") from error
     model.eval().requires_grad_(False)
     tokenizer = open_clip.get_tokenizer(architecture)

@@ -97,8 +97,12 @@ def compare(paths: tuple[str, str], besides: Sequence[str] = ()) -> str:
     columns = [Path(path).stem[-18:] for path in paths]
     rows = [_numbers(document["figures"]) for document in (a, b)]
     names = {name: 0.0 for row in rows for name in row}
-    differences = {name: rows[1][name] - rows[0][name] for name in names if all(name in row for row in rows)}
+    differences = {name: rows[1][name] - rows[0][name] for name in names if _in_both(name, rows)}
     return tables([{**dict.fromkeys(names), **rows[0]}, rows[1], differences], [*columns, "difference"])  # type: ignore[dict-item]
+
+
+def _in_both(name: str, rows: Sequence[Mapping[str, float]]) -> bool:
+    return all(name in row for row in rows) and not name.endswith(" deviation")
 
 
 def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
