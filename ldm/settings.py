@@ -64,7 +64,7 @@ def from_dict(cls: type[T], plain: Any, where: str) -> T:
         made = OmegaConf.to_object(merged)
     except Exception as error:  # OmegaConf's own, and any other where containers of two kinds meet
         raise UserError(f"{where}: {_first_line(error)}") from error
-    return _tuples(made, tables)  # type: ignore[return-value]
+    return _tuples(made, tables, where)  # type: ignore[return-value]
 
 
 def _replace(plain: dict[Any, Any], key: Sequence[str], value: Any) -> None:
@@ -149,7 +149,7 @@ def _without_tables(plain: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return light, tables
 
 
-def _tuples(value: Any, tables: dict[str, Any]) -> Any:
+def _tuples(value: Any, tables: dict[str, Any], where: str) -> Any:
     """OmegaConf may give lists where the dataclass says tuple; put tuples back, and the tables, all the way down."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
@@ -157,9 +157,12 @@ def _tuples(value: Any, tables: dict[str, Any]) -> Any:
     for f in dataclasses.fields(value):
         item = getattr(value, f.name)
         if isinstance(item, list | tuple) and str(f.type).startswith("tuple"):
+            strangers = [entry for entry in item if not isinstance(entry, str | int | float)]
+            if strangers:  # OmegaConf takes [[1]] and [null] for a list of numbers
+                raise UserError(f"{where}: {f.name} is a list with {str(strangers[0])[:40]} in it")
             changes[f.name] = tables.get(f.name, tuple(item))
         elif dataclasses.is_dataclass(item):
-            changes[f.name] = _tuples(item, tables.get(f.name, {}))
+            changes[f.name] = _tuples(item, tables.get(f.name, {}), where)
     return dataclasses.replace(value, **changes)
 
 

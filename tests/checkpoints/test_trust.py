@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -17,10 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import ldm
 from ldm import errors
 from ldm.checkpoints import native
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.reading import read_tensors
 from ldm.config import DiffusionTraining, load
 from ldm.errors import UserError
@@ -421,6 +426,8 @@ def test_each_ends_in_a_sentence(
     sentence = str(error.value)
     assert said in sentence and str(path) in sentence
     assert sentence.isprintable() and len(sentence) < 600
+    with pytest.raises(UserError):
+        open_checkpoint(path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -466,6 +473,59 @@ def test_hostile_yaml(name: str, tmp_path: Path, request: pytest.FixtureRequest)
         load(DiffusionTraining, path)
     assert said in str(error.value) and str(path) in str(error.value)
     assert str(error.value).isprintable() and len(str(error.value)) < 600
+
+
+PIECES = (
+    *("loop: {steps: 3}", "data: 3", "data: null", "data: {where: {1: a}}", "model: {multipliers: {0: 1}}"),
+    *("sample: {prompts: {0: x}}", "1: 2", "null: 1", "${x}", "???", "1e999", "0x" + "f" * 5000),
+    *("&a ", "*a", "<<: ", "!!set ", "!!float ", "!!binary a", "!!python/name:os.system "),
+    *("{", "}", "[", "]", ":", "- ", "? ", "\n", "  ", "'", '"', "#", "|", "%", "---"),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(words=st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=8))
+def test_any_yaml_is_settings_or_a_sentence(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes("".join(words).encode("utf-8", "surrogatepass"))
+    try:
+        load(DiffusionTraining, path)
+    except UserError as error:
+        assert str(error).isprintable() and len(str(error)) < 1000
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUES = st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_model_json_is_a_model_or_a_sentence(
+    data: st.DataObject, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One field of the settings is anything: the model loads, or UserError."""
+    plain = json.loads((tiny_checkpoint / "model.json").read_text())
+    part = data.draw(st.sampled_from(["autoencoder", "text", "unet", "schedule"]))
+    field = data.draw(st.sampled_from(sorted(plain[part])))
+    likely = st.sampled_from([[None], [[1]], 0, -1, 1, 3, 10**6, 2**40, 0.5, [], [0], [1, 2, 3], [-1], "", "v", True])
+    value = data.draw(likely | VALUES)
+    path = tmp_path_factory.getbasetemp() / "any"
+    if not path.exists():
+        shutil.copytree(tiny_checkpoint, path)
+    (path / "model.json").write_text(json.dumps({**plain, part: {**plain[part], field: value}}))
+    try:
+        ldm.load(path, device="cpu")
+    except UserError as error:
+        assert str(error).isprintable()
+
+
+def test_weights_of_another_kind_of_number(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    state = load_file(tmp_path / "model" / "unet.safetensors")
+    state["conv_in.weight"] = state["conv_in.weight"].long()
+    save_file(state, tmp_path / "model" / "unet.safetensors")
+    with pytest.raises(UserError, match=r"conv_in\.weight"):
+        ldm.load(tmp_path / "model", device="cpu")
 
 
 def test_models_too_large_for_any_machine(tiny_checkpoint: Path, tmp_path: Path) -> None:
