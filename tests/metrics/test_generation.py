@@ -1,0 +1,201 @@
+"""Evaluation of generated pictures as a user runs it: a model, a folder, a sweep, two results; one process or two."""
+
+import csv
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ldm.metrics.features as features
+from ldm.errors import UserError
+from ldm.jobs import Settings
+from ldm.metrics.features import FeatureSpace
+from ldm.metrics.sweep import cells, parse_axes
+
+from .pictures_maker import toy_shard
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--subset", 4, "--subsets", 3, "--neighbours", 2, "--ball", 2)
+
+
+def toy_space(name: str, device: str = "cpu") -> FeatureSpace:
+    """Means over quarters of the picture: 12 numbers."""
+
+    def network(image):
+        return torch.nn.functional.adaptive_avg_pool2d(image, 2).flatten(1)
+
+    return FeatureSpace(name, 12, network, hash="0")
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys, tmp_path):
+    """Run `evaluate.py` with a space that takes no time; (exit code, what it printed, what it complained of)."""
+    monkeypatch.setattr(features, "make_space", toy_space)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        given = [*words, *(("--cache", tmp_path / "cache") if "generation" in words else ())]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, given)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def words(tiny_checkpoint, tmp_path):
+    """A model, and nine real pictures with their captions."""
+    shard = toy_shard(tmp_path / "toy.tar")
+    drawn = ("--model", tiny_checkpoint, "--captions", shard, "--steps", 2, "--cfg", 2, "--batch-size", 4)
+    return (*drawn, "--reference", shard, *SMALL, "--space", "toy")
+
+
+def test_a_model_is_measured_and_said_how(evaluate, words, tmp_path):
+    with_frechet = (*words, "--count", 14, "--allow-few", "--held-out", tmp_path / "toy.tar", "--seed", 3)
+    code, out, _ = evaluate("generation", *with_frechet, "--out", tmp_path / "a")
+    assert code == 0
+    made = json.loads((tmp_path / "a" / "figures.json").read_text())
+    assert {"FD[toy]", "KD[toy]", "recall[toy]", "coverage[toy] held-out"} <= made["figures"].keys()
+    assert "14 pictures against 9 real ones and 9 held out, 32 px" in out and "KD[toy]" in out
+    told = made["protocol"]
+    assert (told["pictures"], told["size"], told["drawing"]["first_seed"]) == (14, 32, 3)
+    assert told["drawing"]["sampler"] == "ddim" and told["drawing"]["precision"] == "fp32"
+    assert told["reference"]["hash"] == told["held_out"]["hash"] and len(told["reference"]["hash"]) == 64
+    assert len(made["subject"]["hash"]) == 64 and made["cost"]["evaluations"] == 4
+
+    # The pictures that were drawn, measured as a folder, have the same figures.
+    code, _, _ = evaluate(
+        "generation", "--pictures", tmp_path / "a" / "pictures", "--size", 32, "--reference", tmp_path / "toy.tar",
+        *SMALL, "--space", "toy", "--allow-few", "--output", tmp_path / "b.json",
+    )  # fmt: skip
+    assert code == 0
+    again = json.loads((tmp_path / "b.json").read_text())
+    for name, value in again["figures"].items():
+        assert value == pytest.approx(made["figures"][name], rel=1e-9, abs=1e-12)
+    assert again["subject"]["pictures"] == made["subject"]["pictures"]
+
+    code, _, err = evaluate("--compare", tmp_path / "a" / "figures.json", tmp_path / "b.json")
+    assert code == 1 and "do not compare" in err and "drawing" in err and err.count("\n") == 1
+    code, out, _ = evaluate(
+        "--compare", tmp_path / "a" / "figures.json", tmp_path / "b.json", "--besides", "drawing,held_out"
+    )
+    assert code == 0 and "difference" in out
+
+
+def test_a_sweep_draws_its_curves(evaluate, words, tmp_path):
+    code, out, _ = evaluate(
+        "generation",
+        *words,
+        "--out",
+        tmp_path / "s",
+        "--figures",
+        "kernel,neighbours",
+        "--sweep",
+        "cfg=1,2",
+        "steps=1,3",
+    )
+    assert code == 0 and "sweep.png" in out
+    with open(tmp_path / "s" / "sweep.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["cfg"], row["steps"], row["evaluations"]) for row in rows] == [
+        ("1", "1", "1"), ("1", "3", "3"), ("2", "1", "2"), ("2", "3", "6"),
+    ]  # fmt: skip
+    assert all(float(row["precision[toy]"]) <= 1 and row["KD[toy]"] for row in rows)
+    assert (tmp_path / "s" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "s" / "cfg2-steps3.json").exists()
+
+
+def test_axes():
+    axes = parse_axes(["cfg=1,2.5", "eta=0", "sampler=ddim,euler"])
+    assert axes == {"cfg": [1.0, 2.5], "eta": [0.0], "sampler": ["ddim", "euler"]}
+    names = [name for name, _, _ in cells(parse_axes(["cfg=1,2.5", "steps=3"]), Settings(sampler="ddim"))]
+    assert names == ["cfg1-steps3", "cfg2.5-steps3"]
+    for wrong in ("cfg", "cfg=", "prompt=a", "steps=1.5"):
+        with pytest.raises(UserError, match="--sweep"):
+            parse_axes([wrong])
+    with pytest.raises(UserError, match="steps"):
+        cells({"steps": [0]}, Settings())
+
+
+def test_mistakes_end_in_one_sentence(evaluate, words, tmp_path):
+    for given, complaint in (
+        (words, "a folder --out"),
+        ((*words, "--out", tmp_path / "x", "--count", 9), "--allow-few"),
+        ((*words, "--out", tmp_path / "x", "--figures", "fid"), "there are no figures 'fid'"),
+        ((*words, "--pictures", tmp_path), "--size 64"),
+        ((*words, "--out", tmp_path / "x", "--sweep", "steps=0"), "0 steps"),
+        (("--reference", tmp_path / "toy.tar", "--pictures", tmp_path / "none", "--size", 8), "no file matches"),
+    ):
+        code, _, err = evaluate("generation", *given)
+        assert code == 1 and err.startswith("error: ") and complaint in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_figures(tiny_checkpoint, tmp_path):
+    """By accelerate-launch: the same pictures, byte for byte, and the same figures."""
+    shard = toy_shard(tmp_path / "toy.tar")
+    made = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launch = ["--num_processes", str(processes), *(["--multi_gpu"] if processes > 1 else [])]
+        told = ["generation", "--model", tiny_checkpoint, "--captions", shard, "--steps", 2, "--batch-size", 2]
+        told += ["--count", 9, "--reference", shard, *SMALL, "--figures", "kernel,neighbours", "--out", out]
+        told += ["--device", "cpu", "--cache", tmp_path / f"cache{processes}"]
+        command = ["accelerate-launch", "--quiet", *launch, str(ROOT / "scripts" / "evaluate.py"), *map(str, told)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("9 pictures against 9 real ones") == 1
+        pictures = {path.name: path.read_bytes() for path in (out / "pictures").rglob("*.png")}
+        made.append((pictures, json.loads((out / "figures.json").read_text())["figures"]))
+    assert made[0][0] == made[1][0] and len(made[0][0]) == 9
+    assert made[1][1] == pytest.approx(made[0][1], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_fifty_thousand_pictures_in_two_gibibytes(tmp_path):
+    """Features of Inception's width on both sides, in a process of its own, whose peak is looked at.
+
+    Neighbours are searched in few dimensions, which takes the same table of pairs and minutes less.
+    """
+    done = subprocess.run([sys.executable, "-c", MANY, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 2.0, done.stdout
+
+
+MANY = """
+import resource, sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ldm.metrics.distances import density_coverage, precision_recall
+from ldm.metrics.extraction import Features
+from ldm.metrics.features import FeatureSpace
+from ldm.metrics.figures import Measures, between
+
+folder, sides = Path(sys.argv[1]), []
+space = FeatureSpace("inception", 2048, None)
+for side in range(2):
+    paths = []
+    for piece in range(98):
+        rows = 512 if piece < 97 else 336
+        paths.append(folder / f"{side}-{piece}.safetensors")
+        made = torch.randn(rows, 2048, generator=torch.Generator().manual_seed(1000 * side + piece))
+        save_file({"features": made}, paths[-1])
+    sides.append(Features(space, tuple(paths), tuple(range(50000))))
+print(between(*sides, Measures(("frechet", "kernel"), subsets=2)))
+wide = [side.all() for side in sides]
+narrow = [features[:, :8].contiguous() for features in wide]
+print(precision_recall(*narrow), density_coverage(*narrow))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
