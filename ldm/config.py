@@ -116,16 +116,23 @@ class ModelConfig:
 class DataConfig:
     """Shards and how a picture is prepared."""
 
-    shards: str = ""  # globs and braces, several separated by commas or white space
+    shards: str = ""  # files, URLs, commands (ldm/data/sources.py); several separated by commas or white space
+    mixture: dict[str, float] = field(default_factory=dict)  # in place of `shards`: shards -> share of the samples
     validation: str = ""  # shards of held-out samples; empty: none
     size: int = 64  # pixels; the shorter side is resized to it, then a square is cropped
     crop: str = "center"  # center, random
     flip: bool = False  # mirror half of the pictures
+    buckets: int = 0  # > 0: pictures keep their shape; sides are multiples of it, about size x size pixels in all
+    bucket_aspect: float = 2.0  # longer side / shorter side of a bucket, at most
     where: dict[str, list[str]] = field(default_factory=dict)  # keep samples whose json field is one of these
     caption: str = "txt"  # txt, or variants: one of json["captions"], drawn anew each epoch
     streams: int = 8  # virtual streams; global batch % streams == 0, streams % (processes * workers) == 0
     shuffle: int = 1000  # samples in the shuffle buffers of all streams together; 0 keeps the order
     workers: int = 1  # reader processes for each training process; 0 reads in the training process
+    bad_limit: float = 0.1  # share of samples or shards that cannot be used, above which the run stops
+    allow_pipe: bool = False  # run the commands (pipe:...) that `shards` names
+    cache: str = ""  # folder for copies of remote shards; empty: ~/.cache/ldm/shards
+    cache_gb: float = 50.0  # 10^9 bytes that they take, at most
 
 
 # ---------------------------------------------------------------- how a run trains

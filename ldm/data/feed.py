@@ -8,6 +8,7 @@ A sample that turns out to be unusable when it is decoded is counted by reason, 
 of the same epoch (streams.Order.substitutes). The places of all others stay what they were. Hence every process takes
 the same steps, a position in the order is the whole state, and resuming needs no record of what was bad. Samples
 that the index shows to be unusable, and those that `where` leaves out, are not in the order in the first place.
+When more than `data.bad_limit` of the samples are unusable, the run stops with the reasons.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm.config import DataConfig
-from ldm.data.shards import BadSample, Record, ShardReader, ShardSet, Tally
-from ldm.data.streams import Order, keyed_rng
+from ldm.data.buckets import Buckets
+from ldm.data.plan import Group, Plan
+from ldm.data.shards import BadSample, Record, ShardReader, ShardSet, Tally, Unavailable, check_share
+from ldm.data.streams import keyed_rng
 from ldm.errors import UserError
 
 Item = TypeVar("Item")
@@ -40,6 +43,9 @@ class Fetched(Generic[Item]):
     key: str
     epoch: int
     item: Item
+
+
+ENOUGH = 10_000  # samples after which the share of bad ones is judged, or a process' part of an epoch if that is less
 
 
 class Collator(Protocol[Item, B_co]):
@@ -58,12 +64,15 @@ class Assembler(Collator[Item, B], Protocol[Item, B]):
     def join(self, parts: Sequence[B], /) -> B: ...
 
 
+_Bad = tuple[str, str, str]  # reason, key, shard
+
+
 @dataclass(frozen=True)
 class _Part(Generic[B]):
     """What a reader hands over: its share of a batch, or the sentence of the error that ended it."""
 
     batch: B | None
-    bad: list[tuple[str, str, str]]  # (reason, key, shard) since the last part
+    bad: list[_Bad]  # since the last part
     error: str = ""
 
 
@@ -82,13 +91,16 @@ class Feed(Generic[Item, B]):
         world: int,
         seed: int,
         assembler: Assembler[Item, B],
+        buckets: Buckets | None = None,
     ) -> None:
         _check(config, global_batch, world)
         self.data, self.config, self.global_batch, self.world, self.seed = data, config, global_batch, world, seed
         self.samples_per_epoch = len(data)
         self.drawn = 0  # samples of the global order handed out so far, over all processes
         self.tally = Tally()
+        self.buckets = buckets
         self._assembler = assembler
+        self._read = 0  # samples that this process has got
         own = config.streams // world
         self._streams = range(rank * own, (rank + 1) * own)
 
@@ -119,21 +131,34 @@ class Feed(Generic[Item, B]):
         self.drawn = int(state["samples"])
 
     def describe(self) -> str:
-        """One line for the plan that a run prints before its first step."""
-        left_out = sum(self.data.left_out.values())
-        notes = f" ({self.data.filtered} filtered out, {left_out} unusable)" if self.data.filtered or left_out else ""
-        return (
-            f"{len(self.data.shards)} shards, {self.samples_per_epoch} samples{notes}, "
+        """The plan that a run prints before its first step: one line, and one for a mixture and for buckets each."""
+        data, left_out = self.data, sum(self.data.left_out.values())
+        notes = {"filtered out": data.filtered, "unusable": left_out, "shards in quarantine": len(data.quarantine)}
+        said = ", ".join(f"{count} {what}" for what, count in notes.items() if count)
+        lines = [
+            f"{len(data.shards)} shards, {self.samples_per_epoch} samples{f' ({said})' if said else ''}, "
             f"{self.config.streams} streams, shuffle {self.config.shuffle}, {self.world} processes x "
             f"{self.config.workers} workers, {self.samples_per_epoch / self.global_batch:.1f} global batches an epoch"
-        )
+        ]
+        if data.mixture:
+            counts = [sum(data.counts[part.shards.start : part.shards.stop]) for part in data.mixture]
+            shares = zip(self.config.mixture, data.mixture, counts, strict=True)
+            lines.append("mixture " + ", ".join(f"{part.share:.1%} of {n} ({name})" for name, part, n in shares))
+        if self.buckets:
+            lines.append("buckets " + self.buckets.describe())
+        return "\n            ".join(lines)
 
     def _order_name(self) -> dict[str, Any]:
-        return {
+        name: dict[str, Any] = {
             "shards": self.data.fingerprint,
             "streams": self.config.streams,
             "shuffle": self.config.shuffle,
         }
+        if self.data.mixture:
+            name["mixture"] = [[part.share, len(part.shards)] for part in self.data.mixture]
+        if self.buckets:  # a batch of another size is of other rows
+            name |= {"buckets": [list(size) for size in self.buckets.sizes], "global batch": self.global_batch}
+        return name
 
     def _parts(self) -> Iterator[B]:
         readers = _Readers(self)
@@ -156,6 +181,11 @@ class Feed(Generic[Item, B]):
     def _opened(self, part: _Part[B]) -> B:
         for fault in part.bad:
             self.tally.note(*fault)
+        self._read += self.global_batch // self.world // max(1, self.config.workers)
+        if part.bad:
+            check_share(
+                self.tally, max(self._read, min(self.samples_per_epoch // self.world, ENOUGH)), self.config.bad_limit
+            )
         if part.batch is None:
             raise UserError(part.error)
         return part.batch
@@ -166,10 +196,12 @@ class _Readers(IterableDataset, Generic[Item, B]):
 
     def __init__(self, feed: Feed[Item, B]) -> None:
         self._data, self._assembler, self._seed = feed.data, feed._assembler, feed.seed
-        self._streams, self._start = feed._streams, feed.drawn // feed.config.streams
-        self._each = feed.global_batch // feed.config.streams
-        buffer = -(-feed.config.shuffle // feed.config.streams)
-        self._order = Order(feed.data.counts, feed.config.streams, buffer, feed.seed)
+        config = feed.config
+        self._streams, self._start = feed._streams, feed.drawn // config.streams
+        self._rows = feed.global_batch // config.streams
+        buffer = -(-config.shuffle // config.streams)
+        own = len(feed._streams) // max(1, config.workers)
+        self._plan = Plan(feed.data, feed.buckets, config.streams, self._rows, buffer, feed.seed, own)
         self._unusable: set[int] = set()
 
     def __iter__(self) -> Iterator[_Part[B]]:
@@ -177,38 +209,35 @@ class _Readers(IterableDataset, Generic[Item, B]):
         share = len(self._streams) // (worker.num_workers if worker else 1)
         streams = self._streams[worker.id * share :][:share] if worker else self._streams
         reader = SampleReader(self._data, self._assembler.decode)
-        for first in count(self._start, self._each):
-            bad: list[tuple[str, str, str]] = []
+        for first in count(self._start, self._rows):
+            bad: list[_Bad] = []
+            rows = [self._plan.row(row) for row in range(first, first + self._rows)]
             try:
-                samples = [
-                    self._fetch(reader, stream + step * self._order.streams, bad)
-                    for stream in streams
-                    for step in range(first, first + self._each)
-                ]
+                samples = [self._fetch(reader, group, row, stream, bad) for stream in streams for group, row in rows]
             except UserError as error:
                 yield _Part(None, bad, str(error))
                 return
             yield _Part(self._assembler.collate(samples), bad)
 
-    def _fetch(self, reader: SampleReader[Item], position: int, bad: list[tuple[str, str, str]]) -> Fetched[Item]:
-        """The sample of a position, or the first usable one of its substitutes."""
-        epoch, lane, row = self._order.place(position)
-        sample: int = self._order.lane(epoch, lane)[row]
-        substitutes = self._order.substitutes(epoch, lane, row)
+    def _fetch(self, reader: SampleReader[Item], group: Group, row: int, stream: int, bad: list[_Bad]) -> Fetched[Item]:
+        """The sample of a stream in a row of a group, or the first usable one of its substitutes."""
+        order = group.order
+        epoch, lane, at = order.place(row * order.streams + stream)
+        sample: int = group.ids[order.lane(epoch, lane)[at]]
+        substitutes = order.substitutes(epoch, lane, at)
         while True:
             if sample not in self._unusable:
                 try:
-                    return reader.fetch(sample, epoch, self._seed)
+                    return reader.fetch(sample, epoch, self._seed, group.bucket)
                 except BadSample as error:
-                    self._unusable.add(sample)
+                    if not isinstance(error, Unavailable):
+                        self._unusable.add(sample)
                     bad.append((str(error), *reader.name(sample)))
             try:
-                sample = next(substitutes)
+                sample = group.ids[next(substitutes)]
             except StopIteration:
                 reasons = ", ".join(sorted({reason for reason, _, _ in bad})) or "see the warnings above"
-                raise UserError(
-                    f"none of the {self._order.total} samples of the shards can be used ({reasons})"
-                ) from None
+                raise UserError(f"none of the {order.total} samples of the shards can be used ({reasons})") from None
 
 
 class SampleReader(Generic[Item]):
@@ -216,28 +245,31 @@ class SampleReader(Generic[Item]):
 
     def __init__(self, data: ShardSet, decode: Callable[[Record, random.Random], Item]) -> None:
         self._data, self._decode = data, decode
-        self._reader = ShardReader(data.shards)
+        self._reader = ShardReader(data.shards, data.store)
 
-    def fetch(self, sample: int, epoch: int, seed: int) -> Fetched[Item]:
+    def fetch(self, sample: int, epoch: int, seed: int, bucket: tuple[int, int] | None = None) -> Fetched[Item]:
         """Read and decode; the randomness comes from (seed, key, epoch). Raises BadSample."""
-        record = self._reader.read(*self._data.locate(sample))
+        record = self._reader.read(*self._data.locate(sample), bucket)
         return Fetched(sample, record.key, epoch, self._decode(record, keyed_rng(seed, record.key, epoch)))
 
     def name(self, sample: int) -> tuple[str, str]:
         """(key, shard), for messages."""
         shard, number = self._data.locate(sample)
-        return self._data.shards[shard].keys[number], str(self._data.shards[shard].path)
+        return self._data.shards[shard].key(number), self._data.shards[shard].path
 
 
-def in_order(data: ShardSet, collator: Collator[Item, B], batch_size: int, start: int = 0) -> Iterator[B]:
-    """Every usable sample once, as it lies in the shards, from number `start` on; epoch and seed are 0.
+def in_order(
+    data: ShardSet, collator: Collator[Item, B], batch_size: int, start: int = 0, stop: int | None = None
+) -> Iterator[B]:
+    """Every usable sample once, as it lies in the shards, from number `start` to before `stop`; epoch and seed are 0.
 
-    The last batch may be smaller. Raises UserError if none of the samples can be used.
+    The last batch may be smaller. Raises UserError if none of the samples of the whole set can be used.
     """
     reader = SampleReader(data, collator.decode)
     tally = Tally()
     samples: list[Fetched[Item]] = []
-    for sample in range(start, len(data)):
+    stop = len(data) if stop is None else stop
+    for sample in range(start, stop):
         try:
             samples.append(reader.fetch(sample, epoch=0, seed=0))
         except BadSample as error:
@@ -247,7 +279,7 @@ def in_order(data: ShardSet, collator: Collator[Item, B], batch_size: int, start
             samples = []
     if samples:
         yield collator.collate(samples)
-    if start < len(data) and sum(tally.counts.values()) == len(data) - start:
+    if tally.total == len(data):
         raise UserError(f"none of the {len(data)} samples of the shards can be used ({tally})")
 
 

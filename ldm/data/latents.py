@@ -100,7 +100,7 @@ class _Sources:
 
     def decode(self, record: Record, rng: random.Random) -> tuple[Tensor, list[str], list[int], dict[str, Any]]:
         sample = samples.decode(record, "txt", rng)
-        image = transforms.prepare(sample.picture, self.size, "center", False, rng)
+        image = transforms.prepare(sample.picture, self.size, "center", False, rng).image
         given = samples.caption_variants(sample.meta)
         captions = list(dict.fromkeys([sample.caption, *given]))
         return image, captions, [captions.index(text) for text in given], sample.meta

@@ -11,21 +11,39 @@ from torch import Tensor
 
 from ldm.config import DataConfig
 from ldm.data import samples, transforms
+from ldm.data.buckets import assign, bucket_sizes
 from ldm.data.feed import Feed, Fetched, in_order
-from ldm.data.shards import Record, open_set
+from ldm.data.shards import Record, open_data, open_set
+from ldm.errors import UserError
 
-Decoded = tuple[Tensor, str]  # picture (3, H, W) float32 in [-1, 1], caption
+
+@dataclass(frozen=True)
+class Decoded:
+    """A sample's picture and caption, before it is in a batch; `size` and `crop` as in Batch."""
+
+    image: Tensor  # (3, H, W) float32 in [-1, 1]
+    caption: str
+    size: tuple[int, int]
+    crop: tuple[int, int]
+
+
 Decode = Callable[[Record, random.Random], Decoded]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`image` float32 (B, 3, H, W) in [-1, 1]; caption, key and epoch of each row."""
+    """`image` float32 (B, 3, H, W) in [-1, 1]; caption, key and epoch of each row.
+
+    `size` int64 (B, 2) is the height and width of the pictures as they lie in the shards, `crop` int64 (B, 2) the top
+    and left of what is seen of them, in pixels after the resize: what Podell et al. 2023 condition on.
+    """
 
     image: Tensor
     caption: list[str]
     key: list[str]
     epoch: list[int]
+    size: Tensor
+    crop: Tensor
 
     def __len__(self) -> int:
         return len(self.key)
@@ -33,16 +51,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class PictureDecode:
-    """Record -> (picture tensor, caption) by the settings of `config`; what `Loader` does unless told otherwise."""
+    """Record -> picture tensor and caption by the settings of `config`; what `Loader` does unless told otherwise."""
 
     config: DataConfig
 
     def __call__(self, record: Record, rng: random.Random) -> Decoded:
         sample = samples.decode(record, self.config.caption, rng)
-        return (
-            transforms.prepare(sample.picture, self.config.size, self.config.crop, self.config.flip, rng),
-            sample.caption,
-        )
+        size = record.bucket or self.config.size
+        made = transforms.prepare(sample.picture, size, self.config.crop, self.config.flip, rng)
+        return Decoded(made.image, sample.caption, made.size, made.crop)
 
 
 @dataclass(frozen=True)
@@ -53,10 +70,12 @@ class _Pictures:
 
     def collate(self, samples: Sequence[Fetched[Decoded]]) -> Batch:
         return Batch(
-            torch.stack([sample.item[0] for sample in samples]),
-            [sample.item[1] for sample in samples],
+            torch.stack([sample.item.image for sample in samples]),
+            [sample.item.caption for sample in samples],
             [sample.key for sample in samples],
             [sample.epoch for sample in samples],
+            torch.tensor([sample.item.size for sample in samples]),
+            torch.tensor([sample.item.crop for sample in samples]),
         )
 
     def join(self, parts: Sequence[Batch]) -> Batch:
@@ -67,15 +86,18 @@ class _Pictures:
             [text for part in parts for text in part.caption],
             [key for part in parts for key in part.key],
             [epoch for part in parts for epoch in part.epoch],
+            torch.cat([part.size for part in parts]),
+            torch.cat([part.crop for part in parts]),
         )
 
 
 class Loader(Feed[Decoded, Batch]):
     """Endless batches of `config.shards`, global_batch / world rows on each process.
 
-    `decode` turns a shard's record into (picture (3, H, W) in [-1, 1], caption), drawing what is random from the rng
-    it is given; it must pickle and raise BadSample for what it cannot use. Raises UserError for settings that cannot
-    work and when there is no sample to use.
+    `decode` turns a shard's record into a picture and a caption, drawing what is random from the rng it is given; it
+    must pickle, raise BadSample for what it cannot use, and heed `record.bucket`. With `config.buckets` a batch's
+    pictures are all of one bucket's height and width, the same on all processes. Raises UserError for settings that
+    cannot work and when there is no sample to use.
     """
 
     def __init__(
@@ -88,8 +110,11 @@ class Loader(Feed[Decoded, Batch]):
         decode: Decode | None = None,
     ) -> None:
         _check(config)
-        data = open_set(config.shards, "data.shards", samples.fault, config.where)
-        super().__init__(data, config, global_batch, rank, world, seed, _Pictures(decode or PictureDecode(config)))
+        data, buckets = open_data(config, samples.fault), None
+        if config.buckets:
+            data, buckets = assign(data, bucket_sizes(config.size, config.buckets, config.bucket_aspect), global_batch)
+        pictures = _Pictures(decode or PictureDecode(config))
+        super().__init__(data, config, global_batch, rank, world, seed, pictures, buckets)
 
 
 def validation_batches(config: DataConfig, batch_size: int, decode: Decode | None = None) -> Iterator[Batch]:
@@ -101,10 +126,14 @@ def validation_batches(config: DataConfig, batch_size: int, decode: Decode | Non
         return
     config = replace(config, crop="center", flip=False, caption="txt")
     _check(config)
-    data = open_set(config.validation, "data.validation", samples.fault, config.where)
+    data = open_set(config.validation, "data.validation", samples.fault, config.where, config)
     yield from in_order(data, _Pictures(decode or PictureDecode(config)), batch_size)
 
 
 def _check(config: DataConfig) -> None:
     transforms.check(config.size, config.crop)
     samples.check_caption(config.caption)
+    if config.buckets < 0 or not 0 <= config.bad_limit <= 1:
+        raise UserError(
+            f"data.buckets={config.buckets} must be at least 0 and data.bad_limit={config.bad_limit:g} from 0 to 1"
+        )

@@ -12,12 +12,18 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm.data.shards import BadSample, Members, Record
+from ldm.data.shards import BadSample, Members, Record, ShardReader
 from ldm.errors import UserError
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
 CAPTIONS = ("txt", "variants")
+FORMATS = ("WEBP", "PNG", "JPEG")
+HEAD = 2**16  # bytes in which a PNG's or JPEG's size is found, unless it has a large thumbnail before it
+ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 swap width and height
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MiB of RGB
+
+# Pillow has no one exception for damage: these are the ones its three decoders and EXIF parser raise.
+_DAMAGE = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -64,20 +70,43 @@ def decode_picture(content: bytes) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
+def picture_size(reader: ShardReader, shard: int, number: int) -> tuple[int, int]:
+    """Height and width of a sample's picture, upright, from its header. Raises BadSample.
+
+    Of a webp the whole is read, since its orientation stands at the end; of others the first 64 KiB as a rule.
+    """
+    members = reader.places(shard, number)
+    name = next(name for name in PICTURES if members.get(name, (0, 0))[1])
+    for size in (members[name][1],) if name == "webp" else (HEAD, members[name][1]):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(io.BytesIO(reader.head(shard, number, name, size)), formats=FORMATS) as picture:
+                    width, height = picture.size
+                    turned = picture.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        except Image.DecompressionBombError as error:
+            raise BadSample(f"the picture has more than {MAX_PIXELS} pixels") from error
+        except _DAMAGE:
+            continue
+        if min(width, height) < 1:
+            continue
+        return (width, height) if turned else (height, width)
+    raise BadSample("the picture does not decode")
+
+
 def open_picture(content: bytes) -> Image.Image:
     """Bytes -> upright picture in 8 bits, its alpha kept. Raises BadSample like `decode_picture`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of bombs, odd EXIF and palettes; what matters we refuse
-            picture = Image.open(io.BytesIO(content), formats=("WEBP", "PNG", "JPEG"))
+            picture = Image.open(io.BytesIO(content), formats=FORMATS)
             if picture.width * picture.height > MAX_PIXELS:
                 raise BadSample(f"the picture has more than {MAX_PIXELS} pixels")
             picture.load()
             picture = ImageOps.exif_transpose(picture)
     except Image.DecompressionBombError as error:
         raise BadSample(f"the picture has more than {MAX_PIXELS} pixels") from error
-    except (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError) as error:
-        # Pillow has no one exception for damage: these are the ones its three decoders and EXIF parser raise.
+    except _DAMAGE as error:
         raise BadSample("the picture does not decode") from error
     if picture.mode.startswith("I"):  # 16 bits: Pillow would clip them at 255
         picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))

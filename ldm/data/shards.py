@@ -1,4 +1,4 @@
-"""Shards: which tar files a configuration names, what each holds, and how one sample is read out of them.
+"""Shards: what those that a configuration names hold, and how one sample is read out of them.
 
 A shard is a plain tar in WebDataset's naming: members that share a name up to the last dot are one sample, the rest
 of the name says what the member is (`000017.webp`, `000017.txt`, `000017.json`). Members of a sample need not be
@@ -7,78 +7,71 @@ neighbours, and a name may hold dots (`photo.v1.2.webp` has the key `photo.v1.2`
 Each tar is indexed once, from its headers, and samples are then read by offset. We do not iterate tars as the
 webdataset library does, since order and resumption are ours: with an index, the order of samples is a function of
 (seed, position) alone (streams.py), a run resumes anywhere without reading what it skips, and what is incomplete is
-known before training begins. The library reads our shards all the same. Who adds remote stores replaces `index_shard`
-and `ShardReader`; nothing else opens a shard.
+known before training begins. The library reads our shards all the same.
+
+A shard that cannot be had is in quarantine: named, counted, and left out (when the run begins) or stood in for by
+others (later; it is tried again after a while).
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
 import os
-import re
-import tarfile
+import time
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import BinaryIO
 
-import braceexpand
+from ldm.config import DataConfig
+from ldm.data.cache import Store
+from ldm.data.fetch import Unreachable
+from ldm.data.index import Members, ShardIndex, index_file, index_shard
+from ldm.data.records import BadSample, Record, Tally, shown
+from ldm.data.sources import base_name, expand, expand_sources, is_file
+from ldm.data.tars import NotATar
+from ldm.errors import UserError
 
-from ldm.errors import UserError, explain_os_error
+__all__ = [
+    "BadSample",
+    "Members",
+    "Record",
+    "ShardIndex",
+    "ShardReader",
+    "ShardSet",
+    "Store",
+    "Tally",
+    "expand",
+    "index_shard",
+    "open_data",
+    "open_set",
+]
 
 logger = logging.getLogger(__name__)
 
 OPEN_FILES = 32  # shards a reader keeps open
+TRANSFERS = 8  # remote shards that are fetched at once when a set is opened
+QUARANTINE = 1800.0  # seconds until a shard that could not be had is tried again
+SAMPLE_LIMIT = 2**28  # bytes of a sample; each reader holds one at a time
+FEW = 100  # a share of bad samples is taken of as many at least: of three, one may be bad
+
+
+class Unavailable(BadSample):
+    """The sample's shard cannot be had at this time; it may be later."""
 
 
 @dataclass(frozen=True)
-class Record:
-    """One sample as it lies in its shard: `fields` maps a member's extension (lower case, no dot) to its bytes."""
+class Part:
+    """Neighbouring shards of a mixture, and the share of all samples that are drawn from them."""
 
-    key: str
-    shard: str
-    fields: Mapping[str, bytes]
-
-
-class BadSample(Exception):
-    """This sample cannot be used; the message is the reason, the same words for the same kind of fault."""
-
-
-class Tally:
-    """Counts the samples that could not be used, by reason; the first of each reason is logged with its key."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-
-    def note(self, reason: str, key: str, shard: str) -> None:
-        if reason not in self.counts:
-            logger.warning("leaving out samples: %s (the first is '%s' in %s)", reason, key, shard)
-        self.counts[reason] += 1
-
-    def __str__(self) -> str:
-        return ", ".join(f"{reason}: {count}" for reason, count in self.counts.most_common())
-
-
-Members = dict[str, tuple[int, int]]  # extension -> (offset of the first byte, size)
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """What a shard holds: `keys[i]` and `members[i]` describe sample i, in the order of the samples' first members."""
-
-    path: Path
-    keys: tuple[str, ...]
-    members: tuple[Members, ...]
-
-    def __len__(self) -> int:
-        return len(self.keys)
+    shards: range
+    share: float
 
 
 @dataclass(frozen=True)
@@ -88,11 +81,19 @@ class ShardSet:
     shards: tuple[ShardIndex, ...]
     left_out: Counter[str]  # samples that the index already shows to be unusable, by reason
     filtered: int  # samples that `where` leaves out
+    quarantine: Mapping[str, str] = field(default_factory=dict)  # shards that could not be had -> why
+    store: Store = field(default_factory=lambda: Store.of(DataConfig()))
+
+    mixture: tuple[Part, ...] = ()  # empty: it is none
 
     def __len__(self) -> int:
-        return sum(len(shard) for shard in self.shards)
+        return sum(self.counts)
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.mixture or (Part(range(len(self.shards)), 1.0),)
+
+    @cached_property
     def counts(self) -> list[int]:
         return [len(shard) for shard in self.shards]
 
@@ -106,111 +107,13 @@ class ShardSet:
         """The id of each shard's first sample (of an empty shard: of the next one's)."""
         return list(accumulate(self.counts[:-1], initial=0))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Names the samples and their order; the folder the shards lie in does not matter."""
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(json.dumps([shard.path.name, shard.keys]).encode())
+            digest.update(json.dumps([base_name(shard.path), shard.keys]).encode())
         return digest.hexdigest()
-
-
-def expand(patterns: str, what: str = "data.shards") -> list[Path]:
-    """The files that `patterns` names: globs and braces, several separated by commas or white space.
-
-    Commas inside braces belong to the brace; a path or glob with spaces may stand alone. Files keep the order of the
-    patterns, sorted within each glob, each file once. Raises UserError for an empty setting and for a pattern without
-    a match; `what` names the setting.
-    """
-    found: dict[Path, None] = {}
-    alone = _matching(patterns)
-    for pattern in [patterns] if alone else re.findall(r"(?:\{[^{}]*\}|[^\s,])+", patterns):
-        try:
-            names = [pattern] if alone else list(braceexpand.braceexpand(pattern, escape=False))
-        except ValueError as error:
-            raise UserError(
-                f"{what}: the braces of '{pattern}' do not match; write them like x-{{0..9}}.tar"
-            ) from error
-        for name in names:
-            matches = _matching(name)
-            if not matches:
-                raise UserError(f"{what}: no file matches '{name}'; check the path")
-            found.update((Path(match), None) for match in matches)
-    if not found:
-        raise UserError(f"{what} names no shards; set it to tar files, for example {what}='data/train-*.tar'")
-    return list(found)
-
-
-def _matching(pattern: str) -> list[str]:
-    pattern = os.path.expanduser(pattern)
-    if os.path.isfile(pattern):
-        return [pattern]
-    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-
-
-def index_shard(path: Path) -> ShardIndex:
-    """Read the headers of a tar, once for as long as the file stays as it is.
-
-    Of a torn tar, what is whole is kept and a warning names the shard. Raises UserError when the file cannot be read
-    or is no tar at all.
-    """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise explain_os_error(error, f"reading the shard {path}") from error
-    return _index(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _index(path: Path, size: int, modified: int) -> ShardIndex:
-    samples: OrderedDict[str, Members] = OrderedDict()
-    try:
-        with open(path, "rb") as file:
-            end = _read_members(file, size, samples)
-            file.seek(end)
-            torn = file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE)
-    except OSError as error:
-        raise explain_os_error(error, f"reading the shard {path}") from error
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is not a tar file ({error}); remove it from the shards or make it again") from error
-    if torn:
-        _drop_torn_sample(samples)
-        logger.warning(
-            "%s is torn at byte %d of %d: its %d whole samples are used, what followed is lost; make it again",
-            path, min(end, size), size, len(samples),
-        )  # fmt: skip
-    return ShardIndex(path, tuple(samples), tuple(samples.values()))
-
-
-def _read_members(file: BinaryIO, size: int, samples: OrderedDict[str, Members]) -> int:
-    """Fill `samples` and return the offset behind the last whole member, where a sound tar has a block of zeros."""
-    end, twice = 0, False
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while True:
-            try:
-                member = tar.next()
-            except tarfile.ReadError:  # the padding of the last member is cut off
-                return end
-            if member is None or member.offset_data + member.size > size:
-                return end
-            blocks = -(-member.size // tarfile.BLOCKSIZE)
-            end = member.offset_data + blocks * tarfile.BLOCKSIZE
-            if member.isfile():
-                key, _, extension = member.name.rpartition(".")
-                if key and not os.path.basename(member.name).startswith("."):
-                    sample = samples.setdefault(key, {})
-                    if extension.lower() in sample and not twice:
-                        twice = True
-                        logger.warning("%s has two members '%s'; the later of such is used", file.name, member.name)
-                    sample[extension.lower()] = (member.offset_data, member.size)
-
-
-def _drop_torn_sample(samples: OrderedDict[str, Members]) -> None:
-    """Forget the last sample of a torn shard unless it has all members of the first, to which it is compared."""
-    if samples:
-        first, last = next(iter(samples)), next(reversed(samples))
-        if first == last or not samples[last].keys() >= samples[first].keys():
-            del samples[last]
 
 
 def open_set(
@@ -218,41 +121,116 @@ def open_set(
     what: str,
     fault: Callable[[Members], str | None],
     where: Mapping[str, Sequence[str]] | None = None,
+    config: DataConfig | None = None,
 ) -> ShardSet:
     """Index the shards that `patterns` names and keep the samples that can be used.
 
     `fault` says from a sample's members alone why it cannot be used (None: it can). `where` keeps the samples whose
     json has, for every field named, one of the values (numbers and booleans in JSON's spelling; of a list, any
-    item). Raises UserError when nothing is left, with the reasons.
+    item). `config` says where copies of remote shards go and how much may be bad. Raises UserError when nothing is
+    left, or more is bad than may be, with the reasons.
     """
+    config = config or DataConfig()
+    store = Store.of(config)
+    sources = expand_sources(patterns, what, config.allow_pipe)
     tally, filtered, shards = Tally(), 0, []
-    for path in expand(patterns, what):
-        index = index_shard(path)
+    quarantine: dict[str, str] = {}
+    for source, index in zip(sources, _indices(store, sources), strict=True):
+        if isinstance(index, str):
+            quarantine[source] = index
+            logger.warning("shard in quarantine: %s (%s)", shown(source), index)
+            if len(quarantine) > config.bad_limit * len(sources):
+                named = "; ".join(f"{name}: {why}" for name, why in list(quarantine.items())[:3])
+                raise UserError(
+                    f"{len(quarantine)} of the {len(sources)} shards of {what} cannot be used, more than "
+                    f"data.bad_limit={config.bad_limit:g} ({named})"
+                )
+            continue
         kept: list[int] = []
-        reader = ShardReader([index])
-        for i, (key, members) in enumerate(zip(index.keys, index.members, strict=True)):
-            reason = fault(members)
-            if reason is not None:
-                tally.note(reason, key, str(path))
-            elif where and not _matches(reader.member(0, i, "json"), where):
-                filtered += 1
-            else:
-                kept.append(i)
-        reader.close()
-        keys, members = (tuple(column[i] for i in kept) for column in (index.keys, index.members))
-        shards.append(ShardIndex(path, keys, members))  # type: ignore[arg-type]
-    made = ShardSet(tuple(shards), tally.counts, filtered)
+        with ShardReader([index], store) as reader:
+            for i in range(len(index)):
+                members = index.places(i)
+                reason = fault(members) or _too_large(members)
+                if reason is not None:
+                    tally.note(reason, index.key(i), source)
+                elif where and not _matches(reader.member(0, i, "json"), where):
+                    filtered += 1
+                else:
+                    kept.append(i)
+        shards.append(index.keep(kept))
+    made = ShardSet(tuple(shards), tally.counts, filtered, quarantine, store)
     if len(made) == 0 and filtered:
         raise UserError(f"none of the {filtered} samples of {what} matches data.where={dict(where or {})}")
     if len(made) == 0:
         raise UserError(f"{what} ({patterns}) has no sample that can be used ({str(tally) or 'the shards are empty'})")
+    check_share(tally, len(made) + filtered + tally.total, config.bad_limit)
     return made
+
+
+def open_data(config: DataConfig, fault: Callable[[Members], str | None]) -> ShardSet:
+    """The shards that `config` trains on: `open_set` of its `shards`, or of each set of its `mixture`."""
+    if not config.mixture:
+        return open_set(config.shards, "data.shards", fault, config.where, config)
+    if config.shards:
+        raise UserError("data.shards and data.mixture are both set; keep one of them")
+    if not all(0 < share < float("inf") for share in config.mixture.values()):
+        raise UserError(f"the shares of data.mixture must be above 0, not {list(config.mixture.values())}")
+    whole = sum(config.mixture.values())
+    shards: list[ShardIndex] = []
+    left_out: Counter[str] = Counter()
+    filtered, quarantine, parts = 0, {}, []
+    for patterns, share in config.mixture.items():
+        found = open_set(patterns, "data.mixture", fault, config.where, config)
+        parts.append(Part(range(len(shards), len(shards) + len(found.shards)), share / whole))
+        shards += found.shards
+        left_out += found.left_out
+        filtered += found.filtered
+        quarantine |= found.quarantine
+    return ShardSet(tuple(shards), left_out, filtered, quarantine, Store.of(config), tuple(parts))
+
+
+def check_share(tally: Tally, of: int, limit: float) -> None:
+    """Raises UserError, with the reasons, when more than `limit` of so many samples could not be used."""
+    if tally.total > limit * max(of, FEW):
+        raise UserError(
+            f"{tally.total} of {of} samples cannot be used, more than data.bad_limit={limit:g} ({tally}); "
+            "tools/check_shards.py lists them"
+        )
+
+
+def _indices(store: Store, sources: Sequence[str]) -> Iterator[ShardIndex | str]:
+    """The index of each source, or why it has none; a few transfers are under way at once."""
+
+    def one(source: str) -> ShardIndex | str:
+        try:
+            if is_file(source):
+                return index_shard(store.path(source))
+            with store.open(source) as file:
+                return index_file(file.fileno(), source)
+        except (Unreachable, NotATar) as error:
+            if isinstance(error, NotATar):
+                store.path(source).unlink(missing_ok=True)  # perhaps it is one next time
+            return str(error)
+        except UserError as error:
+            if not is_file(source):
+                raise  # the cache's folder cannot be used
+            return str(error)
+
+    if all(map(is_file, sources)):
+        yield from map(one, sources)
+        return
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        yield from pool.map(one, sources)
+
+
+def _too_large(members: Members) -> str | None:
+    return "it is larger than 256 MiB" if sum(size for _, size in members.values()) > SAMPLE_LIMIT else None
 
 
 def _matches(content: bytes | None, where: Mapping[str, Sequence[str]]) -> bool:
     try:
         meta = json.loads(content or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(meta, dict) and all(_spelled(meta.get(name)) & set(values) for name, values in where.items())
 
@@ -265,20 +243,36 @@ def _spelled(value: object) -> set[str]:
 class ShardReader:
     """Reads samples by (shard, number). Each process makes its own: open files must not be shared across a fork."""
 
-    def __init__(self, shards: Sequence[ShardIndex]) -> None:
-        self._shards = shards
+    def __init__(self, shards: Sequence[ShardIndex], store: Store | None = None) -> None:
+        self._shards, self._store = shards, store or Store.of(DataConfig())
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._quarantine: dict[int, float] = {}  # shard -> when it may be tried again
 
-    def read(self, shard: int, number: int) -> Record:
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, shard: int, number: int, bucket: tuple[int, int] | None = None) -> Record:
         """All members of a sample. Raises BadSample when the shard has changed or vanished since it was indexed."""
         index = self._shards[shard]
-        fields = {extension: self._bytes(shard, *place) for extension, place in index.members[number].items()}
-        return Record(index.keys[number], str(index.path), fields)
+        fields = {name: self._bytes(shard, *place) for name, place in index.places(number).items()}
+        return Record(index.key(number), index.path, fields, bucket)
 
     def member(self, shard: int, number: int, extension: str) -> bytes | None:
         """One member of a sample, None where it has none."""
-        place = self._shards[shard].members[number].get(extension)
+        place = self._shards[shard].places(number).get(extension)
         return None if place is None else self._bytes(shard, *place)
+
+    def places(self, shard: int, number: int) -> Members:
+        """Where a sample's members lie."""
+        return self._shards[shard].places(number)
+
+    def head(self, shard: int, number: int, extension: str, size: int) -> bytes:
+        """The first `size` bytes of a member that the sample has, or all if there are less."""
+        offset, whole = self._shards[shard].places(number)[extension]
+        return self._bytes(shard, offset, min(whole, size))
 
     def close(self) -> None:
         while self._files:
@@ -286,17 +280,28 @@ class ShardReader:
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         try:
-            file = self._files.get(shard)
-            if file is None:
-                file = open(self._shards[shard].path, "rb", buffering=0)  # noqa: SIM115 - closed when it falls out
-                self._files[shard] = file
-                if len(self._files) > OPEN_FILES:
-                    self._files.popitem(last=False)[1].close()
-            self._files.move_to_end(shard)
-            file.seek(offset)
-            content = file.read(size)
+            content = os.pread(self._file(shard).fileno(), size, offset)
         except OSError as error:
-            raise BadSample(f"its shard cannot be read ({error.strerror})") from error
-        if content is None or len(content) != size:
+            raise Unavailable(f"its shard cannot be read ({error.strerror})") from error
+        if len(content) != size:
             raise BadSample("its shard was cut short after the run began")
         return content
+
+    def _file(self, shard: int) -> BinaryIO:
+        file = self._files.get(shard)
+        if file is not None:
+            self._files.move_to_end(shard)
+            return file
+        if time.monotonic() < self._quarantine.get(shard, 0.0):
+            raise Unavailable("its shard is in quarantine")
+        while len(self._files) >= OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
+        source = self._shards[shard].path
+        try:
+            file = self._store.open(source)
+        except Unreachable as error:
+            self._quarantine[shard] = time.monotonic() + QUARANTINE
+            logger.warning("shard in quarantine: %s (%s)", shown(source), error)
+            raise Unavailable("its shard is in quarantine") from error
+        self._files[shard] = file
+        return file

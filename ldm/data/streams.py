@@ -35,12 +35,16 @@ def keyed_rng(*key: object) -> random.Random:
 
 
 class Order:
-    """Positions -> sample ids. `counts` are the samples of each shard, `buffer` the size of a lane's buffer."""
+    """Positions -> sample ids. `counts` are the samples of each shard, `buffer` the size of a lane's buffer.
 
-    def __init__(self, counts: Sequence[int], streams: int, buffer: int, seed: int) -> None:
+    `lanes` of them, of 8 bytes for each sample, are kept at a time: a reader needs one for each stream that it owns.
+    """
+
+    def __init__(self, counts: Sequence[int], streams: int, buffer: int, seed: int, lanes: int | None = None) -> None:
         self.counts, self.streams, self.buffer, self.seed = list(counts), streams, buffer, seed
         self.total = sum(counts)
         self._firsts = [0, *accumulate(counts)]
+        self._kept = (lanes or streams) + 1
         self._lanes: OrderedDict[tuple[int, int], array[int]] = OrderedDict()
 
     def place(self, position: int) -> tuple[int, int, int]:
@@ -55,7 +59,7 @@ class Order:
         if known is None:
             known = self._shuffled(self._cut(epoch, lane), keyed_rng(self.seed, epoch, "lane", lane))
             self._lanes[epoch, lane] = known
-            if len(self._lanes) > self.streams + 1:
+            if len(self._lanes) > self._kept:
                 self._lanes.popitem(last=False)
         else:
             self._lanes.move_to_end((epoch, lane))

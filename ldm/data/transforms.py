@@ -1,8 +1,9 @@
-"""Picture -> float32 tensor in [-1, 1]: square crop, resize, flip. Random choices come from the caller's rng."""
+"""Picture -> float32 tensor in [-1, 1]: crop, resize, flip. Random choices come from the caller's rng."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,28 +15,57 @@ from ldm.errors import UserError
 CROPS = ("center", "random")
 
 
-def prepare(picture: Image.Image, size: int, crop: str, flip: bool, rng: random.Random) -> Tensor:
-    """RGB picture -> (3, size, size) float32 in [-1, 1].
+@dataclass(frozen=True)
+class Prepared:
+    """`image` float32 (3, H, W) in [-1, 1]; `size` height and width of the picture it was made of; `crop` top and left
+    of what is seen of it, in pixels after the resize (and the mirroring)."""
 
-    The largest square (in the middle, or at a random place along the longer side) is resized with an antialiased
-    bicubic filter; that is the shorter side resized to `size` and then cropped, without making the rest of an
-    extremely long picture. With `flip`, half of the pictures are mirrored. Two numbers are drawn whatever is asked.
+    image: Tensor
+    size: tuple[int, int]
+    crop: tuple[int, int]
+
+
+def prepare(picture: Image.Image, size: int | tuple[int, int], crop: str, flip: bool, rng: random.Random) -> Prepared:
+    """RGB picture -> one of `size` (height, width), or of size x size pixels.
+
+    The largest part of that shape (in the middle, or at a random place along the side that has too much) is resized
+    with an antialiased bicubic filter; that is the picture resized until it covers `size` and then cropped, without
+    making the rest of an extremely long one. With `flip`, half of the pictures are mirrored. Two numbers are drawn
+    whatever is asked.
     """
+    height, width = (size, size) if isinstance(size, int) else size
     place, mirror = rng.random(), rng.random()
-    picture = square(picture, size, place if crop == "random" else 0.5)
+    original = picture.height, picture.width
+    left, top, right, bottom = _part(picture.size, height, width, place if crop == "random" else 0.5)
+    scale = height / (bottom - top)
+    corner = [round(top * scale), round(left * scale)]
+    picture = _cut(picture, height, width, (left, top, right, bottom))
     if flip and mirror < 0.5:
         picture = ImageOps.mirror(picture)
-    return to_tensor(picture)
+        corner[1] = round((original[1] - right) * scale)
+    return Prepared(to_tensor(picture), original, (corner[0], corner[1]))
 
 
 def square(picture: Image.Image, size: int, place: float = 0.5) -> Image.Image:
     """The square of side min(width, height) at `place` in [0, 1] along the longer side, resized to `size` pixels."""
-    side = min(picture.size)
-    left = int((picture.width - side) * place)
-    top = int((picture.height - side) * place)
-    if picture.size == (size, size):
+    return _cut(picture, size, size, _part(picture.size, size, size, place))
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _part(picture: tuple[int, int], height: int, width: int, place: float) -> Box:
+    """The largest box of the shape height x width in a picture of this width and height."""
+    across = min(picture[0], picture[1] * width / height)
+    down = min(picture[1], picture[0] * height / width)
+    left, top = int((picture[0] - across) * place), int((picture[1] - down) * place)
+    return left, top, min(left + across, picture[0]), min(top + down, picture[1])
+
+
+def _cut(picture: Image.Image, height: int, width: int, box: Box) -> Image.Image:
+    if picture.size == (width, height):
         return picture
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

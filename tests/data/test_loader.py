@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.config import DataConfig
-from ldm.data.loader import Loader, validation_batches
+from ldm.data.loader import Decoded, Loader, validation_batches
 from ldm.errors import UserError
 
 from .shard_maker import sample, write_tar
@@ -91,7 +91,7 @@ def test_other_decoders_fit_in(tmp_path):
 
 
 def _blank(record, rng):
-    return torch.zeros(3, 1, 1), record.key.upper()
+    return Decoded(torch.zeros(3, 1, 1), record.key.upper(), (1, 1), (0, 0))
 
 
 def test_unknown_settings_are_named():

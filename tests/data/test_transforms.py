@@ -29,7 +29,7 @@ def test_the_range_is_minus_one_to_one_and_the_layout_channels_first():
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 8), (8, 300), (3, 5), (1, 60_000)])
 def test_any_shape_becomes_the_square(size):
-    tensor = prepare(ramp(*size), 8, "center", False, random.Random(0))
+    tensor = prepare(ramp(*size), 8, "center", False, random.Random(0)).image
     assert tensor.shape == (3, 8, 8) and tensor.min() >= -1 and tensor.max() <= 1
 
 
@@ -43,13 +43,13 @@ def test_the_crop_is_the_middle_or_anywhere_along_the_longer_side():
     center = np.asarray(square(picture, 50))
     assert abs(center[..., 0].mean() - 127.5) < 1 and center[..., 1].min() < 5 and center[..., 1].max() > 250
     assert np.asarray(square(picture, 50, 0.0))[..., 0].max() < 90
-    places = [prepare(picture, 4, "random", False, random.Random(seed))[0].mean().item() for seed in range(40)]
+    places = [prepare(picture, 4, "random", False, random.Random(seed)).image[0].mean().item() for seed in range(40)]
     assert min(places) < -0.5 and max(places) > 0.5
 
 
 def test_reducing_averages():
     stripes = Image.fromarray(np.tile(np.array([[0, 255]], np.uint8), (64, 32))).convert("RGB")
-    assert prepare(stripes, 8, "center", False, random.Random(0)).abs().max() < 0.05
+    assert prepare(stripes, 8, "center", False, random.Random(0)).image.abs().max() < 0.05
 
 
 def test_half_are_mirrored_and_the_crop_does_not_notice():
@@ -57,8 +57,8 @@ def test_half_are_mirrored_and_the_crop_does_not_notice():
     for crop in ("center", "random"):
         flips = 0
         for seed in range(100):
-            plain = prepare(picture, 8, crop, False, random.Random(seed))
-            maybe = prepare(picture, 8, crop, True, random.Random(seed))
+            plain = prepare(picture, 8, crop, False, random.Random(seed)).image
+            maybe = prepare(picture, 8, crop, True, random.Random(seed)).image
             assert torch.equal(maybe, plain) or torch.equal(maybe, plain.flip(-1))
             flips += not torch.equal(maybe, plain)
         assert 30 < flips < 70

@@ -1,0 +1,162 @@
+"""The local copies of remote shards: one folder for all processes of a machine, kept below a size.
+
+A copy is made under a lock, so that of several readers one transfers and the others wait. Who reads holds a shared
+lock on the open copy; when room is needed, the copies that were used longest ago and that nobody reads go first. If
+all are being read, the oldest goes all the same: its readers keep it until they close it, so the run goes on, and the
+disk holds that much more for a while.
+
+A copy is taken for what its source holds for as long as it is there: shards that change keep no name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ldm.config import DataConfig
+from ldm.data.fetch import Unreachable, fetch
+from ldm.data.records import shown
+from ldm.data.sources import base_name, is_file
+from ldm.errors import UserError, explain_os_error
+
+logger = logging.getLogger(__name__)
+
+LOCKS = 64  # files that serialise transfers; two sources that share one merely wait for each other
+STALE = 3600.0  # seconds after which a half-made copy belongs to nobody
+
+
+@dataclass(frozen=True)
+class Store:
+    """How sources are reached: files where they lie, everything else through copies in `folder`."""
+
+    folder: Path
+    limit: int  # bytes that the copies take, at most
+    allow_pipe: bool = False
+
+    @classmethod
+    def of(cls, config: DataConfig) -> Store:
+        """Raises UserError for a cache without room."""
+        if config.cache_gb <= 0:
+            raise UserError(f"data.cache_gb is {config.cache_gb:g}; remote shards need room for one at least")
+        return cls(Path(config.cache or _home()).expanduser(), int(config.cache_gb * 1e9), config.allow_pipe)
+
+    def path(self, source: str) -> Path:
+        """Where a source is, or its copy would be."""
+        if is_file(source):
+            return Path(source)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", base_name(source))[-60:]
+        return self.folder / f"{hashlib.sha256(source.encode()).hexdigest()[:24]}-{name}"
+
+    def open(self, source: str) -> BinaryIO:
+        """The source or a whole copy of it, for reading at any offset.
+
+        Raises Unreachable when a source cannot be had, OSError when a file cannot be opened, UserError when the cache
+        cannot be written.
+        """
+        path = self.path(source)
+        if is_file(source):
+            return open(path, "rb", buffering=0)
+        while True:
+            try:
+                file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+            except FileNotFoundError:
+                self._copy(source, path)
+                continue
+            _lock(file.fileno(), shared=True)
+            os.utime(file.fileno())
+            return file
+
+    def _copy(self, source: str, path: Path) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            number = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16) % LOCKS
+            with _locked(self.folder / f".lock-{number:02d}"):
+                if path.exists():
+                    return  # another process made it while this one waited
+                part = path.with_name(f".{path.name}.part")
+                try:
+                    fetch(source, part, lambda size: self._make_room(size, part))
+                    os.replace(part, path)
+                finally:
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            raise explain_os_error(error, f"copying a shard into {self.folder}") from error
+
+    def _make_room(self, size: int, part: Path) -> None:
+        if size > self.limit:
+            raise Unreachable(
+                f"its {size / 1e9:.3g} GB are more than the cache of {self.limit / 1e9:.3g} GB; raise data.cache_gb"
+            )
+        with _locked(self.folder / ".lock-room"):
+            copies, taken = [], 0
+            for path in self.folder.iterdir():
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue
+                half_made = path.name.endswith(".part")
+                if half_made and path != part and time.time() - status.st_mtime > STALE:
+                    path.unlink(missing_ok=True)
+                    continue
+                taken += status.st_size
+                if not half_made and not path.name.startswith("."):
+                    copies.append((status.st_mtime, status.st_size, path))
+            for only_idle in (True, False):
+                for entry in sorted(copies):
+                    if taken + size <= self.limit:
+                        return
+                    if not only_idle:
+                        _warn_once(self.folder)
+                    elif _is_read(entry[2]):
+                        continue
+                    entry[2].unlink(missing_ok=True)
+                    copies.remove(entry)
+                    taken -= entry[1]
+
+
+def _home() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.path.join(base, "ldm", "shards")
+
+
+_warned: set[Path] = set()
+
+
+def _warn_once(folder: Path) -> None:
+    if folder not in _warned:
+        _warned.add(folder)
+        logger.warning("%s is smaller than what is read from it at once; raise data.cache_gb", shown(str(folder)))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "ab") as file:
+        _lock(file.fileno())
+        yield
+
+
+def _lock(file: int, shared: bool = False) -> None:
+    import fcntl  # not on every system; who reads files alone needs it nowhere
+
+    fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+
+
+def _is_read(path: Path) -> bool:
+    import fcntl
+
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
