@@ -1,8 +1,9 @@
 """Coarse-to-fine mixing of two pictures in noisy latents (Ho et al. 2020, figures 8 and 9).
 
-Both pictures are noised to a level, mixed there, and brought back: z = (1 - w) z_a + w z_b. The higher the level, the
-less of the two is left and the more the model makes up: from a cross-fade to new pictures. The pictures' own noise is
-the same in each row, and that of the way back the same for all w.
+Both pictures are noised to a level, mixed there, and brought back. The higher the level, the less of the two is left
+and the more the model makes up: from a cross-fade to new pictures. Each picture has its own noise, the same in each
+row, and that of the way back is the same for all w. Where the paper mixes the noisy states, (1 - w) x_a + w x_b, the
+mixture has less noise than its level (0.71 of it at w = 1/2); here the mixed noise is brought back to its deviation.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ def mix(model: LatentDiffusion, pair: Tensor, prompt: str, steps: int, level: in
     shape = (latents.shape[1], latents.shape[2], latents.shape[3])
     sigmas = make_grid(model.schedule, steps, "trailing")[steps - level :]
     own = BrownianPath([seed, seed + 1], shape, model.device).initial()
-    noisy = latents + sigmas[0].item() * own
-    x = (1 - weights) * noisy[:1] + weights * noisy[1:]
+    mixed = (1 - weights) * latents[:1] + weights * latents[1:]
     if level == 0:
-        return model.codec.decode(x.float()).cpu()
+        return model.codec.decode(mixed.float()).cpu()
+    noise = ((1 - weights) * own[:1] + weights * own[1:]) / torch.hypot(1 - weights, weights)
+    x = mixed + float(sigmas[0]) * noise
     context = model.unet.project_context(generate.encode(model, [prompt] * WEIGHTS))
     denoiser = precondition(lambda x, t: model.unet(x, t, context), model.schedule, model.parameterization)
     for step in ddpm()(denoiser, x, sigmas, BrownianPath([seed + 2] * WEIGHTS, shape, model.device)):
