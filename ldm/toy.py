@@ -87,9 +87,12 @@ class ToyNetwork(nn.Module):
     """(x (B, 2, 1, 1), t (B,) or none) -> (B, out, 1, 1): three smooth layers on the point, and on waves of both.
 
     SiLU has the second derivatives that score matching takes of it. `t` is a schedule's time, about 0 to 1000. Weights
-    begin at He's scale and the last layer at 0: with torch's own smaller ones the plane's eight clusters take several
-    times as many steps.
+    begin at He's scale and the last layer at 0: from torch's own smaller ones the eight clusters are not learned in twice
+    the steps.
     """
+
+    of_point: Tensor
+    of_time: Tensor
 
     def __init__(self, out: int = 2, width: int = 64, seed: int = 0, waves: tuple[float, ...] = (1.5, 3.0)) -> None:
         """`waves`: frequencies of the point's; none for what shall stay smooth, as an energy that chains walk on."""
@@ -98,12 +101,13 @@ class ToyNetwork(nn.Module):
         self.register_buffer("of_time", math.pi / 1000 * 2.0 ** torch.arange(6), persistent=False)
         widths = [2 + 2 * 2 * len(self.of_point) + 2 * len(self.of_time), width, width, width]
         with torch.random.fork_rng(devices=[]):  # layers draw weights at birth, from the global numbers
-            self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+            hidden = [nn.Linear(a, b) for a, b in pairwise(widths)]
             self.out = nn.Linear(width, out)
         generator = torch.Generator("cpu").manual_seed(seed)
-        for layer in self.hidden:
+        for layer in hidden:
             nn.init.kaiming_normal_(layer.weight, generator=generator)
             nn.init.zeros_(layer.bias)
+        self.hidden = nn.ModuleList(hidden)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 

@@ -46,21 +46,21 @@ def command(monkeypatch, capsys):
 
 def test_both_methods_as_a_user_runs_them(command, tiny_checkpoint, tiny_model, tmp_path):
     report = tmp_path / "report.json"
-    words = ("--model", tiny_checkpoint, "--count", 3, "--batch-size", 2, "--seed", 5, "--output", report)
-    code, out, _ = command(*words, "--tolerance", 0.05)
+    words = ("--model", tiny_checkpoint, "--count", 2, "--batch-size", 1, "--seed", 5, "--output", report)
+    code, out, _ = command(*words, "--tolerance", 0.2)
     made = json.loads(report.read_text())
     assert code == 0
-    assert "3 pictures of 32 px" in out and "bits/dim[latent]" in out
-    assert made["figures"]["space"] == "latent" and made["protocol"]["seeds"] == [5, 7]
-    batch = pictures(3, 32)
-    flow = likelihood.flow(tiny_model, batch.image, batch.caption, [5, 6, 7], tolerance=0.05)
+    assert "2 pictures of 32 px" in out and "bits/dim[latent]" in out
+    assert made["figures"]["space"] == "latent" and made["protocol"]["seeds"] == [5, 6]
+    batch = pictures(2, 32)
+    flow = likelihood.flow(tiny_model, batch.image, batch.caption, [5, 6], tolerance=0.2)
     assert made["each"] == pytest.approx(flow.bits.value.tolist(), rel=1e-4)  # encoded in batches of another size
 
     code, out, _ = command(*words, "--method", "bound", "--strata", 4, "--variance", "beta")
     made = json.loads(report.read_text())["figures"]
     assert code == 0 and "bound: " in out
     assert made["prior"] + made["steps"] + made["decoder"] == pytest.approx(made["bits_per_dim"], abs=1e-4)
-    chain = likelihood.chain(tiny_model, batch.image, batch.caption, [5, 6, 7], "beta", 4, 2)
+    chain = likelihood.chain(tiny_model, batch.image, batch.caption, [5, 6], "beta", 4, 2)
     assert made["bits_per_dim"] == pytest.approx(chain.total.mean, rel=1e-4)
 
     for mistake, complaint in (
@@ -100,15 +100,18 @@ def test_a_pixel_model_is_measured_in_pixels(pixel_model):
     By the flow each pixel is dequantised in its own 2 / 255, and N(0, 1) of x = 2 (pixel - 0.1) takes so many bits.
     """
     batch = pictures(2, 8)
-    flow = likelihood.flow(pixel_model, batch.image, batch.caption, [1, 2])
+    # Inner levels alone: the outermost are open to infinity, so the decoder finds them likelier than a density.
+    image = ((0.7 * batch.image + 1) * 127.5).round() / 127.5 - 1
+    flow = likelihood.flow(pixel_model, image, batch.caption, [1, 2])
     assert str(flow.bits).endswith("bits/dim[pixels]")
-    x = (2 * (batch.image.double() - 0.1)).flatten(1)
+    x = (2 * (image.double() - 0.1)).flatten(1)
     nats = 0.5 * (x.square().mean(1) + torch.tensor(2 * torch.pi).log())
     wanted = nats / torch.tensor(2.0).log() + torch.tensor(127.5).log2() - 1
     torch.testing.assert_close(flow.bits.value, wanted, rtol=0, atol=0.02)  # what dequantising moves
 
-    chain = likelihood.chain(pixel_model, batch.image, batch.caption, [1, 2], "learned", strata=0, draws=1)
-    assert chain.space == "pixels" and chain.steps.shape == (2, 99)
-    assert bool((chain.total.value > flow.bits.value - 0.5).all())
+    chain = likelihood.chain(pixel_model, image, batch.caption, [1, 2], "learned", 20, 3)
+    assert chain.space == "pixels" and chain.steps.shape == (2, 20)
+    assert bool((chain.total.value > flow.bits.value - 4 * chain.error).all())
+    assert bool((chain.total.value < flow.bits.value + 1 + 4 * chain.error).all())
     with pytest.raises(UserError, match="choose posterior or beta"):
-        likelihood.chain(pixel_model, batch.image, batch.caption, [1, 2], "betta", strata=2)
+        likelihood.chain(pixel_model, image, batch.caption, [1, 2], "betta", strata=2)
