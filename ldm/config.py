@@ -158,13 +158,16 @@ class LoopConfig:
     steps: int = 1000
     global_batch: int = 32  # samples of one optimizer step over all processes
     micro_batch: int = 0  # samples of one forward pass; 0: global batch / processes
-    precision: str = "fp32"  # fp32, bf16, fp16
+    precision: str = "auto"  # fp32, bf16, fp16; auto: bf16 on a GPU that computes in it, else fp32
     seed: int = 0
     ema: float = 0.999  # decay of the averaged weights, warmed up as (1 + n) / (10 + n); 0: none
     log_every: int = 20
     validate_every: int = 500
     sample_every: int = 0  # grids of pictures; 0: at the end only
     save_every: int = 500
+    keep: int = 2  # states, the newest ones
+    keep_every: int = 0  # states at multiples of it are kept for ever; 0: none
+    bad_steps: int = 10  # skipped in a row, for a loss or gradient that is not finite, before the run gives up
     max_minutes: float = 0.0  # 0: no limit; else save and stop when it has passed
     compile: bool = False
     threads: int = 0  # CPU threads of each process; 0: the cores divided by the processes (launchers set 1)
@@ -187,6 +190,7 @@ class AutoencoderLossConfig:
     discriminator_channels: int = 64
     discriminator_layers: int = 3
     discriminator_rate: float = 1e-4
+    guard: float = 1.5  # reconstruction this many times its best: back, with half the adversarial weight; 0: never
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,15 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class FiguresConfig:
+    """What scripts/evaluate.py measures, on few pictures, at each validation of a run."""
+
+    pictures: int = 0  # drawn with sample.cfg and sample.steps; 0: nothing is measured
+    reference: str = ""  # shards of real pictures, which lend their captions; empty: data.validation
+    space: str = "efficientnet-lite0"  # of features, as scripts/evaluate.py takes it
+
+
+@dataclass(frozen=True)
 class DiffusionTraining:
     """scripts/train_diffusion.py"""
 
@@ -282,6 +295,7 @@ class DiffusionTraining:
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()
     sample: SampleConfig = SampleConfig()
+    figures: FiguresConfig = FiguresConfig()
     gradient_checkpointing: bool = False
 
 

@@ -21,6 +21,7 @@ from ldm.data.loader import Batch
 from ldm.diffusion import draw_levels
 from ldm.errors import UserError
 from ldm.training.draws import Draws
+from ldm.training.meters import EACH_LOSS, EACH_SIGMA
 from ldm.training.stage import Player
 from ldm.training.stage_two import DiffusionStage, training_noise
 
@@ -78,8 +79,9 @@ class EmbeddingStage:
         uniform = draws.stratified("level") if settings.stratified else draws.uniform("level")
         sigma = draw_levels(settings, model.schedule, uniform)
         n, seen = training_noise(settings, draws, model.latent_shape)
-        loss = model._loss(model._output(model.unet, x0, seen, sigma, condition), x0, n, sigma).mean()
-        yield "word", loss, {"loss": loss}
+        each = model._loss(model._output(model.unet, x0, seen, sigma, condition), x0, n, sigma)
+        loss = each.mean()
+        yield "word", loss, {"loss": loss, EACH_LOSS: each, EACH_SIGMA: sigma}
 
     def validate(self) -> dict[str, float]:
         """Nothing: held-out pictures have no captions with the word."""

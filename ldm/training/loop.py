@@ -5,33 +5,32 @@ A *stage* (stage_one.py, clip.py, stage_two.py) says what is trained and what it
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
 import signal
 import time
-from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ldm import config as settings
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.files import atomic_write_text
-from ldm.training.draws import Draws
-from ldm.training.ema import EMA
-from ldm.training.optim import build_optimizer, rate_at
-from ldm.training.processes import Division, agree, any_process, divide, over_processes
+from ldm.training.backward import Gradients, accumulate
+from ldm.training.guard import MOST, Guard
+from ldm.training.members import Members
+from ldm.training.meters import Meters
+from ldm.training.processes import Division, agree, divide, from_all, precision_here
 from ldm.training.report import Report
-from ldm.training.stage import Player, Stage
-from ldm.training.state import load_state, save_state
+from ldm.training.saving import Saver, warn
+from ldm.training.stage import Stage
 
-BAD_STEPS_IN_A_ROW = 10  # non-finite gradients that are skipped before the run gives up
+DONE, BACK = -1, -2  # how `_Run.go` ends, beside the number of a signal
 
 
 def prepare_output(output: str, resume: str) -> Path:
@@ -50,235 +49,219 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
     """Run `stage` until `loop.steps` optimizer steps are done, time is up, or a signal asks to stop.
 
     `everything` is the run's whole configuration; it is kept as `output/config.json`. Going on from a saved state
-    happens whenever `output` has one. Raises UserError when gradients stay non-finite; raises KeyboardInterrupt after
-    saving on SIGINT.
+    happens whenever `output` has one. Raises UserError when losses or gradients stay non-finite; raises
+    KeyboardInterrupt after saving on SIGINT.
     """
-    division = divide(loop, accelerator.num_processes)
-    main = accelerator.is_main_process
-    players = stage.players
-    for player in players.values():
-        player.module.to(accelerator.device)
-    # Any: accelerate's wrapper of an optimizer, once prepared
-    optimizers: dict[str, Any] = {name: build_optimizer(p.module, p.optimizer) for name, p in players.items()}
-    averages = {name: EMA(p.module, loop.ema) for name, p in players.items() if p.averaged and loop.ema}
-    scaler = accelerator.scaler  # of fp16's loss, None in other precisions
+    _Run(stage, loop, accelerator, output, everything).go_on()
 
-    step = 0
-    found = load_state(output)
-    if found is not None:
-        step, state = found
-        try:
-            for name, player in players.items():
-                player.module.load_state_dict(state["modules"][name])
-                optimizers[name].load_state_dict(state["optimizers"][name])
-            for name, average in averages.items():
-                average.load_state_dict(state["averages"][name])
-            if scaler is not None:
-                scaler.load_state_dict(state["scaler"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"the state in {output / 'state'} is of other networks ({str(error).splitlines()[0]}); go on with the "
-                f"settings in {output / 'config.json'}, or choose another output"
-            ) from error
-        stage.batches.load_state_dict(state["batches"])
 
-    if main:
-        atomic_write_text(output / "config.json", _json(everything))
-        _print_plan(stage, loop, division, accelerator, step)
-    networks: dict[str, nn.Module] = {}
-    for name, player in players.items():
-        if loop.compile:
-            player.module.compile()
-        networks[name], optimizers[name] = accelerator.prepare(player.module, optimizers[name])
-    if loop.trackers:
-        accelerator.init_trackers("ldm", _flat(settings.to_dict(everything)))
-    report = Report(output, step, loop.steps) if main else None
+class _Run:
+    """One call of `train`: what its parts share."""
 
-    def save() -> None:
-        if main:
-            save_state(
-                output,
-                step,
-                {
-                    "modules": {name: player.module.state_dict() for name, player in players.items()},
-                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                    "averages": {name: average.state_dict() for name, average in averages.items()},
-                    "scaler": scaler.state_dict() if scaler is not None else None,
-                    "batches": stage.batches.state_dict(),
-                },
-            )
-        accelerator.wait_for_everyone()
-
-    def log(values: Mapping[str, float]) -> None:
-        if report is not None:
-            report.line(step, values)
+    def __init__(self, stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path, everything: Any) -> None:
+        self.stage, self.loop, self.accelerator, self.output = stage, loop, accelerator, output
+        self.division = divide(loop, accelerator.num_processes)
+        self.main = accelerator.is_main_process
+        self.members = Members(stage.players, loop, accelerator)
+        self.meters = Meters()
+        self.guard: Guard | None = getattr(stage, "guard", None)
+        batches = stage.batches
+        self.saver = Saver(output, loop, accelerator, self.members, batches, self.meters, self.guard, warn)
+        self.step = self.saver.restore()
+        self.began = time.monotonic()
+        if self.main:
+            atomic_write_text(output / "config.json", json.dumps(settings.to_dict(everything), indent=1) + "\n")
+            _print_plan(stage, loop, self.division, accelerator, self.step)
         if loop.trackers:
-            accelerator.log(dict(values), step=step)
+            accelerator.init_trackers("ldm", _flat(settings.to_dict(everything)))
+        self.report = Report(output, self.step, loop.steps) if self.main else None
 
-    def look(validate: bool, draw: bool) -> None:
-        """Held-out figures and pictures from the averaged weights, by the main process alone."""
-        if main:
-            with _averaged(players, averages), torch.no_grad():
-                if validate and (figures := stage.validate()):
-                    log(figures)
-                if draw:
-                    stage.draw(output, step)
-        accelerator.wait_for_everyone()
+    def go_on(self) -> None:
+        with _signals() as asked:
+            how = self._until(asked)
+            while how == BACK:
+                how = self._until(asked)
+        if how == DONE:
+            self._finish()
+        else:
+            self._say(f"stopped at step {self.step} as asked; --resume auto goes on from there")
+        if self.report is not None:
+            self.report.close()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if how == signal.SIGINT:
+            raise KeyboardInterrupt
 
-    sums: dict[str, list[float]] = defaultdict(list)
-    counted = bad = skipped = 0
-    began = interval = time.monotonic()
-    waiting = 0.0
-    batches = iter(stage.batches)
-    with _signals() as asked, _ending(batches):
-        while step < loop.steps:
-            before = time.monotonic()
-            batch = next(batches)
-            waiting += time.monotonic() - before
-            torch.manual_seed(loop.seed + step * accelerator.num_processes + accelerator.process_index)  # for dropout
-            logs, played = _backward(stage, batch, division, networks, accelerator, loop.seed, step)
-            # What accelerate does to clip and to step updates the scale after each optimizer; with two of them, as in
-            # a GAN, the second would meet a scale that is not its gradients'.
-            norms = {}
-            for name in played:
-                if scaler is not None:
-                    scaler.unscale_(optimizers[name].optimizer)
-                clip = players[name].optimizer.clip or math.inf
-                norms[name] = float(nn.utils.clip_grad_norm_(networks[name].parameters(), clip))
-            if all(map(math.isfinite, norms.values())):
-                bad = 0
-                for name in played:
-                    rate = rate_at(players[name].optimizer, step, loop.steps)
-                    for group in optimizers[name].param_groups:
-                        group["lr"] = rate
-                    if scaler is not None:
-                        scaler.step(optimizers[name].optimizer)
-                    else:
-                        optimizers[name].step()
-                    if name in averages:
-                        averages[name].update()
+    def _until(self, asked: list[int]) -> int:
+        """Steps until DONE, until a signal is to be heeded (its number), or BACK at an earlier step."""
+        loop = self.loop
+        interval, counted, waiting = time.monotonic(), 0, 0.0
+        unsaved = ""
+        with _reading(self.stage.batches) as batches:
+            while self.step < loop.steps:
+                before = time.monotonic()
+                batch = next(batches)
+                waiting += time.monotonic() - before
+                stop, over = self._step(batch, asked)
+                counted += 1
+                step = self.step
+                back = False
+                if step % loop.log_every == 0 or step == loop.steps:
+                    spent = time.monotonic() - interval
+                    back = self._log_means(counted * loop.global_batch / spent, waiting / spent)
+                    counted, waiting, interval = 0, 0.0, time.monotonic()
+                if back:
+                    return BACK
+                validate = step % loop.validate_every == 0
+                draw = bool(loop.sample_every) and step % loop.sample_every == 0
+                if validate or draw:
+                    self._look(validate, draw)
+                    interval = time.monotonic()
+                at_start = self.guard is not None and step == self.guard.start
+                if stop or over or step == loop.steps or step % loop.save_every == 0 or at_start:
+                    unsaved = self.saver.save(step)
+                if stop or over:
+                    break
             else:
-                bad, skipped = bad + 1, skipped + 1
-                # The scaler finds its scale by overflowing, and begins at 2 ** 16.
-                if bad == BAD_STEPS_IN_A_ROW * (1 if scaler is None else 2):
-                    raise UserError(
-                        f"gradients were not finite {bad} steps in a row up to step {step} (samples "
-                        f"{', '.join(batch.key[:4])}, ...); lower optimizer.rate or use loop.precision=fp32; "
-                        f"the last good state is in {output / 'state'}"
-                    )
-            if scaler is not None:
-                scaler.update()
-            for name in played:
-                optimizers[name].zero_grad()
-            step += 1
-            counted += 1
-            for key, value in {**logs, **{f"gradient/{name}": norm for name, norm in norms.items()}}.items():
-                sums[key].append(value)
-            if report is not None:
-                report.advance()
+                stop = 0
+        if unsaved and (stop or self.step < loop.steps):
+            raise UserError(f"the run ends at step {self.step} and its state is not saved: {unsaved}")
+        self.unsaved = unsaved
+        return stop or DONE
 
-            if step % loop.log_every == 0 or step == loop.steps:
-                spent = time.monotonic() - interval
-                values = over_processes({key: sum(each) / len(each) for key, each in sums.items()}, accelerator)
-                values["rate"] = rate_at(next(iter(players.values())).optimizer, step - 1, loop.steps)
-                values["images"] = step * loop.global_batch
-                values["images_per_s"] = counted * loop.global_batch / spent
-                values["waiting"] = waiting / spent
-                if skipped:
-                    values["skipped"] = skipped
-                log(values)
-                sums.clear()
-                counted, waiting, interval = 0, 0.0, time.monotonic()
-            if step % loop.validate_every == 0 or (loop.sample_every and step % loop.sample_every == 0):
-                look(step % loop.validate_every == 0, bool(loop.sample_every) and step % loop.sample_every == 0)
-                interval = time.monotonic()
-            stop = agree(asked, accelerator)
-            over = bool(loop.max_minutes) and time.monotonic() - began > 60 * loop.max_minutes
-            over = any_process(over, accelerator)
-            if stop or over or step == loop.steps or step % loop.save_every == 0:
-                save()
-            if stop:
-                if report is not None:
-                    report.say(f"stopped at step {step} as asked; --resume auto goes on from there")
-                    report.close()
-                accelerator.end_training()
-                if stop == signal.SIGINT:
-                    raise KeyboardInterrupt
-                return
-            if over:
-                break
-    look(validate=step % loop.validate_every != 0, draw=True)
-    if main:
-        with _averaged(players, averages), torch.no_grad():
-            stage.export(output, finished=True)
-    if report is not None:
-        report.say(f"finished at step {step} after {(time.monotonic() - began) / 60:.1f} minutes: {output}")
-        report.close()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    def _step(self, batch: Any, asked: list[int]) -> tuple[int, bool]:
+        """One optimizer step, or none if something is not finite; the signal that asks to stop, and if time is up."""
+        loop, accelerator, members = self.loop, self.accelerator, self.members
+        index = self.step * accelerator.num_processes + accelerator.process_index
+        torch.manual_seed(loop.seed + index)  # for dropout
+        made = accumulate(self.stage, batch, self.division, members.networks, accelerator, loop.seed, self.step)
+        norms = members.clip(made.played)
+        over = bool(loop.max_minutes) and time.monotonic() - self.began > 60 * loop.max_minutes
+        bad_loss, stop, over = agree([int(bool(made.bad)), asked[0] if asked else 0, int(over)], accelerator)
+        bad_norm = next((name for name, norm in norms.items() if not math.isfinite(norm)), "")
+        if not bad_loss and not bad_norm:
+            members.update(made.played, self.step)
+            self.saver.in_a_row = 0
+        members.forget(made.played)
+        self.step += 1
+        if bad_loss or bad_norm:
+            self._skipped(made, bad_norm)
+        else:
+            for key, value in {**made.logs, **{f"gradient/{name}": norm for name, norm in norms.items()}}.items():
+                self.meters.add(key, value)
+            if made.each_sigma:
+                self.meters.add_levels(made.each_loss, made.each_sigma)
+        if self.report is not None:
+            self.report.advance()
+        return stop, bool(over)
 
+    def _skipped(self, made: Gradients, bad_norm: str) -> None:
+        """Count a step that was not taken, and say what it was made of; raises UserError when there are too many."""
+        saver, scaled = self.saver, self.members.scaler is not None
+        saver.skipped, saver.in_a_row = saver.skipped + 1, saver.in_a_row + 1
+        found = from_all((made.bad, made.suspects()), self.accelerator)
+        bad = next((name for name, _ in found if name), "")
+        what = f"the loss of {bad}" if bad else f"the gradient of {bad_norm}"
+        samples = [sample for name, names in found if name or not bad for sample in names]
+        # The scaler finds its scale by overflowing, and begins at 2 ** 16.
+        if saver.in_a_row == self.loop.bad_steps * (2 if scaled else 1):
+            raise UserError(
+                f"{what} was not finite, {saver.in_a_row} steps in a row up to step {self.step - 1} (samples "
+                f"{'; '.join(samples[:4])}, ...); lower optimizer.rate or use loop.precision=fp32; "
+                f"the last good state is in {self.output / 'state'}"
+            )
+        if self.report is not None and (bad or not scaled):
+            self.report.line(self.step, {"event": f"step skipped: {what} is not finite", "samples": samples})
 
-def split(batch: Any, size: int) -> Iterator[Any]:
-    """Micro-batches of `size` samples of a dataclass of tensors and lists."""
-    count = len(batch.key)
-    for start in range(0, count, size):
-        parts = {f.name: getattr(batch, f.name)[start : start + size] for f in dataclasses.fields(batch)}
-        yield dataclasses.replace(batch, **parts)
+    def _log_means(self, images_per_s: float, waiting: float) -> bool:
+        """A line of the log; True if the guard makes the run go back, which it then has done."""
+        loop = self.loop
+        means = self.meters.take(self.accelerator)
+        worse = self.guard.judge(self.step, means) if self.guard is not None else 0.0
+        values = dict(means)
+        values["rate"] = self.members.rate(next(iter(self.members.players)), self.step - 1)
+        values["images"] = self.step * loop.global_batch
+        values["images_per_s"] = images_per_s
+        values["waiting"] = waiting
+        if self.accelerator.device.type == "cuda":
+            values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if self.saver.skipped:
+            values["skipped"] = self.saver.skipped
+        self._log(values)
+        if worse:
+            self._go_back(worse)
+        return bool(worse)
 
+    def _go_back(self, worse: float) -> None:
+        guard, gone = self.guard, self.step
+        assert guard is not None
+        if guard.times == MOST:
+            raise UserError(
+                f"the reconstruction got {worse:.2f} times worse than its best once more at step {gone}, though the "
+                f"adversarial weight is {guard.weight:g} of what was asked; lower loss.adversarial or optimizer.rate"
+            )
+        step = self.saver.go_back()
+        where = "no state from before it was kept"
+        if step is not None:
+            self.step, where = step, f"back to step {step}"
+        event = (
+            f"the reconstruction was {worse:.2f} times its best at step {gone}: {where}, "
+            f"and the adversarial weight is {guard.weight:g} of loss.adversarial from here on"
+        )
+        if self.report is not None:
+            self.report.back_to(self.step)
+            self.report.line(self.step, {"event": event})
 
-def _backward(
-    stage: Stage,
-    batch: Any,
-    division: Division,
-    networks: Mapping[str, nn.Module],
-    accelerator: Accelerator,
-    seed: int,
-    step: int,
-) -> tuple[dict[str, float], list[str]]:
-    """Accumulate the gradients of one global batch; mean logs over its micro-batches, and who played."""
-    logs: dict[str, float] = defaultdict(float)
-    played: list[str] = []
-    for index, micro in enumerate(split(batch, division.micro)):
-        last = index == division.accumulation - 1
-        with ExitStack() as stack:
-            for network in networks.values():  # gradients are exchanged once, after the last micro-batch
-                stack.enter_context(nullcontext() if last else accelerator.no_sync(network))
-            # With the epoch, for a sample may be twice in a batch that is larger than the data.
-            names = [f"{key} {epoch}" for key, epoch in zip(micro.key, micro.epoch, strict=True)]
-            first = accelerator.process_index * division.share + index * division.micro
-            draws = Draws(seed, step, names, accelerator.device, first, division.processes * division.share)
-            for name, loss, values in stage.losses(micro, draws, step, networks):
-                accelerator.backward(loss / division.accumulation)
-                if name not in played:
-                    played.append(name)
-                for key, value in values.items():
-                    logs[key] += float(value.detach()) / division.accumulation
-    return dict(logs), played
+    def _look(self, validate: bool, draw: bool) -> None:
+        """Held-out figures and pictures from the averaged weights, by the main process alone."""
+        if self.main:
+            with self.members.averaged(), torch.no_grad():
+                if validate and (figures := self.stage.validate()):
+                    self._log(figures)
+                if draw:
+                    self._unless_full(lambda: self.stage.draw(self.output, self.step))
+        self.accelerator.wait_for_everyone()
 
+    def _finish(self) -> None:
+        self._look(validate=self.step % self.loop.validate_every != 0, draw=True)
+        if self.main:
+            with self.members.averaged(), torch.no_grad():
+                self.stage.export(self.output, finished=True)
+        if self.unsaved:
+            raise UserError(f"the run ends at step {self.step} and its state is not saved: {self.unsaved}")
+        self._say(
+            f"finished at step {self.step} after {(time.monotonic() - self.began) / 60:.1f} minutes: {self.output}"
+        )
 
-@contextmanager
-def _averaged(players: Mapping[str, Player], averages: Mapping[str, EMA]) -> Iterator[None]:
-    """Averaged weights in place, evaluation mode on; both undone at the end."""
-    with ExitStack() as stack:
-        for average in averages.values():
-            stack.enter_context(average.applied())
-        for player in players.values():
-            player.module.eval()
+    def _log(self, values: Mapping[str, float]) -> None:
+        if self.report is not None:
+            self.report.line(self.step, values)
+        if self.loop.trackers:
+            self.accelerator.log(dict(values), step=self.step)
+
+    def _say(self, text: str) -> None:
+        if self.report is not None:
+            self.report.say(text)
+
+    def _unless_full(self, write: Callable[[], None]) -> None:
+        """Pictures are not worth a run: a disk that does not take them is told, and that is all."""
         try:
-            yield
-        finally:
-            for player in players.values():
-                player.module.train()
+            write()
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            warn(f"warning: {error}")
 
 
 @contextmanager
-def _ending(batches: Iterator[Any]) -> Iterator[None]:
+def _reading(batches: Any) -> Iterator[Iterator[Any]]:
     """However the loop ends, its data readers end with it: they heed no signal, and the process would wait for them."""
+    iterator = iter(batches)
     try:
-        yield
+        yield iterator
     finally:
-        if isinstance(batches, Generator):
-            batches.close()
+        if isinstance(iterator, Generator):
+            iterator.close()
 
 
 @contextmanager
@@ -302,7 +285,7 @@ def _print_plan(stage: Stage, loop: LoopConfig, division: Division, accelerator:
         f"{division.micro} micro-batch",
         f"steps       {step} to {loop.steps}" + (f", at most {loop.max_minutes:g} minutes" if loop.max_minutes else ""),
         "parameters  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
-        f"precision   {loop.precision} on {accelerator.device}, {torch.get_num_threads()} threads",
+        f"precision   {precision_here(loop.precision)} on {accelerator.device}, {torch.get_num_threads()} threads",
     ]
     print("\n".join(lines), flush=True)
 
@@ -316,9 +299,3 @@ def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, bool | int | flo
         else:
             flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
     return flat
-
-
-def _json(everything: Any) -> str:
-    import json
-
-    return json.dumps(settings.to_dict(everything), indent=1) + "\n"

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor
 
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 
 TRACKERS = ("tensorboard", "wandb")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,12 @@ def divide(loop: LoopConfig, processes: int) -> Division:
 def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
     """The accelerator of a run; raises UserError for settings that cannot work, or not on this machine."""
     _check(loop)
-    precisions = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-    if loop.precision not in precisions:
-        raise UserError(f"unknown loop.precision '{loop.precision}'; use one of {', '.join(precisions)}")
-    if loop.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("loop.precision=fp16 needs a GPU; use bf16 or fp32 on this machine")
+    precision = precision_here(loop.precision)
     world = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
         # Unless told that it is on CPUs, accelerate makes of each of several processes a run of its own there.
         cpu=world > 1 and not torch.accelerator.is_available(),
-        mixed_precision=precisions[loop.precision],
+        mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(loop.trackers) or None,
         project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -76,9 +75,21 @@ def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
     return accelerator
 
 
+def precision_here(precision: str) -> str:
+    """fp32, bf16 or fp16; auto is bf16 on a GPU that computes in it, else fp32. Raises UserError for any other."""
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown loop.precision '{precision}'; use one of {', '.join(PRECISIONS)}")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("loop.precision=fp16 needs a GPU; use bf16 or fp32 on this machine")
+    if precision == "auto":
+        # A CPU says that it can, and most then take hundreds of times as long as in float32.
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "fp32"
+    return precision
+
+
 def _check(loop: LoopConfig) -> None:
-    least = {"log_every": 1, "validate_every": 1, "save_every": 1}
-    least |= {"micro_batch": 0, "sample_every": 0, "max_minutes": 0, "threads": 0}
+    least = {"log_every": 1, "validate_every": 1, "save_every": 1, "keep": 1, "bad_steps": 1}
+    least |= {"micro_batch": 0, "sample_every": 0, "max_minutes": 0, "threads": 0, "keep_every": 0}
     for name, number in least.items():
         if getattr(loop, name) < number:
             raise UserError(f"loop.{name} must be at least {number}, not {getattr(loop, name)}")
@@ -96,30 +107,22 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def agree(asked: list[int], accelerator: Accelerator) -> int:
-    """The signal that any process got, 0 if none: all stop at the same step, or a gradient exchange would hang."""
-    number = asked[0] if asked else 0
+def agree(numbers: Sequence[int], accelerator: Accelerator) -> list[int]:
+    """Of each number the largest of any process: what one was told, all do at the same step, or they would hang."""
     if accelerator.num_processes == 1:
-        return number
-    return int(_largest(number, accelerator))
-
-
-def over_processes(values: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
-    """The mean over the processes, which have each seen their own share of the batches."""
-    if accelerator.num_processes == 1:
-        return values
-    mean = accelerator.reduce(torch.tensor(list(values.values()), device=accelerator.device), "mean")
-    assert isinstance(mean, Tensor)
-    return dict(zip(values, mean.tolist(), strict=True))
-
-
-def any_process(condition: bool, accelerator: Accelerator) -> bool:
-    if accelerator.num_processes == 1:
-        return condition
-    return bool(_largest(int(condition), accelerator))
-
-
-def _largest(number: int, accelerator: Accelerator) -> int:
-    gathered = accelerator.gather(torch.tensor([number], device=accelerator.device))
+        return list(numbers)
+    gathered = accelerator.gather(torch.tensor([list(numbers)], device=accelerator.device))
     assert isinstance(gathered, Tensor)
-    return int(gathered.max())
+    return gathered.max(dim=0).values.tolist()
+
+
+def from_main(value: Any, accelerator: Accelerator) -> Any:
+    """What the main process has; a plain number, string or container of them."""
+    if accelerator.num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
+
+
+def from_all(value: Any, accelerator: Accelerator) -> list[Any]:
+    """What each process has, in their order."""
+    return [value] if accelerator.num_processes == 1 else gather_object([value])

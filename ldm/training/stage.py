@@ -32,7 +32,7 @@ class Player:
 
 
 class Stage(Protocol):
-    """What a training is, as the loop sees it."""
+    """What a training is, as the loop sees it. One with an adversary has a `guard` too (guard.py)."""
 
     players: dict[str, Player]
     batches: Batches
@@ -40,7 +40,11 @@ class Stage(Protocol):
     def losses(
         self, batch: Any, draws: Draws, step: int, networks: Mapping[str, nn.Module]
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Yield (player, mean loss of the micro-batch, what to log); each is back-propagated before the next."""
+        """Yield (player, mean loss of the micro-batch, what to log); each is back-propagated before the next.
+
+        What to log are numbers (), and may be two rows (B,): the samples' own losses under meters.EACH_LOSS, and
+        their noise levels under EACH_SIGMA. These name the samples of a step that goes wrong, and are logged by level.
+        """
         ...
 
     def validate(self) -> dict[str, float]:

@@ -25,6 +25,8 @@ from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.errors import UserError
 from ldm.metrics.quality import psnr, ssim
 from ldm.training.draws import Draws
+from ldm.training.guard import Guard
+from ldm.training.meters import EACH_LOSS
 from ldm.training.stage import Batches, Player
 
 SHOWN = 16  # pictures in a reconstruction grid
@@ -71,6 +73,11 @@ class AutoencoderStage:
             )
             rate = dataclasses.replace(config.optimizer, rate=config.loss.discriminator_rate, betas=(0.5, 0.9))
             self.players["discriminator"] = Player(self.discriminator, rate, averaged=False)
+        self.guard: Guard | None = None
+        if config.loss.adversarial and config.loss.guard:
+            if config.loss.guard <= 1:
+                raise UserError(f"loss.guard is a factor above 1, or 0 for none, not {config.loss.guard}")
+            self.guard = Guard(config.loss.guard, config.loss.adversarial_start)
         # A codec of unit scale: shapes and the posterior; the real scale is known only at the end.
         self.codec = Codec(autoencoder, dataclasses.replace(config.model, shift=(0.0,), scale=(1.0,)))
         self.latent_shape = self.codec.latent_shape(config.data.size, config.data.size)
@@ -106,9 +113,12 @@ class AutoencoderStage:
             adversarial = self.loss.adversarial(self.discriminator(decoded))
             self.discriminator.requires_grad_(True)
             weight = self.loss.adaptive_weight(loss, adversarial, self.autoencoder.decoder.last_layer.weight)
+            if self.guard is not None:
+                weight = weight * self.guard.weight
             logs |= {"adversarial": adversarial, "adversarial_weight": weight * ramp * self.config.loss.adversarial}
             loss = loss + logs["adversarial_weight"] * adversarial
-        yield "autoencoder", loss, {"loss": loss, **logs}
+        each = (decoded.detach().float() - image).abs().flatten(1).mean(1)
+        yield "autoencoder", loss, {"loss": loss, EACH_LOSS: each, **logs}
         if playing:
             # One pass over real and decoded pictures together: DDP allows one forward for each backward.
             real, fake = networks["discriminator"](torch.cat([image, decoded.detach()])).chunk(2)

@@ -43,6 +43,7 @@ from ldm.image_io import grid, save_png
 from ldm.model import assemble
 from ldm.training.begin import begin
 from ldm.training.draws import Draws
+from ldm.training.meters import EACH_LOSS, EACH_SIGMA
 from ldm.training.stage import Batches, Player
 from ldm.unet.unet import UNet
 
@@ -106,18 +107,20 @@ class DiffusionStage:
         uniform = draws.stratified("level") if settings.stratified else draws.uniform("level")
         sigma = draw_levels(settings, self.schedule, uniform)
         n, seen = training_noise(settings, draws, self.latent_shape)
-        loss = self._loss(self._output(networks["unet"], x0, seen, sigma, condition), x0, n, sigma).mean()
-        yield "unet", loss, {"loss": loss}
+        each = self._loss(self._output(networks["unet"], x0, seen, sigma, condition), x0, n, sigma)
+        loss = each.mean()
+        yield "unet", loss, {"loss": loss, EACH_LOSS: each, EACH_SIGMA: sigma}
 
     def validate(self) -> dict[str, float]:
         """Two means over held-out samples, whose noise and level are the same at every call.
 
         `validation/loss` is what is trained, on plain noise. `validation/error` is (1 + 1 / sigma^2) |D - x0|^2 with
         ln sigma ~ N(0, 1): it means the same for every schedule, target, weight and draw, and is 1 for a denoiser that
-        knows nothing but that data have zero mean and unit variance.
+        knows nothing but that data have zero mean and unit variance. Then the figures of scripts/evaluate.py on few
+        pictures, if `config.figures` asks for them.
         """
         if not self.config.data.validation:
-            return {}
+            return self._figures()
         loss, error, count = 0.0, 0.0, 0
         for batch in validation_batches(self.config.data, self.config.loop.global_batch):
             draws = Draws(self.config.loop.seed, "validation", batch.key, self.device)
@@ -132,7 +135,15 @@ class DiffusionStage:
             count += len(batch.key)
             if count >= VALIDATION_SAMPLES:
                 break
-        return {"validation/loss": loss / count, "validation/error": error / count}
+        return {"validation/loss": loss / count, "validation/error": error / count} | self._figures()
+
+    def _figures(self) -> dict[str, float]:
+        if not self.config.figures.pictures or self.text is None:
+            return {}
+        from ldm.metrics.watch import watch
+
+        model = assemble(self.model_config(), self.codec, self.text, self.unet)
+        return watch(model, self.config.figures, self.config.data, self.config.sample)
 
     def draw(self, output: Path, step: int) -> None:
         """One picture for each prompt of `config.sample`, always from the same noise."""

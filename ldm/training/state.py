@@ -1,26 +1,55 @@
-"""What a run must remember to go on: one file for each saved step, written whole or not at all."""
+"""What a run must remember to go on: files for each saved step, written whole or not at all, and known by their hash.
+
+    state/00000500.pt        tensors and numbers, as torch.save writes them
+    state/00000500.0of4.pt   what process 0 of 4 holds of sharded tensors (sharding.py), where there are any
+    state/00000500.sha256    the hashes of these files, as `sha256sum -c` reads them; written last
+
+A step without the third file was cut off before its end, unless it is of an older version of this program.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm.errors import UserError
-from ldm.files import atomic_write
+from ldm.files import atomic_write, atomic_write_text
 
 KEPT = 2  # the newest, and one more in case the newest cannot be read
 
 
-def save_state(output: Path, step: int, state: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class Keep:
+    """Which states stay when a new one has been written."""
+
+    last: int = KEPT
+    every: int = 0  # optimizer steps; states at multiples of it stay for ever; 0: none
+
+    def drops(self, steps: list[int], needed: int = 0) -> list[int]:
+        """Of the saved `steps`, in rising order, those to delete; `needed` stays."""
+        return [s for s in steps[: -self.last] if s != needed and not (self.every and s % self.every == 0)]
+
+
+def save_state(output: Path, step: int, state: dict[str, Any], keep: Keep = Keep(), needed: int = 0) -> Path:
     """Write `state` (tensors, numbers, strings, containers of them) as the state after `step` optimizer steps.
 
-    Raises UserError if the disk does not take it; the states before then stay as they are.
+    Then the states that `keep` does not keep are deleted. Raises UserError if the disk does not take it; the states
+    before then stay as they are.
     """
-    path = output / "state" / f"{step:08d}.pt"
+    path = write_part(output, step, "", state)
+    finish(output, step, keep, needed)
+    return path
+
+
+def write_part(output: Path, step: int, part: str, state: dict[str, Any]) -> Path:
+    """One file of a state, atomically; `finish` makes of all its files a state. Raises UserError as save_state does."""
+    path = output / "state" / f"{step:08d}{part}.pt"
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(state, file)
@@ -29,28 +58,90 @@ def save_state(output: Path, step: int, state: dict[str, Any]) -> Path:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-    for old in _saved(output)[:-KEPT]:
-        old.unlink(missing_ok=True)
     return path
 
 
-def load_state(output: Path) -> tuple[int, dict[str, Any]] | None:
-    """The newest state that can be read, with its step; None if there is none.
+def finish(output: Path, step: int, keep: Keep = Keep(), needed: int = 0) -> None:
+    """Write the hashes of the files of `step`, and delete what `keep` does not keep."""
+    lines = [f"{_digest(path)}  {path.name}\n" for path in _parts(output, step)]
+    atomic_write_text(_hashes(output, step), "".join(lines))
+    for old in keep.drops(saved_steps(output), needed):
+        _delete(output, old)
 
-    Nothing in the file is executed. A damaged newest file is reported and the one before it is used;
+
+def load_state(output: Path) -> tuple[int, dict[str, Any]] | None:
+    """The newest state that is whole, with its step; None if there is none.
+
+    Nothing in the file is executed. A damaged newest state is reported and the one before it is used;
     if none can be read, raises UserError.
     """
-    paths = _saved(output)
-    for path in reversed(paths):
+    steps = saved_steps(output)
+    for step in reversed(steps):
         try:
-            return int(path.stem), torch.load(path, map_location="cpu", weights_only=True)
+            _verify(output, step)
+            return step, read_part(output, step)
         except Exception as error:  # a damaged file can fail in any way; the one before it may still do
             reason = str(error).strip().splitlines()
+            path = _main(output, step)
             print(f"warning: {path} cannot be read ({reason[0][:120] if reason else error})", file=sys.stderr)
-    if paths:
+    if steps:
         raise UserError(f"no state in {output / 'state'} can be read; start in another output folder, or remove it")
     return None
 
 
-def _saved(output: Path) -> list[Path]:
-    return sorted(p for p in (output / "state").glob("*.pt") if re.fullmatch(r"\d{8}", p.stem))
+def read_part(output: Path, step: int, part: str = "") -> dict[str, Any]:
+    """One file of a state, unverified."""
+    return torch.load(output / "state" / f"{step:08d}{part}.pt", map_location="cpu", weights_only=True)
+
+
+def saved_steps(output: Path) -> list[int]:
+    """The steps that have a state, in rising order; damaged ones too."""
+    return sorted(int(p.stem) for p in (output / "state").glob("*.pt") if re.fullmatch(r"\d{8}", p.stem))
+
+
+def tidy(output: Path, step: int) -> None:
+    """Before a run goes on from `step`: no half-written files of a killed process, no states beyond that step.
+
+    Those beyond it, damaged ones or of a branch that was given up, would be taken for the newest; they are renamed.
+    """
+    for half in (output / "state").glob(".*.tmp"):
+        half.unlink(missing_ok=True)
+    for beyond in saved_steps(output):
+        if beyond > step:
+            _hashes(output, beyond).unlink(missing_ok=True)
+            for path in _parts(output, beyond):
+                path.replace(path.with_suffix(".pt.unused"))
+
+
+def _verify(output: Path, step: int) -> None:
+    """Raises ValueError or OSError unless each file has the hash that was written with it."""
+    hashes = _hashes(output, step)
+    if not hashes.exists():
+        return
+    for line in hashes.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if _digest(output / "state" / Path(name).name) != digest:
+            raise ValueError(f"{name} is not what was written: its SHA-256 differs")
+
+
+def _main(output: Path, step: int) -> Path:
+    return output / "state" / f"{step:08d}.pt"
+
+
+def _hashes(output: Path, step: int) -> Path:
+    return output / "state" / f"{step:08d}.sha256"
+
+
+def _parts(output: Path, step: int) -> list[Path]:
+    return sorted((output / "state").glob(f"{step:08d}*.pt"))
+
+
+def _delete(output: Path, step: int) -> None:
+    _hashes(output, step).unlink(missing_ok=True)
+    for path in _parts(output, step):
+        path.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

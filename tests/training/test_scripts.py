@@ -47,7 +47,7 @@ def test_an_unknown_key_in_a_process_of_its_own(tmp_path):
         (["loop.micro_batch=3"], "loop.global_batch=8 is not 1 processes times a multiple of loop.micro_batch=3"),
         (["loop.global_batch=6"], "the global batch 6 is not a multiple of data.streams=4"),
         (["loop.log_every=0"], "loop.log_every must be at least 1, not 0"),
-        (["loop.precision=half"], "unknown loop.precision 'half'; use one of fp32, bf16, fp16"),
+        (["loop.precision=half"], "unknown loop.precision 'half'; use one of auto, fp32, bf16, fp16"),
         (["optimizer.law=cosin"], "unknown optimizer.law 'cosin'; use one of constant, cosine"),
         (["data.shards=nowhere-*.tar"], "nowhere-*.tar"),
         (["data.size=63"], "multiples of 4"),

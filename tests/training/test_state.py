@@ -4,6 +4,7 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,9 +13,13 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.training.state import KEPT, load_state, save_state
+from ldm.training.state import KEPT, Keep, load_state, save_state, saved_steps, tidy
 
 LARGE = {"weights": torch.arange(1_000_000, dtype=torch.float32)}
+
+
+def files(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "state").iterdir())
 
 
 def in_a_process_of_its_own(work) -> int:
@@ -36,7 +41,49 @@ def test_what_was_saved_is_loaded_and_the_newest_two_are_kept(tmp_path):
     assert found is not None
     step, state = found
     assert step == 10 and state["tensor"].tolist() == [10, 10] and state["nested"] == {"list": [10, "text"]}
-    assert KEPT == 2 and sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000004.pt", "00000010.pt"]
+    assert KEPT == 2 and files(tmp_path) == ["00000004.pt", "00000004.sha256", "00000010.pt", "00000010.sha256"]
+
+
+def test_states_at_multiples_are_kept_for_ever(tmp_path):
+    for step in range(1, 9):
+        save_state(tmp_path, step, {"step": step}, Keep(last=2, every=3))
+    assert saved_steps(tmp_path) == [3, 6, 7, 8]
+    save_state(tmp_path, 9, {}, Keep(last=1), needed=6)
+    assert saved_steps(tmp_path) == [6, 9]
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 0.9])
+def test_one_flipped_bit_is_found_by_the_hash_and_the_state_before_is_used(tmp_path, capsys, where):
+    """In the tensors' own bytes torch would not notice."""
+    save_state(tmp_path, 1, LARGE)
+    newest = save_state(tmp_path, 2, {"weights": torch.zeros(100_000)})
+    content = bytearray(newest.read_bytes())
+    content[1000 + int(where * 350_000)] ^= 1
+    newest.write_bytes(content)
+    found = load_state(tmp_path)
+    assert found is not None and found[0] == 1 and torch.equal(found[1]["weights"], LARGE["weights"])
+    assert "its SHA-256 differs" in capsys.readouterr().err
+
+
+def test_the_hashes_are_those_of_sha256sum(tmp_path):
+    save_state(tmp_path, 1, LARGE)
+    done = subprocess.run(["sha256sum", "-c", "00000001.sha256"], cwd=tmp_path / "state", capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"00000001.pt: OK\n")
+
+
+def test_a_state_of_before_there_were_hashes_is_read(tmp_path):
+    save_state(tmp_path, 1, {"a": 1})
+    (tmp_path / "state" / "00000001.sha256").unlink()
+    assert load_state(tmp_path) == (1, {"a": 1})
+
+
+def test_half_files_go_and_states_of_another_branch_are_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        save_state(tmp_path, step, {"step": step}, Keep(last=9))
+    (tmp_path / "state" / ".00000004.pt.abc.tmp").write_bytes(b"half")
+    tidy(tmp_path, 2)
+    assert load_state(tmp_path) == (2, {"step": 2})
+    assert "00000003.pt.unused" in files(tmp_path) and not any(name.endswith(".tmp") for name in files(tmp_path))
 
 
 def test_nothing_there(tmp_path):
@@ -120,6 +167,6 @@ def test_a_disk_that_is_full_is_one_sentence_and_keeps_the_state_before(tmp_path
     assert os.waitstatus_to_exitcode(status) == 0
     message = (tmp_path / "message").read_text()
     assert message.startswith("the file-size limit was reached while writing") and "\n" not in message
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["00000001.pt"]
+    assert files(tmp_path) == ["00000001.pt", "00000001.sha256"]
     found = load_state(tmp_path)
     assert found is not None and found[0] == 1

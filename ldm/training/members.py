@@ -1,0 +1,114 @@
+"""Who takes part in a run: networks, their optimizers and averages, and the precision's loss scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ldm.config import LoopConfig
+from ldm.training.ema import EMA
+from ldm.training.optim import build_optimizer, rate_at
+from ldm.training.stage import Player
+
+
+class Members:
+    """The players of a stage on `accelerator`, ready to be trained."""
+
+    def __init__(self, players: Mapping[str, Player], loop: LoopConfig, accelerator: Accelerator) -> None:
+        self.players, self.steps = players, loop.steps
+        self.scaler = accelerator.scaler  # of fp16's loss, None in other precisions
+        self.networks: dict[str, nn.Module] = {}  # as they are called in a step, which exchanges gradients
+        self.optimizers: dict[str, Any] = {}  # accelerate's wrappers
+        for name, player in players.items():
+            player.module.to(accelerator.device)
+            optimizer = build_optimizer(player.module, player.optimizer)
+            if loop.compile:
+                player.module.compile()
+            self.networks[name], self.optimizers[name] = accelerator.prepare(player.module, optimizer)
+        self.averages = {name: EMA(p.module, loop.ema) for name, p in players.items() if p.averaged and loop.ema}
+
+    def clip(self, played: Sequence[str]) -> dict[str, float]:
+        """Gradient norms, before they are cut to what each optimizer's settings allow.
+
+        What accelerate does to clip and to step updates the scale after each optimizer; with two of them, as in a GAN,
+        the second would meet a scale that is not its gradients'. Hence the scaler is used here and in `update` alone.
+        """
+        norms = {}
+        for name in played:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizers[name].optimizer)
+            most = self.players[name].optimizer.clip or math.inf
+            norms[name] = float(nn.utils.clip_grad_norm_(self.networks[name].parameters(), most))
+        return norms
+
+    def update(self, played: Sequence[str], step: int) -> None:
+        """One step of the optimizers and averages of those who played; their gradients must be finite."""
+        for name in played:
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = self.rate(name, step)
+            if self.scaler is not None:
+                self.scaler.step(self.optimizers[name].optimizer)
+            else:
+                self.optimizers[name].step()
+            if name in self.averages:
+                self.averages[name].update()
+
+    def forget(self, played: Sequence[str]) -> None:
+        """Drop the gradients, used or not."""
+        if self.scaler is not None:
+            self.scaler.update()
+        for name in played:
+            self.optimizers[name].zero_grad()
+
+    def rate(self, name: str, step: int) -> float:
+        return rate_at(self.players[name].optimizer, step, self.steps)
+
+    def not_finite(self) -> str:
+        """The name of something that has a value which is not finite: a network, or its average; else empty."""
+        for name, player in self.players.items():
+            tensors = [t for t in player.module.state_dict().values() if t.is_floating_point()]
+            if name in self.averages:
+                tensors += self.averages[name].average.values()
+            # One number for each: the norm is finite if and only if all values and their squares' sum are.
+            norms = torch._foreach_norm(tensors, math.inf)  # pyright: ignore[reportPrivateImportUsage]
+            if norms and not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+                return name
+        return ""
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Averaged weights in place, evaluation mode on; both undone at the end."""
+        with ExitStack() as stack:
+            for average in self.averages.values():
+                stack.enter_context(average.applied())
+            for player in self.players.values():
+                player.module.eval()
+            try:
+                yield
+            finally:
+                for player in self.players.values():
+                    player.module.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "modules": {name: player.module.state_dict() for name, player in self.players.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises KeyError, RuntimeError or ValueError for the state of other networks."""
+        for name, player in self.players.items():
+            player.module.load_state_dict(state["modules"][name])
+            self.optimizers[name].load_state_dict(state["optimizers"][name])
+        for name, average in self.averages.items():
+            average.load_state_dict(state["averages"][name])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])

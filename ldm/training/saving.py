@@ -1,0 +1,139 @@
+"""When and how a run's state goes to disk and comes back; a disk that is full does not end the run."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ldm.config import LoopConfig
+from ldm.errors import UserError
+from ldm.training.guard import Guard
+from ldm.training.members import Members
+from ldm.training.meters import Meters
+from ldm.training.processes import from_main
+from ldm.training.stage import Batches
+from ldm.training.state import Keep, load_state, read_part, save_state, saved_steps, tidy
+
+
+class Saver:
+    """Everything that a run must remember, and where.
+
+    Every process must call `save` and `restore`, and does so at the same steps; the main one writes.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        loop: LoopConfig,
+        accelerator: Accelerator,
+        members: Members,
+        batches: Batches,
+        meters: Meters,
+        guard: Guard | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.output, self.accelerator, self.members, self.batches = output, accelerator, members, batches
+        self.meters, self.guard, self.warn = meters, guard, warn
+        self.keep = Keep(loop.keep, loop.keep_every)
+        self.skipped = self.in_a_row = 0  # steps whose loss or gradient was not finite
+
+    def save(self, step: int) -> str:
+        """Write the state after `step`; empty, or why the disk did not take it.
+
+        Raises UserError if weights are not finite: a NaN never reaches a checkpoint.
+        """
+        self.meters.share(self.accelerator)
+        wrong = ""
+        if self.accelerator.is_main_process and (name := self.members.not_finite()):
+            wrong = (
+                f"weights of {name} are not finite after step {step}; lower optimizer.rate or use "
+                f"loop.precision=fp32; the last good state is in {self.output / 'state'}"
+            )
+        if wrong := from_main(wrong, self.accelerator):
+            raise UserError(wrong)
+        why = ""
+        if self.accelerator.is_main_process:
+            try:
+                save_state(self.output, step, self._state(), self.keep, self._needed())
+            except UserError as error:
+                if not isinstance(error.__cause__, OSError):
+                    raise
+                why = str(error)
+                last = (saved_steps(self.output) or ["none"])[-1]
+                self.warn(f"warning: no state of step {step}: {why}; the last good one is of step {last}")
+        return from_main(why, self.accelerator)
+
+    def restore(self, most: int | None = None) -> int:
+        """Go on from the newest whole state, of step `most` or before; its step, 0 if there is none.
+
+        Raises UserError if there are states and none can be read, or if they are of other networks or data.
+        """
+        step, state, wrong = -1, {}, ""
+        if self.accelerator.is_main_process:
+            try:
+                if most is not None:
+                    tidy(self.output, most)
+                if (found := load_state(self.output)) is not None:
+                    step, state = found
+                tidy(self.output, max(step, 0))
+            except UserError as error:
+                wrong = str(error)
+        step, wrong = from_main((step, wrong), self.accelerator)  # the others may not choose another one
+        if wrong:
+            raise UserError(wrong)
+        if step < 0:
+            return 0
+        if not self.accelerator.is_main_process:
+            state = read_part(self.output, step)
+        try:
+            self.members.load_state_dict(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the state in {self.output / 'state'} is of other networks ({str(error).splitlines()[0]}); go on with "
+                f"the settings in {self.output / 'config.json'}, or choose another output"
+            ) from error
+        self.batches.load_state_dict(state["batches"])
+        self.meters.load_state_dict(state.get("meters", {}))
+        self.skipped, self.in_a_row = state.get("bad", (0, 0))
+        if self.guard is not None and state.get("guard"):
+            self.guard.load_state_dict(state["guard"])
+        return step
+
+    def go_back(self) -> int | None:
+        """To the last state from before the reconstruction went wrong, with less weight on the discriminator.
+
+        Its step; None if there is no such state, then only the weight is lowered.
+        """
+        assert self.guard is not None
+        before = copy.copy(self.guard)
+        step: int | None = from_main(self._needed(), self.accelerator) or None
+        if step is not None:
+            step = self.restore(most=step)
+        self.guard.turn_down(before)
+        if step is not None:
+            self.save(step)  # so that a run that dies now does not forget it
+        return step
+
+    def _needed(self) -> int:
+        """The newest state that the guard would go back to; 0 if there is none."""
+        if self.guard is None:
+            return 0
+        return max((step for step in saved_steps(self.output) if step <= self.guard.good), default=0)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            **self.members.state_dict(),
+            "batches": self.batches.state_dict(),
+            "meters": self.meters.state_dict(),
+            "bad": (self.skipped, self.in_a_row),
+            "guard": self.guard.state_dict() if self.guard is not None else None,
+        }
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
