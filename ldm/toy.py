@@ -87,8 +87,8 @@ class ToyNetwork(nn.Module):
     """(x (B, 2, 1, 1), t (B,) or none) -> (B, out, 1, 1): three smooth layers on the point, and on waves of both.
 
     SiLU has the second derivatives that score matching takes of it. `t` is a schedule's time, about 0 to 1000. Weights
-    begin at He's scale and the last layer at 0: from torch's own smaller ones the eight clusters are not learned in twice
-    the steps.
+    begin at He's scale and the last layer at 0: from torch's own smaller ones the eight clusters are not learned in
+    twice the steps.
     """
 
     of_point: Tensor
