@@ -1,8 +1,8 @@
 """Files of textual inversion, in their three layouts; one file may hold several words.
 
-    diffusers               "<cat>": (n, D) or (D,)                   the key is the word
-    AUTOMATIC1111, .pt      "string_to_param": {"*": (n, D)}, "name"  the name is the word, else the file's own
-    AUTOMATIC1111           "emb_params": (n, D)                      the file's name is the word
+diffusers               "<cat>": (n, D) or (D,)                   the key is the word
+AUTOMATIC1111, .pt      "string_to_param": {"*": (n, D)}, "name"  the name is the word, else the file's own
+AUTOMATIC1111           "emb_params": (n, D)                      the file's name is the word
 """
 
 from __future__ import annotations
