@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ldm.metrics.drawing import Drawing
     from ldm.metrics.generation import Against
 
-CACHE = "~/.cache/ldm/features"
-
 
 def main() -> None:
     arguments = parse()
@@ -98,6 +96,7 @@ def generation(arguments: argparse.Namespace) -> None:
 def compared_with(arguments: argparse.Namespace, main: bool) -> Against:
     """The real pictures, the spaces and the measures."""
     from ldm.device import choose_device
+    from ldm.metrics.extraction import CACHE
     from ldm.metrics.features import make_space
     from ldm.metrics.figures import Measures
     from ldm.metrics.generation import Against
@@ -110,7 +109,7 @@ def compared_with(arguments: argparse.Namespace, main: bool) -> Against:
     real = open_source(arguments.reference, "--reference", where)
     held_out = open_source(arguments.held_out, "--held-out", where) if arguments.held_out else None
     spaces = [make_space(name, device) for name in arguments.space or ["efficientnet-lite0"]]
-    cache = Path(arguments.cache).expanduser()
+    cache = Path(arguments.cache).expanduser() if arguments.cache else CACHE
     return Against(real, held_out, spaces, measures, cache, 4 if device == "cpu" else 64, main and shown())
 
 
@@ -271,7 +270,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add("--ball", type=int, default=5, help="neighbours of density and coverage")
     add("--splits", type=int, default=10, help="of the Inception Score")
     add("--allow-few", action="store_true", help="Frechet distances of fewer pictures than dimensions")
-    add("--cache", default=CACHE, help=f"folder of features that were made already (default {CACHE})")
+    add("--cache", help="folder of features that were made already (default ~/.cache/ldm/features)")
     add_common(command)
 
 

@@ -26,7 +26,8 @@ from ldm.metrics.features import FeatureSpace
 from ldm.metrics.moments import Moments
 from ldm.metrics.sources import RESIZE, Source
 
-PIECE = 512
+PIECE = 512  # pictures in a file
+CACHE = Path.home() / ".cache" / "ldm" / "features"
 
 
 @dataclass(frozen=True, eq=False)

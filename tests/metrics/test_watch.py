@@ -1,0 +1,69 @@
+"""A training run can ask for the figures of evaluation, by the same code."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ldm.metrics.watch as watching
+from ldm.checkpoints import native
+from ldm.conditioning.clip import TextTower
+from ldm.config import DataConfig, DiffusionTraining, FiguresConfig, ModelConfig, SampleConfig, TextConfig
+from ldm.errors import UserError
+from ldm.metrics.features import FeatureSpace
+from ldm.metrics.watch import watch
+from ldm.training.stage_two import DiffusionStage
+
+from .pictures_maker import toy_shard
+
+SAMPLE = SampleConfig(cfg=2.0, steps=2)
+NAMES = {"KD[toy]", "KD[toy] deviation", "precision[toy]", "recall[toy]", "density[toy]", "coverage[toy]"}
+
+
+@pytest.fixture
+def shard(tmp_path, monkeypatch):
+    """Nine captioned pictures; a space that takes no time and a cache of its own."""
+
+    def toy_space(name, device):
+        return FeatureSpace("toy", 12, lambda image: torch.nn.functional.adaptive_avg_pool2d(image, 2).flatten(1))
+
+    monkeypatch.setattr(watching, "make_space", toy_space)
+    monkeypatch.setattr(watching, "CACHE", tmp_path / "cache")
+    return toy_shard(tmp_path / "toy.tar")
+
+
+def test_the_same_at_every_call(tiny_model, shard):
+    config, data = FiguresConfig(pictures=8), DataConfig(validation=shard, size=32)
+    first = watch(tiny_model, config, data, SAMPLE)
+    assert first.keys() == NAMES
+    assert watch(tiny_model, config, data, SAMPLE) == first
+    with pytest.raises(UserError, match=r"set figures\.reference or data\.validation"):
+        watch(tiny_model, config, DataConfig(size=32), SAMPLE)
+
+
+def test_a_run_tells_them_at_its_validations(shard, tmp_path):
+    config = TextConfig(context_length=16, width=32, heads=2, layers=1, embed_dim=16, vocabulary=49408)
+    torch.manual_seed(0)
+    native.save(tmp_path / "clip", ModelConfig(text=config), {"text": TextTower(config)})
+    training = DiffusionTraining(text=str(tmp_path / "clip"), sample=SAMPLE)
+    training = replace(
+        training,
+        model=replace(
+            training.model,
+            in_channels=3,
+            out_channels=3,
+            channels=32,
+            multipliers=(1, 1),
+            blocks=1,
+            attention_levels=(1,),
+            heads=2,
+            context_width=32,
+        ),
+        data=DataConfig(shards=shard, size=16, streams=1, workers=0),
+        loop=replace(training.loop, global_batch=2),
+        figures=FiguresConfig(pictures=7, reference=shard),
+    )
+    with torch.no_grad():
+        found = DiffusionStage(training, 0, 1, torch.device("cpu")).validate()
+    assert found.keys() == NAMES
+    assert DiffusionStage(replace(training, figures=FiguresConfig()), 0, 1, torch.device("cpu")).validate() == {}
