@@ -27,6 +27,7 @@ from typing import Any  # noqa: E402
 from ldm.errors import UserError, run  # noqa: E402
 from ldm.files import atomic_write_text  # noqa: E402
 
+PAGE = 4096  # bytes that a machine reads together
 SCRIPT = Path(__file__).parents[1] / "scripts" / "txt2img.py"
 
 
@@ -234,7 +235,7 @@ def seconds_each(work: Callable[[], object], seconds: float) -> float:
 
 
 def load(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of each precision and library: seconds, bytes of the weights held, and the process' peak above its imports."""
+    """Of each precision and library: seconds until all weights are in memory, their bytes, the peak above imports."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.model or str(random_v1(Path(folder) / "v1"))
@@ -275,9 +276,12 @@ def loaded(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError("the peak of memory is read from /proc, which only Linux has") from error
     before, begun = resident("VmRSS"), time.perf_counter()
-    networks = work()
+    weights = [parameter for network in work() for parameter in network.parameters()]
+    for weight in weights:  # one that is mapped and not yet read would be in memory no sooner than it is used
+        dense = weight.detach().as_strided((weight.numel(),), (1,))
+        dense[:: PAGE // weight.element_size()].float().sum()
     seconds = time.perf_counter() - begun
-    held = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+    held = sum(weight.numel() * weight.element_size() for weight in weights)
     print(json.dumps({"seconds": seconds, "held": held, "peak": resident("VmHWM") - before}))
 
 
