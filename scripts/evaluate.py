@@ -66,7 +66,7 @@ def generation(arguments: argparse.Namespace) -> None:
     axes = parse_axes(arguments.sweep)
     crew = muster()
     against = compared_with(arguments, crew.main)
-    where = parse_where(arguments.captions_where)
+    where = where_of(arguments.captions_where)
     captions = read_captions(arguments.captions, where) if arguments.captions else ()
     if arguments.pictures:
         drawn = open_source(arguments.pictures, "--pictures", where)
@@ -105,12 +105,24 @@ def compared_with(arguments: argparse.Namespace, main: bool) -> Against:
     kinds = tuple(split_list(arguments.figures)) if arguments.figures else Measures.kinds
     numbers = {name: getattr(arguments, name) for name in ("subset", "subsets", "neighbours", "ball", "splits")}
     measures = Measures(kinds, **numbers, allow_few=arguments.allow_few).check()
-    where, device = parse_where(arguments.where), choose_device(arguments.device).type
+    where, device = where_of(arguments.where), choose_device(arguments.device).type
     real = open_source(arguments.reference, "--reference", where)
+    if arguments.held_out_where:
+        where = where_of(arguments.held_out_where)
     held_out = open_source(arguments.held_out, "--held-out", where) if arguments.held_out else None
     spaces = [make_space(name, device) for name in arguments.space or ["efficientnet-lite0"]]
     cache = Path(arguments.cache).expanduser() if arguments.cache else CACHE
     return Against(real, held_out, spaces, measures, cache, 4 if device == "cpu" else 64, main and shown())
+
+
+def where_of(words: list[str]) -> dict[str, list[str]]:
+    """Words of the form field=value,value, and @RECIPE, which stands for the data.where of a training recipe."""
+    from ldm.config import DiffusionTraining, load
+
+    where = parse_where([word for word in words if not word.startswith("@")])
+    for word in words:
+        where |= load(DiffusionTraining, word[1:]).data.where if word.startswith("@") else {}
+    return where
 
 
 def what_to_draw(arguments: argparse.Namespace, captions: tuple[str, ...]) -> Drawing:
@@ -260,8 +272,9 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add("--out", metavar="FOLDER", help="of drawn pictures and results; gone on with when it is there")
     add = command.add_argument_group("against what, and how").add_argument
     add("--reference", required=True, help="real pictures: a folder or shards")
-    add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
+    add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=f"{WHERE_HELP}; @RECIPE: its own")
     add("--held-out", help="real pictures that no training saw, beside them")
+    add("--held-out-where", action="append", default=[], metavar="FIELD=VALUE,...", help="default: that of --where")
     add("--space", action="append", help="of features: efficientnet-lite0, inception=FILE, clip=FOLDER, ViT-B-32=FILE")
     add("--figures", metavar="KINDS", help="some of frechet,kernel,neighbours,score,captions (default: all)")
     add("--subset", type=int, default=1000, help="pictures in a subset of the kernel distance")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from ldm.metrics.crew import Crew
 from ldm.metrics.features import FeatureSpace
 from ldm.metrics.moments import Moments
 from ldm.metrics.sources import RESIZE, Source
+
+logger = logging.getLogger(__name__)
 
 PIECE = 512  # pictures in a file
 CACHE = Path.home() / ".cache" / "ldm" / "features"
@@ -94,4 +97,6 @@ def extract(
         raise UserError(f"the features kept in {folder} are damaged ({error}); remove that folder") from error
     if not rows:
         raise UserError(f"none of the {len(source)} pictures of {source.name} can be decoded")
+    if crew.main and len(rows) < len(source):
+        logger.warning("%d of the %d pictures of %s do not decode", len(source) - len(rows), len(source), source.name)
     return Features(space, paths, rows)

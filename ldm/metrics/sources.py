@@ -57,7 +57,7 @@ class Source:
 
     def images(self, start: int, stop: int, size: int) -> tuple[list[int], list[Tensor]]:
         """Numbers and pictures (3, size, size) in [-1, 1] of the items start to stop that can be decoded."""
-        reader = ShardReader(self.shards.shards) if self.shards else None
+        reader = ShardReader(self.shards.shards, self.shards.store) if self.shards else None
         kept, images = [], []
         for number in range(start, min(stop, len(self))):
             place = self.items[number].place
@@ -92,7 +92,7 @@ def open_source(name: str, what: str, where: Mapping[str, Sequence[str]] | None 
             raise UserError(f"{what}: the folder {name} has no pictures ({', '.join(PICTURES)})")
         return of_files(name, paths, [_beside(path) for path in paths])
     shards = open_set(name, what, _fault, where)
-    reader, items = ShardReader(shards.shards), []
+    reader, items = ShardReader(shards.shards, shards.store), []
     for shard, index in enumerate(shards.shards):
         for number in range(len(index)):
             record = reader.read(shard, number)
