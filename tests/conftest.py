@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads than that only get in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = ModelConfig(
     autoencoder=AutoencoderConfig(

@@ -2,7 +2,7 @@
 
 Sampler and reference both go from sigma_max to sigma = 0.03 on geometric grids, from the same states, so that nothing
 but the solver errs; the step to 0, which is D for all of them, is no part of it. On a Gaussian the flow is known in
-closed form, on a mixture it is integrated by the classical Runge-Kutta method in 800 steps. `pytest -s` prints the
+closed form, on a mixture it is integrated by the classical Runge-Kutta method in 800 steps. `pytest -n 0 -s` prints the
 tables.
 """
 
