@@ -161,6 +161,9 @@ class LoopConfig:
     precision: str = "auto"  # fp32, bf16, fp16; auto: bf16 on a GPU that computes in it, else fp32
     seed: int = 0
     ema: float = 0.999  # decay of the averaged weights, warmed up as (1 + n) / (10 + n); 0: none
+    ema_on_cpu: bool = False  # the averages in the CPU's memory
+    ema_widths: tuple[float, ...] = ()  # sigma_rel of power-function averages, as (0.05, 0.1); ldm/training/posthoc.py
+    ema_snapshot_every: int = 1000  # optimizer steps between snapshots of these
     log_every: int = 20
     validate_every: int = 500
     sample_every: int = 0  # grids of pictures; 0: at the end only

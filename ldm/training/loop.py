@@ -117,6 +117,8 @@ class _Run:
                 if validate or draw:
                     self._look(validate, draw)
                     interval = time.monotonic()
+                if self.main and self.members.profiles and (step % loop.ema_snapshot_every == 0 or step == loop.steps):
+                    self._unless_full(lambda: self.members.snapshot(self.output, self.step))
                 at_start = self.guard is not None and step == self.guard.start
                 if stop or over or step == loop.steps or step % loop.save_every == 0 or at_start:
                     unsaved = self.saver.save(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from ldm.config import LoopConfig
-from ldm.training.ema import EMA
+from ldm.training.ema import EMA, local, power
 from ldm.training.optim import build_optimizer, rate_at
+from ldm.training.posthoc import save_snapshot
 from ldm.training.stage import Player
 
 
@@ -31,7 +33,14 @@ class Members:
             if loop.compile:
                 player.module.compile()
             self.networks[name], self.optimizers[name] = accelerator.prepare(player.module, optimizer)
-        self.averages = {name: EMA(p.module, loop.ema) for name, p in players.items() if p.averaged and loop.ema}
+        averaged = {name: player.module for name, player in players.items() if player.averaged}
+        cpu = loop.ema_on_cpu
+        self.averages = {name: EMA(module, loop.ema, cpu) for name, module in averaged.items() if loop.ema}
+        self.profiles = {
+            (name, width): EMA(module, power(width), cpu)
+            for name, module in averaged.items()
+            for width in loop.ema_widths
+        }
 
     def clip(self, played: Sequence[str]) -> dict[str, float]:
         """Gradient norms, before they are cut to what each optimizer's settings allow.
@@ -56,8 +65,8 @@ class Members:
                 self.scaler.step(self.optimizers[name].optimizer)
             else:
                 self.optimizers[name].step()
-            if name in self.averages:
-                self.averages[name].update()
+            for average in self._averages_of(name):
+                average.update()
 
     def forget(self, played: Sequence[str]) -> None:
         """Drop the gradients, used or not."""
@@ -72,14 +81,20 @@ class Members:
     def not_finite(self) -> str:
         """The name of something that has a value which is not finite: a network, or its average; else empty."""
         for name, player in self.players.items():
-            tensors = [t for t in player.module.state_dict().values() if t.is_floating_point()]
-            if name in self.averages:
-                tensors += self.averages[name].average.values()
-            # One number for each: the norm is finite if and only if all values and their squares' sum are.
-            norms = torch._foreach_norm(tensors, math.inf)  # pyright: ignore[reportPrivateImportUsage]
-            if norms and not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
-                return name
+            tensors = [local(t) for t in player.module.state_dict().values() if t.is_floating_point()]
+            for average in self._averages_of(name):
+                tensors += [local(tensor) for tensor in average.average.values()]
+            for device in {tensor.device for tensor in tensors}:  # the largest value of each; NaN is passed on
+                here = [tensor for tensor in tensors if tensor.device == device and tensor.numel()]
+                norms = torch._foreach_norm(here, math.inf)  # pyright: ignore[reportPrivateImportUsage]
+                if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+                    return name
         return ""
+
+    def snapshot(self, output: Path, step: int) -> None:
+        """Keep the power-function averages for later; raises UserError if the disk does not take them."""
+        for (name, width), profile in self.profiles.items():
+            save_snapshot(output, name, width, step, profile.updates, profile.average)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -100,6 +115,7 @@ class Members:
             "modules": {name: player.module.state_dict() for name, player in self.players.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            "profiles": {f"{name} {width}": profile.state_dict() for (name, width), profile in self.profiles.items()},
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
 
@@ -110,5 +126,11 @@ class Members:
             self.optimizers[name].load_state_dict(state["optimizers"][name])
         for name, average in self.averages.items():
             average.load_state_dict(state["averages"][name])
+        for (name, width), profile in self.profiles.items():
+            profile.load_state_dict(state["profiles"][f"{name} {width}"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+    def _averages_of(self, name: str) -> list[EMA]:
+        profiles = [profile for (player, _), profile in self.profiles.items() if player == name]
+        return [*([self.averages[name]] if name in self.averages else []), *profiles]

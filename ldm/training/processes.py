@@ -88,7 +88,7 @@ def precision_here(precision: str) -> str:
 
 
 def _check(loop: LoopConfig) -> None:
-    least = {"log_every": 1, "validate_every": 1, "save_every": 1, "keep": 1, "bad_steps": 1}
+    least = {"log_every": 1, "validate_every": 1, "save_every": 1, "keep": 1, "bad_steps": 1, "ema_snapshot_every": 1}
     least |= {"micro_batch": 0, "sample_every": 0, "max_minutes": 0, "threads": 0, "keep_every": 0}
     for name, number in least.items():
         if getattr(loop, name) < number:

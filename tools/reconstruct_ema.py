@@ -1,0 +1,47 @@
+"""The average of any width of a finished training, from the snapshots it kept, as a model of its own.
+
+    python tools/reconstruct_ema.py runs/ldm --width 0.07 --output runs/ldm-0.07
+
+The run must have had loop.ema_widths, as (0.05, 0.1), and loop.ema_snapshot_every. See ldm/training/posthoc.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm.errors import UserError, run
+
+PLAYERS = {
+    "unet": ("unet", ""),
+    "autoencoder": ("autoencoder", "autoencoder."),
+}  # part, prefix of names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the output of a training that has finished")
+    parser.add_argument(
+        "--width", type=float, required=True, help="of the average, a share of the run: 0.01 to 0.25"
+    )
+    parser.add_argument("--step", type=int, default=0, help="as if the run had ended there; default: its last snapshot")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the model to write")
+    arguments = parser.parse_args()
+
+    from ldm.checkpoints import native
+    from ldm.training.posthoc import reconstruct
+
+    config = native.read_config(arguments.run)
+    player = "unet" if config.unet is not None else "autoencoder"
+    if getattr(config, player) is None:
+        raise UserError(f"{arguments.run} holds no U-Net and no autoencoder, whose averages could be made")
+    tensors, residual = reconstruct(arguments.run, player, arguments.width, arguments.step)
+    part, prefix = PLAYERS[player]
+    parts = {name: native.read_part(arguments.run, name) for name in native.part_names(config)}
+    parts[part] = {**parts[part], **{name.removeprefix(prefix): tensor for name, tensor in tensors.items()}}
+    native.save(arguments.output, config, parts)
+    print(f"wrote {arguments.output}: width {arguments.width:g}, its profile is met to {100 * residual:.2g} %")
+
+
+if __name__ == "__main__":
+    run(main)
