@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ldm.config import DataConfig
 from ldm.data.buckets import Buckets
 from ldm.data.plan import Group, Plan
-from ldm.data.shards import BadSample, Record, ShardReader, ShardSet, Tally, Unavailable, check_share
+from ldm.data.shards import QUARANTINED, BadSample, Record, ShardReader, ShardSet, Tally, Unavailable, check_share
 from ldm.data.streams import keyed_rng
 from ldm.errors import UserError
 
@@ -98,6 +98,7 @@ class Feed(Generic[Item, B]):
         self.samples_per_epoch = len(data)
         self.drawn = 0  # samples of the global order handed out so far, over all processes
         self.tally = Tally()
+        self.quarantined: set[str] = set(data.quarantine)  # shards that could not be had
         self.buckets = buckets
         self._assembler = assembler
         self._read = 0  # samples that this process has got
@@ -120,8 +121,8 @@ class Feed(Generic[Item, B]):
         """
         here = self._order_name()
         if state["order"] != here or state["seed"] != self.seed:
-            theirs = {**state["order"], "seed": state["seed"]}
-            differing = [name for name, value in {**here, "seed": self.seed}.items() if theirs.get(name) != value]
+            ours, theirs = {**here, "seed": self.seed}, {**state["order"], "seed": state["seed"]}
+            differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
             raise UserError(
                 f"the saved position belongs to another order of samples ({', '.join(differing)} differ); resume with "
                 "the shards and data settings of that run, or start a new one"
@@ -181,6 +182,8 @@ class Feed(Generic[Item, B]):
     def _opened(self, part: _Part[B]) -> B:
         for fault in part.bad:
             self.tally.note(*fault)
+            if fault[0] == QUARANTINED:
+                self.quarantined.add(fault[2])
         self._read += self.global_batch // self.world // max(1, self.config.workers)
         if part.bad:
             check_share(

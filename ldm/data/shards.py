@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 OPEN_FILES = 32  # shards a reader keeps open
 TRANSFERS = 8  # remote shards that are fetched at once when a set is opened
 QUARANTINE = 1800.0  # seconds until a shard that could not be had is tried again
+QUARANTINED = "its shard is in quarantine"
 SAMPLE_LIMIT = 2**28  # bytes of a sample; each reader holds one at a time
 FEW = 100  # a share of bad samples is taken of as many at least: of three, one may be bad
 
@@ -293,7 +294,7 @@ class ShardReader:
             self._files.move_to_end(shard)
             return file
         if time.monotonic() < self._quarantine.get(shard, 0.0):
-            raise Unavailable("its shard is in quarantine")
+            raise Unavailable(QUARANTINED)
         while len(self._files) >= OPEN_FILES:
             self._files.popitem(last=False)[1].close()
         source = self._shards[shard].path
@@ -302,6 +303,6 @@ class ShardReader:
         except Unreachable as error:
             self._quarantine[shard] = time.monotonic() + QUARANTINE
             logger.warning("shard in quarantine: %s (%s)", shown(source), error)
-            raise Unavailable("its shard is in quarantine") from error
+            raise Unavailable(QUARANTINED) from error
         self._files[shard] = file
         return file

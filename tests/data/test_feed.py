@@ -218,3 +218,14 @@ def test_the_plan_names_the_numbers(sets):
         assert part in text
     filtered = replace(sets((3, 0, 4)), filtered=5)
     assert "5 filtered out" in Feed(filtered, config, 8, 0, 2, 0, Keys()).describe()
+
+
+def test_a_resumed_pass_that_finds_only_bad_samples_has_found_good_ones_before(sets):
+    data = sets((3, 0, 4))
+    bad = Keys(frozenset(data.shards[2].keys))
+    assert list(in_order(data, bad, 2, start=3)) == []
+    assert [row[0] for batch in in_order(data, Keys(), 2, start=1, stop=4) for row in batch] == [
+        "s0-0001",
+        "s0-0002",
+        "s2-0000",
+    ]
