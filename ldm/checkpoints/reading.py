@@ -26,7 +26,7 @@ from ldm.checkpoints.places import Contents, MappedFile, Place
 from ldm.errors import UserError, explain_os_error
 
 MAX_HEADER = 16 << 20  # bytes; Stable Diffusion's has 0.1 million, a LoRA with its training's captions one
-_PIECE = 1 << 18  # numbers looked at together for one that is not finite; larger pieces tear holes into the heap
+_PIECE = 1 << 15  # numbers looked at together: so few that no threads are woken for them, nor the heap torn
 
 # safetensors' names of types
 DTYPES = {
