@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -46,8 +47,9 @@ def muster() -> Crew:
         return Crew()
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    if state.device.type == "cpu":
+    # Long: the others wait while the first one computes figures.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    if not torch.accelerator.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     return Crew(state.process_index, state.num_processes)

@@ -35,15 +35,17 @@ class Against:
 
         Raises UserError for sets that are too small.
         """
+        sides = [drawn, self.real, *([self.held_out] if self.held_out else [])]
+        made = [
+            [extract(side, size, space, self.cache, crew, self.batch_size, self.bar) for side in sides]
+            for space in self.spaces
+        ]
         found: dict[str, float] = {}
-        for space in self.spaces:
-            sides = [drawn, self.real, *([self.held_out] if self.held_out else [])]
-            features = [extract(side, size, space, self.cache, crew, self.batch_size, self.bar) for side in sides]
-            if crew.main:
-                found |= between(features[0], features[1], self.measures)
-                if self.held_out:
-                    found |= between(features[0], features[2], self.measures, held_out=True)
-                found |= alone(features[0], drawn, self.measures)
+        for features in made if crew.main else []:
+            found |= between(features[0], features[1], self.measures)
+            if self.held_out:
+                found |= between(features[0], features[2], self.measures, held_out=True)
+            found |= alone(features[0], drawn, self.measures)
         if crew.main and not found:
             raise UserError("none of the figures asked for is defined in these spaces; ask for others, or other spaces")
         return found

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def open_clip_space(architecture: str, file: str, device: str = "cpu") -> Featur
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except OSError as error:
         raise explain_os_error(error, f"reading the weights {file}") from error
-    model = open_clip.create_model(architecture, load_weights=False, pretrained_text=False, device=device)
+    model: Any = open_clip.create_model(architecture, load_weights=False, pretrained_text=False, device=device)
     try:
         open_clip.load_checkpoint(model, file, weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
