@@ -9,13 +9,17 @@ or with the file and the words of the training to come:
 
 Written are posterior moments (in float32: beside the contexts they are small) of each picture, with --flip of its
 mirror image too, and the context of each of its captions (float16), with a fingerprint of the networks and the picture
-size. The tool goes on where an earlier run of it was interrupted, and refuses a folder of other latents.
+size. The tool goes on where an earlier run of it was interrupted, and refuses a folder of other latents. With
+--processes N the samples are divided into N ranges, each encoded by a process (and GPU, where there are several) of its
+own; an interrupted run goes on with the same N.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import subprocess
 import sys
 
 import torch
@@ -26,7 +30,16 @@ from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import native
 from ldm.conditioning.clip import TextTower
 from ldm.config import DiffusionTraining, load
-from ldm.data.latents import LatentSources, LatentWriter, SourceBatch, latent_fingerprint
+from ldm.data.latents import (
+    MANIFEST,
+    LatentSources,
+    LatentWriter,
+    SourceBatch,
+    check_parts,
+    latent_fingerprint,
+    merge_parts,
+    part_folder,
+)
 from ldm.device import choose_device, choose_precision
 from ldm.errors import UserError, run
 from ldm.options import WHERE_HELP, parse_where
@@ -35,6 +48,11 @@ from ldm.options import WHERE_HELP, parse_where
 def main() -> None:
     arguments = parse()
     config = settings(arguments)
+    if arguments.part is None:
+        check_parts(config.latents, arguments.processes)
+        if arguments.processes > 1:
+            divide(arguments, config.latents)
+            return
     device = choose_device(arguments.device)
     dtype = choose_precision(arguments.precision, device)
     codec = native.load_autoencoder(config.autoencoder, device, dtype)
@@ -43,18 +61,64 @@ def main() -> None:
 
     sources = LatentSources(config.data)
     fingerprint = latent_fingerprint(config.autoencoder, config.text, config.data)
-    writer = LatentWriter(config.latents, fingerprint, sources.fingerprint, config.data.flip, arguments.shard_samples)
+    part, parts = (0, 1) if arguments.part is None else (arguments.part, arguments.processes)
+    first, stop = (len(sources) * edge // parts for edge in (part, part + 1))
+    folder = config.latents if arguments.part is None else part_folder(config.latents, part, parts)
+    writer = LatentWriter(
+        folder, fingerprint, sources.fingerprint, config.data.flip, arguments.shard_samples, first=first
+    )
     if writer.complete:
-        print(f"{config.latents} is complete already")
+        print(f"{folder} is complete already")
         return
-    if writer.start:
+    if writer.start > first:
         print(f"going on at sample {writer.start} of {len(sources)}", flush=True)
-    written, cut = precompute(codec, tower, sources, writer, config.data.flip, arguments.batch)
-    print(f"wrote {written} samples to {config.latents}")
+    written, cut = precompute(codec, tower, sources, writer, config.data.flip, arguments.batch, stop)
+    print(f"wrote {written} samples to {folder}")
     if cut:
         print(
             f"note: {cut} captions are longer than the text tower's {tower.config.context_length} tokens and were cut"
         )
+
+
+def divide(arguments: argparse.Namespace, folder: str) -> None:
+    """Run this tool once for each part, all at a time, and make one set of what they wrote.
+
+    Raises UserError with the last words of a process that failed; the others end with it, and go on when run again.
+    """
+    parts = arguments.processes
+    if os.path.exists(os.path.join(folder, MANIFEST)):  # check_parts has seen that it is not of an unfinished run
+        print(f"{folder} is complete already")
+        return
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parts)), **os.environ}
+    gpus = visible_gpus() if choose_device(arguments.device).type == "cuda" else []
+    running = []
+    try:
+        for part in range(parts):
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[part % len(gpus)]
+            words = [sys.executable, __file__, *sys.argv[1:], "--part", str(part)]
+            running.append(
+                subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        for part, process in enumerate(running):
+            out, err = process.communicate()
+            if process.returncode:
+                last = (err.strip().splitlines() or ["it said nothing"])[-1]
+                raise UserError(f"process {part} of {parts}: {last.removeprefix('error: ')}")
+            for line in [line for line in out.splitlines() if line.startswith("note: ")]:
+                print(f"{line} (process {part})")
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    print(f"wrote {merge_parts(folder, parts)} samples to {folder}")
+
+
+def visible_gpus() -> list[str]:
+    """The names that CUDA_VISIBLE_DEVICES may give to one GPU each."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def parse() -> argparse.Namespace:
@@ -72,8 +136,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shard-samples", type=int, default=1024, help="an interrupted run goes on at a whole shard")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", default="fp32", help="of the networks: fp32 (as in training), fp16, bf16")
+    parser.add_argument("--processes", type=int, default=1, help="that encode at a time [%(default)s]")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # which of them this is
     arguments = parser.parse_intermixed_args()
-    for name, count in (("batch", arguments.batch), ("shard-samples", arguments.shard_samples)):
+    counts = {"batch": arguments.batch, "shard-samples": arguments.shard_samples, "processes": arguments.processes}
+    for name, count in counts.items():
         if count < 1:
             raise UserError(f"--{name} is {count}; it must be at least 1")
     return arguments
@@ -105,13 +172,20 @@ def settings(arguments: argparse.Namespace) -> DiffusionTraining:
 
 @torch.inference_mode()
 def precompute(
-    codec: Codec, tower: TextTower, sources: LatentSources, writer: LatentWriter, flip: bool, batch_size: int
+    codec: Codec,
+    tower: TextTower,
+    sources: LatentSources,
+    writer: LatentWriter,
+    flip: bool,
+    batch_size: int,
+    stop: int,
 ) -> tuple[int, int]:
-    """Encode what `writer` does not have yet; returns the samples written and the captions that were cut."""
+    """Encode what `writer` does not have yet, up to before sample `stop`; returns the samples written and the captions
+    that were cut."""
     device = tower.positional_embedding.device
     written = cut = 0
-    with tqdm(total=len(sources), initial=writer.start, unit="picture", disable=not sys.stderr.isatty()) as bar:
-        for batch in sources.batches(batch_size, writer.start):
+    with tqdm(total=stop, initial=writer.start, unit="picture", disable=not sys.stderr.isatty()) as bar:
+        for batch in sources.batches(batch_size, writer.start, stop):
             image = batch.image.to(device)
             moments = codec.posterior(image).moments()
             flipped = codec.posterior(image.flip(-1)).moments() if flip else None

@@ -25,8 +25,8 @@ Members = dict[str, tuple[int, int]]  # extension -> (offset of the first byte, 
 class ShardIndex:
     """`keys[i]` and `members[i]` describe sample i, in the order of the samples' first members."""
 
-    def __init__(self, path: str, samples: OrderedDict[str, Members]) -> None:
-        self.path = path
+    def __init__(self, path: str, samples: OrderedDict[str, Members], torn: bool = False) -> None:
+        self.path, self.torn = path, torn
         self._kept: array[int] | None = None  # the samples that are used; None: all
         self._names = b"".join(key.encode("utf-8", "surrogateescape") for key in samples)
         self._name_ends: array[int] = array("Q")
@@ -132,7 +132,7 @@ def index_file(file: int, path: str) -> ShardIndex:
             "%s is torn at byte %d of %d: its %d whole samples are used, what followed is lost; make it again",
             shown(path), min(contents.end, size), size, len(samples),
         )  # fmt: skip
-    return ShardIndex(path, samples)
+    return ShardIndex(path, samples, contents.torn)
 
 
 def _drop_torn_sample(samples: OrderedDict[str, Members]) -> None:

@@ -21,6 +21,7 @@ import glob
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -82,16 +83,17 @@ class LatentSources:
 
     def __init__(self, config: DataConfig) -> None:
         transforms.check(config.size, config.crop)
+        _check_plain(config)
         self._config = config
-        self._data = open_set(config.shards, "data.shards", samples.fault, config.where)
+        self._data = open_set(config.shards, "data.shards", samples.fault, config.where, config)
         self.fingerprint = self._data.fingerprint
 
     def __len__(self) -> int:
         return len(self._data)
 
-    def batches(self, batch_size: int, start: int = 0) -> Iterator[SourceBatch]:
-        """From sample number `start` to the end; what cannot be used is logged and left out."""
-        return in_order(self._data, _Sources(self._config.size), batch_size, start)
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[SourceBatch]:
+        """From sample number `start` to before `stop` (the end); what cannot be used is logged and left out."""
+        return in_order(self._data, _Sources(self._config.size), batch_size, start, stop)
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ class LatentWriter:
     """Fills a folder with latent shards; call `add` in the order of `LatentSources.batches`, then `finish`.
 
     Each shard appears whole, then the manifest names it. A writer on a folder that an earlier one left unfinished goes
-    on after its last whole shard: begin the batches at `start`. Raises UserError when the folder holds latents of
-    other networks or other pictures.
+    on after its last whole shard: begin the batches at `start`, which is `first` on a new folder. Raises UserError when
+    the folder holds latents of other networks or other pictures.
     """
 
     def __init__(
@@ -129,8 +131,9 @@ class LatentWriter:
         source: str,
         flipped: bool,
         per_shard: int = 1024,
+        first: int = 0,
     ) -> None:
-        self._folder, self._per_shard = Path(folder), per_shard
+        self._folder, self._per_shard, self._first = Path(folder), per_shard, first
         head = {"format": FORMAT, "fingerprint": dict(fingerprint), "source": source, "flipped": flipped}
         self._manifest: dict[str, Any] = {**head, "per_shard": per_shard, "complete": False, "shards": []}
         if (self._folder / MANIFEST).exists():
@@ -147,7 +150,7 @@ class LatentWriter:
     @property
     def start(self) -> int:
         """The first sample number that no finished shard covers."""
-        return self._manifest["shards"][-1]["next"] if self._manifest["shards"] else 0
+        return self._manifest["shards"][-1]["next"] if self._manifest["shards"] else self._first
 
     @property
     def complete(self) -> bool:
@@ -192,6 +195,47 @@ class LatentWriter:
 
     def _save_manifest(self) -> None:
         atomic_write_text(self._folder / MANIFEST, json.dumps(self._manifest, indent=1) + "\n")
+
+
+def part_folder(folder: str | Path, part: int, parts: int) -> Path:
+    """Where one of several writers, each of an equal range of the samples, leaves its shards until all are done."""
+    return Path(folder) / f".part-{part}-of-{parts}"
+
+
+def check_parts(folder: str | Path, parts: int) -> None:
+    """Raises UserError if an earlier run divided the work among another number of writers and did not finish."""
+    begun = {path.name.rpartition("-")[2] for path in Path(folder).glob(".part-*-of-*")}
+    if (Path(folder) / MANIFEST).exists() and not _read_manifest(Path(folder))["complete"]:
+        begun.add("1")
+    others = sorted(begun - {str(parts)})
+    if others:
+        raise UserError(
+            f"{folder} holds what {others[0]} processes left unfinished; go on with --processes {others[0]}"
+        )
+
+
+def merge_parts(folder: str | Path, parts: int) -> int:
+    """Make one set of what the writers of all parts finished; returns its samples.
+
+    May be called again if it broke off.
+    """
+    folder = Path(folder)
+    folders = [part_folder(folder, part, parts) for part in range(parts)]
+    manifests = [_read_manifest(each) for each in folders]
+    if not all(manifest["complete"] for manifest in manifests):
+        raise UserError(f"the latents in {folder} are not complete; run tools/precompute_latents.py to its end")
+    shards = []
+    for each, manifest in zip(folders, manifests, strict=True):
+        for shard in manifest["shards"]:
+            name = f"latents-{len(shards):05d}.tar"
+            if (each / shard["name"]).exists():
+                os.replace(each / shard["name"], folder / name)
+            shards.append({**shard, "name": name})
+    whole = {**manifests[0], "shards": shards}
+    atomic_write_text(folder / MANIFEST, json.dumps(whole, indent=1) + "\n")
+    for each in folders:
+        shutil.rmtree(each)
+    return sum(shard["samples"] for shard in shards)
 
 
 # ---------------------------------------------------------------- latents in
@@ -262,6 +306,7 @@ class LatentLoader(Feed[tuple[Tensor, Tensor], LatentBatch]):
     ) -> None:
         transforms.check(config.size, config.crop)
         samples.check_caption(config.caption)
+        _check_plain(config)
         if config.crop != "center":
             raise UserError(f"cached latents are of center crops, data.crop is '{config.crop}'; set data.crop=center")
         if os.path.isdir(config.shards):
@@ -270,6 +315,14 @@ class LatentLoader(Feed[tuple[Tensor, Tensor], LatentBatch]):
         data = open_set(config.shards, "latents", _fault, config.where)
         _check_count(data, count)
         super().__init__(data, config, global_batch, rank, world, seed, _Latents(config.caption, config.flip))
+
+
+def _check_plain(config: DataConfig) -> None:
+    if config.mixture or config.buckets:
+        raise UserError(
+            f"cached latents are squares of one set; leave out data.{'mixture' if config.mixture else 'buckets'}, or "
+            "train without latents"
+        )
 
 
 def _fault(members: Members) -> str | None:

@@ -103,7 +103,7 @@ def open_picture(content: bytes) -> Image.Image:
             if picture.width * picture.height > MAX_PIXELS:
                 raise BadSample(f"the picture has more than {MAX_PIXELS} pixels")
             picture.load()
-            picture = ImageOps.exif_transpose(picture)
+            ImageOps.exif_transpose(picture, in_place=True)
     except Image.DecompressionBombError as error:
         raise BadSample(f"the picture has more than {MAX_PIXELS} pixels") from error
     except _DAMAGE as error:

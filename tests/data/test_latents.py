@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm.config import DataConfig, ModelConfig
-from ldm.data.latents import LatentLoader, LatentSources, LatentWriter, latent_fingerprint
+from ldm.data.latents import LatentLoader, LatentSources, LatentWriter, latent_fingerprint, merge_parts, part_folder
 from ldm.data.loader import Loader
 from ldm.errors import UserError
 
@@ -130,6 +130,29 @@ def test_what_a_set_cannot_serve_is_said(tmp_path, source):
         load(tmp_path / "set", source)
     with pytest.raises(UserError, match=r"set data.crop=center"):
         load(tmp_path / "set", source, crop="random")
+    for setting in ({"buckets": 4}, {"mixture": {"x.tar": 1.0}}):
+        with pytest.raises(UserError, match=f"squares of one set; leave out data.{next(iter(setting))}"):
+            load(tmp_path / "set", source, flip=False, **setting)
+
+
+def test_parts_that_were_merged_halfway_are_merged_again(tmp_path, source):
+    sources, whole = LatentSources(source), tmp_path / "set"
+    for part, (first, stop) in enumerate([(0, 6), (6, 12)]):
+        writer = LatentWriter(part_folder(whole, part, 2), PRINT, sources.fingerprint, False, 4, first=first)
+        for batch in sources.batches(3, writer.start, stop):
+            writer.add(batch, moments(batch.image).half(), None, [context(texts) for texts in batch.captions])
+        with pytest.raises(UserError, match=r"not complete|no latents.json"):
+            merge_parts(whole, 2)
+        writer.finish()
+    (part_folder(whole, 0, 2) / "latents-00000.tar").rename(whole / "latents-00000.tar")  # and then it was killed
+    assert merge_parts(whole, 2) == 11
+    assert sorted(path.name for path in whole.iterdir()) == [
+        *(f"latents-{i:05d}.tar" for i in range(4)),
+        "latents.json",
+    ]
+    loader = load(whole, source, flip=False, shuffle=0)
+    assert sorted(key for batch in islice(loader, 3) for key in batch.key)[:2] == ["k0", "k0"]
+    assert loader.samples_per_epoch == 11
 
 
 def test_damage_to_a_set_is_noticed(tmp_path, source):

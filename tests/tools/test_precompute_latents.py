@@ -93,6 +93,32 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tool, tmp_path)
     assert "complete already" in tool(tmp_path / "parts")[1]
 
 
+@pytest.mark.slow
+def test_several_processes_make_the_same_samples_and_go_on_where_one_stopped(tool, tmp_path, tiny_checkpoint):
+    assert tool(tmp_path / "one")[0] == 0
+    many = tmp_path / "many"
+    code, out, err = tool(many, "--part", 1, "--processes", 2)  # one of two, as if the other had been killed
+    assert code == 0 and f"wrote 24 samples to {many / '.part-1-of-2'}" in out
+    code, _, err = tool(many, "--processes", 3)
+    assert code == 1 and "holds what 2 processes left unfinished; go on with --processes 2" in err
+    assert "go on with --processes 2" in tool(many)[2]
+    code, out, err = tool(many, "--processes", 2)
+    assert code == 0 and f"wrote 48 samples to {many}" in out, err
+    assert sorted(contents(many)) == [*(f"latents-{i:05d}.tar" for i in range(6)), "latents.json"]
+    prints = latent_fingerprint(str(tiny_checkpoint), str(tiny_checkpoint), DATA)
+    found = []
+    for name in ("one", "many"):
+        loader = LatentLoader(replace(DATA, shards=str(tmp_path / name), shuffle=0), 8, 0, 1, 3, prints)
+        found.append([batch for batch in islice(loader, 6)])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.key == theirs.key
+        torch.testing.assert_close(ours.moments, theirs.moments, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.context, theirs.context, atol=5e-3, rtol=2e-3)
+    assert "complete already" in tool(many, "--processes", 2)[1]
+    code, _, err = tool(tmp_path / "bad", "--processes", 2, "--size", 30)
+    assert code == 1 and err.startswith("error: process 0 of 2: ") and "multiples of 4" in err
+
+
 def test_latents_of_another_model_are_refused(tool, tmp_path, tiny_checkpoint):
     assert tool(tmp_path / "latents")[0] == 0
     before = contents(tmp_path / "latents")
@@ -131,6 +157,7 @@ def test_mistakes_end_in_one_sentence(tool, tmp_path):
         (("--where", "mode"), "and got 'mode'"),
         (("--where", "mode=cubist"), "matches"),
         (("--batch", 0), "--batch is 0"),
+        (("--processes", 0), "--processes is 0"),
         (("--text", tmp_path / "none"), "none"),
         (("--shards", tmp_path / "none.tar"), "no file matches"),
         (("--precision", "int3"), "no precision 'int3'"),
