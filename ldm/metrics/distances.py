@@ -12,7 +12,8 @@ from ldm.errors import UserError
 from ldm.metrics.moments import Moments
 
 CMMD_SIGMA = 10.0  # of the Gaussian kernel on unit vectors, as in the paper; the figure is given times 1000
-ROWS = 1000  # of the table of all pairs that are held at once
+ROWS = 256  # of the table of all pairs that are held at once
+COLUMNS = 4096  # of it that are made at once: for these many pictures torch.cdist copies the features
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -99,8 +100,8 @@ def density_coverage(drawn: Tensor, real: Tensor, neighbours: int = 5) -> tuple[
     drawn, real = drawn.float(), real.float()
     inside, covered = 0, 0
     for part in real.split(ROWS):
-        radius = torch.cdist(part, real).kthvalue(neighbours + 1, dim=1, keepdim=True).values
-        held = torch.cdist(part, drawn) < radius
+        radius = _pairs(part, real).kthvalue(neighbours + 1, dim=1, keepdim=True).values
+        held = _pairs(part, drawn) < radius
         inside += int(held.sum())
         covered += int(held.any(dim=1).sum())
     return inside / (neighbours * len(drawn)), covered / len(real)
@@ -121,7 +122,7 @@ def gaussian_mmd(a: Tensor, b: Tensor, sigma: float) -> float:
     """Unbiased estimate of MMD^2 between (N, D) and (M, D) with the kernel exp(-|x - y|^2 / (2 sigma^2))."""
 
     def total(x: Tensor, y: Tensor) -> float:
-        return sum(float((-torch.cdist(part, y).square() / (2 * sigma**2)).exp().sum()) for part in x.split(ROWS))
+        return sum(float((-_pairs(part, y).square() / (2 * sigma**2)).exp().sum()) for part in x.split(ROWS))
 
     n, m = len(a), len(b)
     within = (total(a, a) - n) / (n * (n - 1)) + (total(b, b) - m) / (m * (m - 1))  # a picture and itself: exp(0)
@@ -145,6 +146,11 @@ def retrieval(images: Tensor, texts: Tensor, own: Tensor) -> tuple[float, float]
 
     places = ranks(images.double(), own, F.normalize(texts.double(), dim=1))
     return float((places == 0).double().mean()), float((places < 5).double().mean())
+
+
+def _pairs(part: Tensor, others: Tensor) -> Tensor:
+    """(R, D), (N, D) -> distances (R, N)."""
+    return torch.cat([torch.cdist(part, some) for some in others.split(COLUMNS)], dim=1)
 
 
 def _check_neighbours(drawn: Tensor, real: Tensor, neighbours: int) -> None:

@@ -229,6 +229,7 @@ def test_the_tables_of_neighbours_are_cut_into_rows(monkeypatch):
     a, b = normal(23, 4, 1), normal(31, 4, 2)
     whole = precision_recall(a, b), density_coverage(a, b), cmmd(a, b)
     monkeypatch.setattr(distances, "ROWS", 7)
+    monkeypatch.setattr(distances, "COLUMNS", 5)
     parts = precision_recall(a, b), density_coverage(a, b), cmmd(a, b)
     for one, other in zip(whole, parts, strict=True):
         assert other == pytest.approx(one, abs=1e-9)

@@ -164,7 +164,7 @@ def test_two_processes_give_the_same_figures(tiny_checkpoint, tmp_path):
 def test_fifty_thousand_pictures_in_two_gibibytes(tmp_path):
     """Features of Inception's width on both sides, in a process of its own, whose peak is looked at.
 
-    Neighbours are searched in few dimensions, which takes the same table of pairs and minutes less.
+    Neighbours are searched in few dimensions, which takes the same tables of pairs and minutes less.
     """
     done = subprocess.run([sys.executable, "-c", MANY, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -178,10 +178,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ldm.metrics.distances import density_coverage, precision_recall
+from ldm.metrics.distances import density_coverage, kernel, precision_recall
 from ldm.metrics.extraction import Features
 from ldm.metrics.features import FeatureSpace
-from ldm.metrics.figures import Measures, between
 
 folder, sides = Path(sys.argv[1]), []
 space = FeatureSpace("inception", 2048, None)
@@ -193,9 +192,10 @@ for side in range(2):
         made = torch.randn(rows, 2048, generator=torch.Generator().manual_seed(1000 * side + piece))
         save_file({"features": made}, paths[-1])
     sides.append(Features(space, tuple(paths), tuple(range(50000))))
-print(between(*sides, Measures(("frechet", "kernel"), subsets=2)))
+sides[0].moments()
 wide = [side.all() for side in sides]
-narrow = [features[:, :8].contiguous() for features in wide]
-print(precision_recall(*narrow), density_coverage(*narrow))
+print(kernel(*wide, subsets=1, size=1000))
+few, many = wide[0][:2000, :8].contiguous(), wide[1][:, :8].contiguous()
+print(precision_recall(few, many), density_coverage(few, many))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
