@@ -216,19 +216,20 @@ class _Run:
 
     def _look(self, validate: bool, draw: bool) -> None:
         """Held-out figures and pictures from the averaged weights, by the main process alone."""
-        if self.main:
+        if self.main or self.members.sharded:
             with self.members.averaged(), torch.no_grad():
-                if validate and (figures := self.stage.validate()):
+                if self.main and validate and (figures := self.stage.validate()):
                     self._log(figures)
-                if draw:
+                if self.main and draw:
                     self._unless_full(lambda: self.stage.draw(self.output, self.step))
         self.accelerator.wait_for_everyone()
 
     def _finish(self) -> None:
         self._look(validate=self.step % self.loop.validate_every != 0, draw=True)
-        if self.main:
+        if self.main or self.members.sharded:
             with self.members.averaged(), torch.no_grad():
-                self.stage.export(self.output, finished=True)
+                if self.main:
+                    self.stage.export(self.output, finished=True)
         if self.unsaved:
             raise UserError(f"the run ends at step {self.step} and its state is not saved: {self.unsaved}")
         self._say(

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ldm.config import LoopConfig
+from ldm.errors import UserError
 from ldm.training.ema import EMA, local, power
 from ldm.training.optim import build_optimizer, rate_at
 from ldm.training.posthoc import save_snapshot
+from ldm.training.sharding import is_sharded, mesh_of, whole
 from ldm.training.stage import Player
 
 
@@ -29,10 +33,18 @@ class Members:
         self.optimizers: dict[str, Any] = {}  # accelerate's wrappers
         for name, player in players.items():
             player.module.to(accelerator.device)
+            if accelerator.distributed_type == DistributedType.FSDP:  # which takes no other order in memory
+                player.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             optimizer = build_optimizer(player.module, player.optimizer)
             if loop.compile:
                 player.module.compile()
             self.networks[name], self.optimizers[name] = accelerator.prepare(player.module, optimizer)
+        self.sharded = any(is_sharded(player.module) for player in players.values())
+        if self.sharded and (loop.ema_on_cpu or loop.ema_widths):
+            raise UserError(
+                "loop.ema_on_cpu and loop.ema_widths do not go with parameters spread by FSDP; leave them out"
+            )
+        self.main = accelerator.is_main_process
         averaged = {name: player.module for name, player in players.items() if player.averaged}
         cpu = loop.ema_on_cpu
         self.averages = {name: EMA(module, loop.ema, cpu) for name, module in averaged.items() if loop.ema}
@@ -53,7 +65,8 @@ class Members:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizers[name].optimizer)
             most = self.players[name].optimizer.clip or math.inf
-            norms[name] = float(nn.utils.clip_grad_norm_(self.networks[name].parameters(), most))
+            norm = nn.utils.clip_grad_norm_(self.networks[name].parameters(), most)
+            norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         return norms
 
     def update(self, played: Sequence[str], step: int) -> None:
@@ -98,12 +111,17 @@ class Members:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Averaged weights in place, evaluation mode on; both undone at the end."""
+        """Averaged weights in place, evaluation mode on; both undone at the end.
+
+        Where parameters are spread over processes every one must enter, and the main one then has them whole.
+        """
         with ExitStack() as stack:
             for average in self.averages.values():
                 stack.enter_context(average.applied())
             for player in self.players.values():
                 player.module.eval()
+                if self.sharded:
+                    stack.enter_context(whole(player.module, self.main))
             try:
                 yield
             finally:
@@ -130,6 +148,12 @@ class Members:
             profile.load_state_dict(state["profiles"][f"{name} {width}"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+    def mesh(self) -> DeviceMesh:
+        """The processes among which parameters are spread."""
+        mesh = next((mesh for player in self.players.values() if (mesh := mesh_of(player.module))), None)
+        assert mesh is not None
+        return mesh
 
     def _averages_of(self, name: str) -> list[EMA]:
         profiles = [profile for (player, _), profile in self.profiles.items() if player == name]

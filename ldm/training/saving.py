@@ -15,9 +15,10 @@ from ldm.errors import UserError
 from ldm.training.guard import Guard
 from ldm.training.members import Members
 from ldm.training.meters import Meters
-from ldm.training.processes import from_main
+from ldm.training.processes import from_all, from_main
+from ldm.training.sharding import pack, unpack
 from ldm.training.stage import Batches
-from ldm.training.state import Keep, load_state, read_part, save_state, saved_steps, tidy
+from ldm.training.state import Keep, load_state, read_part, save_state, saved_steps, tidy, write_part
 
 
 class Saver:
@@ -48,25 +49,44 @@ class Saver:
         Raises UserError if weights are not finite: a NaN never reaches a checkpoint.
         """
         self.meters.share(self.accelerator)
-        wrong = ""
-        if self.accelerator.is_main_process and (name := self.members.not_finite()):
-            wrong = (
+        name = self.members.not_finite() if self.accelerator.is_main_process or self.members.sharded else ""
+        if name := next((each for each in from_all(name, self.accelerator) if each), ""):
+            raise UserError(
                 f"weights of {name} are not finite after step {step}; lower optimizer.rate or use "
                 f"loop.precision=fp32; the last good state is in {self.output / 'state'}"
             )
-        if wrong := from_main(wrong, self.accelerator):
-            raise UserError(wrong)
+        why = self._write(step)
+        if why and self.accelerator.is_main_process:
+            last = (saved_steps(self.output) or ["none"])[-1]
+            self.warn(f"warning: no state of step {step}: {why}; the last good one is of step {last}")
+        return why
+
+    def _write(self, step: int) -> str:
+        """Empty, or why the disk did not take it. Of sharded tensors each process writes its own share, then main."""
+        accelerator = self.accelerator
+        shares: dict[str, Any] = {}
+        state = self._state() if accelerator.is_main_process or self.members.sharded else {}
+        if self.members.sharded:
+            state = {**pack(state, shares), "shares": accelerator.num_processes}
+        if self.members.sharded and (why := self._tried(lambda: write_part(self.output, step, self._part(), shares))):
+            return why
+        if not accelerator.is_main_process:
+            return self._tried(lambda: None)
+        return self._tried(lambda: save_state(self.output, step, state, self.keep, self._needed()))
+
+    def _tried(self, write: Callable[[], object]) -> str:
+        """`write` here and whatever the other processes try; why the disk did not take one of them, or empty."""
         why = ""
-        if self.accelerator.is_main_process:
-            try:
-                save_state(self.output, step, self._state(), self.keep, self._needed())
-            except UserError as error:
-                if not isinstance(error.__cause__, OSError):
-                    raise
-                why = str(error)
-                last = (saved_steps(self.output) or ["none"])[-1]
-                self.warn(f"warning: no state of step {step}: {why}; the last good one is of step {last}")
-        return from_main(why, self.accelerator)
+        try:
+            write()
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            why = str(error)
+        return next((each for each in from_all(why, self.accelerator) if each), "")
+
+    def _part(self) -> str:
+        return f".{self.accelerator.process_index}of{self.accelerator.num_processes}"
 
     def restore(self, most: int | None = None) -> int:
         """Go on from the newest whole state, of step `most` or before; its step, 0 if there is none.
@@ -91,8 +111,11 @@ class Saver:
         if not self.accelerator.is_main_process:
             state = read_part(self.output, step)
         try:
+            if count := state.get("shares"):
+                parts = [read_part(self.output, step, f".{rank}of{count}") for rank in range(count)]
+                state = unpack(state, parts, self.members.mesh())
             self.members.load_state_dict(state)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
                 f"the state in {self.output / 'state'} is of other networks ({str(error).splitlines()[0]}); go on with "
                 f"the settings in {self.output / 'config.json'}, or choose another output"

@@ -91,7 +91,9 @@ def load_state(output: Path) -> tuple[int, dict[str, Any]] | None:
 
 def read_part(output: Path, step: int, part: str = "") -> dict[str, Any]:
     """One file of a state, unverified."""
-    return torch.load(output / "state" / f"{step:08d}{part}.pt", map_location="cpu", weights_only=True)
+    path = output / "state" / f"{step:08d}{part}.pt"
+    # Of others' shares few rows are wanted: these are mapped, not read.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True if part else None)
 
 
 def saved_steps(output: Path) -> list[int]:

@@ -1,0 +1,198 @@
+"""Runs in processes of their own, forked from one that has imported everything: they start in milliseconds.
+
+In the folder tests:
+
+python -m training.crew kills OUTPUT KILLS       a run killed with -9 that often, each time gone on with
+python -m training.crew worlds OUTPUT            the same global batch on 1, 2 and 4 processes
+    python -m training.crew spread OUTPUT            FSDP2 on 2 processes, and on 2 and then 4
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+
+from ldm.training.processes import make_accelerator
+from ldm.training.stage_two import DiffusionStage
+
+from .test_combinations import PLAIN
+from .toys import CPU, LOOP, RowBatches, Rows, ToyStage, run
+
+# Two reader processes, accumulation, epochs that end within the run, states and log lines at different steps.
+DIFFUSION = replace(
+    PLAIN,
+    data=replace(PLAIN.data, workers=2, shuffle=20),
+    loop=replace(LOOP, steps=40, micro_batch=4, log_every=3, save_every=2, validate_every=20, ema_widths=(0.1,)),
+)
+WIDE = replace(LOOP, steps=8, global_batch=16, micro_batch=4, log_every=1)
+
+
+def fork(work: Callable[[], None]) -> int:
+    child = os.fork()
+    if child:
+        with suppress(OSError):  # the child may have done it, and may have ended
+            os.setpgid(child, child)
+        return child
+    code = 1
+    try:
+        os.setpgid(0, 0)  # a group of its own: its reader processes are killed with it, as by a batch queue
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def crew(world: int, work: Callable[[int], None]) -> list[int]:
+    """Fork `world` processes that find each other as torchrun's do; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def member(rank: int) -> Callable[[], None]:
+        def begin() -> None:
+            if world > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(world)}
+            work(rank)
+
+        return begin
+
+    children = [fork(member(rank)) for rank in range(world)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+class Marked(DiffusionStage):
+    """Leaves a mark when its first step begins."""
+
+    mark: Path
+
+    def losses(self, *arguments: Any) -> Any:
+        self.mark.touch()
+        return super().losses(*arguments)
+
+
+def train_diffusion(output: Path) -> None:
+    stage = Marked(DIFFUSION, 0, 1, CPU)
+    stage.mark = output.with_suffix(".began")
+    run(stage, DIFFUSION.loop, output, DIFFUSION)
+
+
+def kills(output: Path, count: int) -> None:
+    """Whole, and killed: each fourth time at a random moment of its start, else within the time of four steps."""
+    output.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    assert crew(1, lambda _: train_diffusion(output / "whole")) == [0]
+    ended = time.monotonic()
+    each = (ended - begun) / DIFFUSION.loop.steps
+    mark, state = output / "killed.began", output / "killed" / "state"
+    rng = random.Random(0)
+    for number in range(count):
+        mark.unlink(missing_ok=True)
+        child = fork(lambda: train_diffusion(output / "killed"))
+        if number % 4 == 0:
+            time.sleep(rng.uniform(0, 4 * each))
+        else:
+            while not mark.exists():
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 4 * each))
+        os.killpg(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == -signal.SIGKILL, f"it ended with {code} before kill {number}"
+        if state.exists():
+            print(f"kill {number}: {sorted(path.name for path in state.glob('*.pt'))[-1:]}", flush=True)
+    assert crew(1, lambda _: train_diffusion(output / "killed")) == [0]
+    print(f"kills {count}")
+
+
+class Shares(RowBatches):
+    """A process' rows of each global batch."""
+
+    def __init__(self, size: int, rank: int, world: int) -> None:
+        super().__init__(size)
+        self.rank, self.share = rank, size // world
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            own = slice(self.rank * self.share, (self.rank + 1) * self.share)
+            yield Rows(batch.x[own], batch.key[own], batch.epoch[own])
+
+
+def train_rows(output: Path, rank: int) -> None:
+    """In float64, where rounding cannot hide a wrong mean."""
+    accelerator = make_accelerator(WIDE, output)
+    stage = ToyStage(WIDE, dtype=torch.float64)
+    stage.batches = Shares(WIDE.global_batch, rank, accelerator.num_processes)
+    from ldm.training.loop import train
+
+    train(stage, WIDE, accelerator, output, WIDE)
+    torch.save([*stage.weights()], output / f"weights-{rank}.pt")
+
+
+class Spread:
+    """What accelerate's prepare does when its configuration says FSDP2, which it says on GPUs alone."""
+
+    distributed_type = DistributedType.FSDP
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.accelerator, name)
+
+    def prepare(self, module: Any, optimizer: Any) -> tuple[Any, Any]:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(module)
+        groups = {group["weight_decay"]: group for group in optimizer.param_groups}
+        rest = {k: v for k, v in optimizer.param_groups[0].items() if k in ("lr", "betas", "fused")}
+        wide = [p for p in module.parameters() if p.ndim >= 2], [p for p in module.parameters() if p.ndim < 2]
+        assert set(groups) == {0.0}
+        return module, torch.optim.AdamW([{"params": params, "weight_decay": 0.0} for params in wide], **rest)
+
+
+def train_spread(output: Path, rank: int, steps: int, spread: bool) -> None:
+    from ldm.training.loop import train
+
+    loop = replace(WIDE, steps=steps, save_every=4)
+    config = replace(PLAIN, data=replace(PLAIN.data, workers=0, streams=4), loop=loop)
+    accelerator: Any = make_accelerator(loop, output)
+    stage = DiffusionStage(config, rank, accelerator.num_processes, CPU)
+    train(stage, loop, Spread(accelerator) if spread else accelerator, output, config)
+
+
+def main(words: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    output = Path(words[1])
+    if words[0] == "kills":
+        kills(output, int(words[2]))
+    elif words[0] == "spread":
+        for name, world, steps, spread in (
+            ("plain", 2, 8, False),
+            ("spread", 2, 8, True),
+            ("parts", 2, 4, True),
+            ("parts", 4, 8, True),
+        ):
+            assert crew(world, lambda rank: train_spread(output / name, rank, steps, spread)) == [0] * world  # noqa: B023
+    else:
+        for world in (1, 2, 4):
+            assert crew(world, lambda rank: train_rows(output / str(world), rank)) == [0] * world  # noqa: B023
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
