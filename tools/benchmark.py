@@ -3,6 +3,8 @@
     python tools/benchmark.py start                     # a fresh process, until its first picture is written
     python tools/benchmark.py unet --config configs/diffusion/icons.yaml    # samples/s of training and sampling
     python tools/benchmark.py load                      # memory and seconds to load a model, beside diffusers
+    python tools/benchmark.py train --config configs/diffusion/icons.yaml   # a training step, beside diffusers
+    python tools/benchmark.py data                      # from tar to tensor, beside webdataset and ImageFolder
 
 Torch is imported only by what measures in this process: `start` measures others, and must not be in their way.
 """
@@ -24,6 +26,9 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+import data_speed  # noqa: E402 (beside this file)
+import train_speed  # noqa: E402
+
 from ldm.errors import UserError, run  # noqa: E402
 from ldm.files import atomic_write_text  # noqa: E402
 
@@ -33,13 +38,14 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "txt2img.py"
 
 def main() -> None:
     arguments = parse()
-    for name in ("runs", "steps", "batch", "side", "length", "threads"):
+    for name in ("runs", "steps", "batch", "side", "length", "threads", "rounds"):
         if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
-    if arguments.command in ("trace", "loaded"):
-        {"trace": trace, "loaded": loaded}[arguments.command](arguments)
+    if arguments.command in ("trace", "loaded", "trained"):
+        {"trace": trace, "loaded": loaded, "trained": train_speed.trained}[arguments.command](arguments)
         return
-    figures = {"start": start, "unet": unet, "load": load}[arguments.command](arguments)
+    measures = {"start": start, "unet": unet, "load": load, "train": train_speed.train, "data": data_speed.data}
+    figures = measures[arguments.command](arguments)
     if arguments.output:
         atomic_write_text(arguments.output, json.dumps(figures, indent=1) + "\n")
         print(f"wrote {arguments.output}")
@@ -47,7 +53,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="start | unet | load")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="start | unet | load | train | data")
 
     first = commands.add_parser("start", help="seconds from a fresh process to the first picture, and where they go")
     traced = commands.add_parser("trace")  # what `start` runs in a process of its own
@@ -79,7 +85,8 @@ def parse() -> argparse.Namespace:
     one.add_argument("--precision", required=True)
     one.add_argument("--by", choices=("ldm", "diffusers"), required=True)
 
-    for command in (first, network, memory):
+    speed, _ = train_speed.add_commands(commands)
+    for command in (first, network, memory, speed, data_speed.add_commands(commands)):
         command.add_argument("--output", metavar="JSON", help="write the figures")
     return parser.parse_args()
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 WARM = 3  # steps that are not counted: the first ones allocate, compile and fill the optimizer's state
@@ -90,8 +91,14 @@ def trained(arguments: argparse.Namespace) -> None:
     if arguments.device != "cpu":
         print(json.dumps(torch.cuda.max_memory_allocated() / 1e6))
         return
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps(peak / 1e6 if sys.platform == "darwin" else peak / 1e3))
+    print(json.dumps(_peak_mb()))
+
+
+def _peak_mb() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure begins, on Linux, with that of the process that started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts bytes
 
 
 def _in_a_process(arguments: argparse.Namespace, by: str) -> float:

@@ -44,3 +44,14 @@ def test_a_model_that_is_not_there(benchmark, tmp_path, capsys):
         benchmark("start", "--model", tmp_path / "none", "--runs", 1)
     err = capsys.readouterr().err
     assert err.startswith("error: ") and "no model" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_train(benchmark, tmp_path, capsys):
+    config = ROOT / "configs" / "diffusion" / "tiny.yaml"
+    words = ["--batch", 2, "--side", 8, "--rounds", 2, "--output", tmp_path / "t.json"]
+    benchmark("train", "--config", config, *words)
+    figures = json.loads((tmp_path / "t.json").read_text())
+    assert figures["speed_ratio"] > 0 and len(figures["seconds"]["ldm"]) == 2
+    assert min(figures["peak_mb"].values()) > 50
+    assert "ldm / diffusers by the clock" in capsys.readouterr().out

@@ -35,7 +35,7 @@ from .toys import CPU, LOOP, RowBatches, Rows, ToyStage, run
 DIFFUSION = replace(
     PLAIN,
     data=replace(PLAIN.data, workers=2, shuffle=20),
-    loop=replace(LOOP, steps=40, micro_batch=4, log_every=3, save_every=2, validate_every=20, ema_widths=(0.1,)),
+    loop=replace(LOOP, steps=100, micro_batch=4, log_every=3, save_every=2, validate_every=50, ema_widths=(0.1,)),
 )
 WIDE = replace(LOOP, steps=8, global_batch=16, micro_batch=4, log_every=1)
 
@@ -94,7 +94,7 @@ def train_diffusion(output: Path) -> None:
 
 
 def kills(output: Path, count: int) -> None:
-    """Whole, and killed: each fourth time at a random moment of its start, else within the time of four steps."""
+    """Whole, and killed: each fourth time at a random moment of its start, else within the time of two steps."""
     output.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     assert crew(1, lambda _: train_diffusion(output / "whole")) == [0]
@@ -110,7 +110,7 @@ def kills(output: Path, count: int) -> None:
         else:
             while not mark.exists():
                 time.sleep(0.001)
-            time.sleep(rng.uniform(0, 4 * each))
+            time.sleep(rng.uniform(0, 2 * each))
         os.killpg(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code == -signal.SIGKILL, f"it ended with {code} before kill {number}"
