@@ -75,7 +75,9 @@ def test_one_file_of_a_repository(monkeypatch: pytest.MonkeyPatch):
     assert fetch("a/b@main/v1.ckpt") == Path("/cache/a/b/v1.ckpt@main")
 
 
-@pytest.mark.parametrize("name", ["", "model", "a/b/c", "../b", "a/b@../c", "a/b/../c.ckpt", "a b/c", "a/b/x.bin", "https://a/b"])
+@pytest.mark.parametrize(
+    "name", ["", "model", "a/b/c", "../b", "a/b@../c", "a/b/../c.ckpt", "a b/c", "a/b/x.bin", "https://a/b"]
+)
 def test_names_that_are_none(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: pytest.fail("asked the hub"))
