@@ -103,7 +103,8 @@ class AutoencoderStage:
         self, batch: Batch, draws: Draws, step: int, networks: Mapping[str, nn.Module]
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         image = batch.image.to(self.device, memory_format=torch.channels_last)
-        decoded, moments = networks["autoencoder"](image, draws.normal("posterior", self.latent_shape))
+        noise = draws.normal("posterior", self.codec.latent_shape(*image.shape[2:]))
+        decoded, moments = networks["autoencoder"](image, noise)
         loss, logs = self.loss.reconstruction(image, decoded, DiagonalGaussian.from_moments(moments.float()))
         ramp = self.loss.ramp(step)
         playing = self.discriminator is not None and ramp > 0

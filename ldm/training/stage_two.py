@@ -106,7 +106,7 @@ class DiffusionStage:
         settings = self.config.loss
         uniform = draws.stratified("level") if settings.stratified else draws.uniform("level")
         sigma = draw_levels(settings, self.schedule, uniform)
-        n, seen = training_noise(settings, draws, self.latent_shape)
+        n, seen = training_noise(settings, draws, x0.shape[1:])
         each = self._loss(self._output(networks["unet"], x0, seen, sigma, condition), x0, n, sigma)
         loss = each.mean()
         yield "unet", loss, {"loss": loss, EACH_LOSS: each, EACH_SIGMA: sigma}
@@ -125,7 +125,7 @@ class DiffusionStage:
         for batch in validation_batches(self.config.data, self.config.loop.global_batch):
             draws = Draws(self.config.loop.seed, "validation", batch.key, self.device)
             x0, condition = self._prepare(batch, draws)
-            n = draws.normal("noise", self.latent_shape)
+            n = draws.normal("noise", x0.shape[1:])
             sigma = draw_levels(self.config.loss, self.schedule, draws.uniform("level"))
             output = self._output(self.unet, x0, n, sigma, condition)
             loss += float(self._loss(output, x0, n, sigma).sum())
@@ -197,11 +197,13 @@ class DiffusionStage:
     @torch.no_grad()
     def _prepare(self, batch: Batch | LatentBatch, draws: Draws) -> tuple[Tensor, Conditioning | None]:
         """Latents (B, C, h, w) sampled from their posteriors, and conditions."""
-        noise = draws.normal("posterior", self.latent_shape)
         if isinstance(batch, LatentBatch):
+            noise = draws.normal("posterior", self.latent_shape)
             posterior = DiagonalGaussian.from_moments(batch.moments.to(self.device))
             context = None if self.text is None else Conditioning(batch.context.to(self.device))
             return self.codec.to_latent(posterior.sample(noise)), context
+        height, width = batch.image.shape[2:]  # of its bucket, where pictures have buckets
+        noise = draws.normal("posterior", self.codec.latent_shape(height, width))
         return self.codec.encode(batch.image.to(self.device), noise), self._condition(batch.caption)
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "benchmark.py")
+sys.path.insert(0, str(ROOT / "tools"))  # as Python does for a script
 
 
 @pytest.fixture
@@ -27,6 +28,18 @@ def test_unet(benchmark, tmp_path, capsys):
     assert figures["parameters"] > 0
     assert figures["training_samples_per_second"] > 0
     assert "guided sampling, 1 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_data(benchmark, tmp_path, capsys):
+    words = ["--pictures", 24, "--per-shard", 12, "--picture-side", 32, "--size", 16, "--batch", 4, "--batches", 1]
+    benchmark("data", *words, "--rounds", 1, "--workers", 0, 1, "--seek", 50, "--output", tmp_path / "d.json")
+    figures = json.loads((tmp_path / "d.json").read_text())
+    for workers in (0, 1):
+        for side in ("ldm", "webdataset", "ImageFolder"):
+            assert figures[f"{workers} workers"][side]["samples_per_second"] > 0
+    assert figures["seek"]["first batch, after 2.9 epochs"] > 0
+    assert "a shard of 50 samples" in capsys.readouterr().out
 
 
 @pytest.mark.slow
