@@ -116,7 +116,7 @@ def plain(shards: list[Path], arguments: argparse.Namespace, workers: int) -> It
         return transforms.prepare(sample[0], arguments.size, "center", False, random.Random(0)).image, sample[1]
 
     dataset = (
-        webdataset.WebDataset([str(path) for path in shards], shardshuffle=len(shards))
+        webdataset.WebDataset([str(path) for path in shards], shardshuffle=len(shards))  # type: ignore[attr-defined]
         .shuffle(1000)
         .decode("pil")
         .to_tuple("jpg", "txt")

@@ -30,16 +30,15 @@ from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import native
 from ldm.conditioning.clip import TextTower
 from ldm.config import DiffusionTraining, load
-from ldm.data.latents import (
-    MANIFEST,
+from ldm.data.latent_writing import (
     LatentSources,
     LatentWriter,
     SourceBatch,
     check_parts,
-    latent_fingerprint,
     merge_parts,
     part_folder,
 )
+from ldm.data.latents import MANIFEST, latent_fingerprint
 from ldm.device import choose_device, choose_precision
 from ldm.errors import UserError, run
 from ldm.options import WHERE_HELP, parse_where

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import native
 from ldm.config import DataConfig
-from ldm.data.latents import LatentSources
+from ldm.data.latent_writing import LatentSources
 from ldm.device import choose_device
 from ldm.errors import UserError, run
 from ldm.guidance.latents import latent_probe

@@ -71,7 +71,8 @@ class Store:
                 self._copy(source, path)
                 continue
             _lock(file.fileno(), shared=True)
-            os.utime(file.fileno())
+            now = time.time_ns()
+            os.utime(file.fileno(), ns=(now, now))  # a file system's own clock may tick in steps of milliseconds
             return file
 
     def _copy(self, source: str, path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ldm.config import DataConfig, ModelConfig
-from ldm.data.latents import LatentLoader, LatentSources, LatentWriter, latent_fingerprint, merge_parts, part_folder
+from ldm.data.latent_writing import LatentSources, LatentWriter, merge_parts, part_folder
+from ldm.data.latents import LatentLoader, latent_fingerprint
 from ldm.data.loader import Loader
 from ldm.errors import UserError
 
