@@ -4,8 +4,10 @@
     python tools/check_shards.py 's3://bucket/train-{000..099}.tar' --workers 8 --picture resolutions.png
 
 Reported are counts, sizes, torn and unreadable shards, bad samples by reason, duplicate keys and pictures, the lengths
-of captions, and the pictures' sizes and shapes; with --picture these are drawn too. The exit code is 1 if anything is
-unusable, torn or bad.
+of captions, and the pictures' sizes and shapes; with --picture these are drawn too. With --index, each shard gets a
+file of where its samples lie: uploaded beside it, that saves a training the transfer of all shards before its first
+step.
+The exit code is 1 if anything is unusable, torn or bad.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from tqdm import tqdm
 from ldm.config import DataConfig
 from ldm.data.cache import Store
 from ldm.data.check import SetReport, check_shards, join, text
-from ldm.data.sources import expand_sources
+from ldm.data.index import dump, index_shard
+from ldm.data.sources import expand_sources, is_file
 from ldm.errors import UserError, run
-from ldm.files import atomic_write
+from ldm.files import atomic_write, atomic_write_bytes
 
 
 def main() -> None:
@@ -32,6 +35,12 @@ def main() -> None:
     found = check_shards(sources, Store.of(config), arguments.workers)
     report = join(list(tqdm(found, total=len(sources), unit="shard", disable=not sys.stderr.isatty())))
     print(text(report))
+    if arguments.index:
+        usable = {shard.source for shard in report.shards if not shard.unusable}
+        for source in sources:
+            if is_file(source) and source in usable:
+                atomic_write_bytes(f"{source}.index", dump(index_shard(Path(source))))
+        print("\nwrote an index beside each shard; where they go, their .index files should go too")
     if arguments.picture:
         draw(report, arguments.picture)
         print(f"\nwrote {arguments.picture}")
@@ -67,6 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("shards", nargs="+", help="files, globs, braces, URLs, as data.shards takes them")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one [%(default)s]")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the histograms")
+    parser.add_argument("--index", action="store_true", help="write SHARD.index beside each shard that is a file")
     parser.add_argument("--allow-pipe", action="store_true", help="run commands (pipe:...) among the shards")
     parser.add_argument("--cache", default="", help="folder for copies of remote shards")
     parser.add_argument("--cache-gb", type=float, default=50.0, help="10^9 bytes that they take [%(default)s]")

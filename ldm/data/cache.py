@@ -23,13 +23,16 @@ from typing import BinaryIO
 
 from ldm.config import DataConfig
 from ldm.data.fetch import Unreachable, fetch
+from ldm.data.index import ShardIndex, dump, index_file, parse
 from ldm.data.records import shown
-from ldm.data.sources import base_name, is_file
+from ldm.data.sources import PIPE, base_name, is_file
 from ldm.errors import UserError, explain_os_error
+from ldm.files import atomic_write_bytes
 
 logger = logging.getLogger(__name__)
 
 LOCKS = 64  # files that serialise transfers; two sources that share one merely wait for each other
+INDEX_LIMIT = 2**28  # bytes of an index beside a shard: millions of samples
 STALE = 3600.0  # seconds after which a half-made copy belongs to nobody
 
 
@@ -74,6 +77,41 @@ class Store:
             now = time.time_ns()
             os.utime(file.fileno(), ns=(now, now))  # a file system's own clock may tick in steps of milliseconds
             return file
+
+    def index(self, source: str) -> ShardIndex:
+        """What a remote source holds, without a transfer of all of it if that can be avoided.
+
+        The index that an earlier run kept is taken, then one that lies beside the source (`x.tar.index`, which
+        tools/check_shards.py --index makes), else the source is copied and indexed. Raises like `open`, and NotATar.
+        """
+        kept = self.folder / f".index-{self.path(source).name}"
+        if kept.exists() and (index := parse(kept.read_bytes(), source)):
+            return index
+        index = self._beside(source)
+        if index is None:
+            with self.open(source) as file:
+                index = index_file(file.fileno(), source)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(kept, dump(index))
+        return index
+
+    def forget(self, source: str) -> None:
+        """Remove the copy of a source and its index: they are not what was expected."""
+        path = self.path(source)
+        for each in (path, self.folder / f".index-{path.name}"):
+            each.unlink(missing_ok=True)
+
+    def _beside(self, source: str) -> ShardIndex | None:
+        if source.startswith(PIPE):
+            return None
+        url, mark, query = source.partition("?")
+        try:
+            with self.open(f"{url}.index{mark}{query}") as file:
+                content = file.read(INDEX_LIMIT)
+        except Unreachable:
+            return None
+        self.forget(f"{url}.index{mark}{query}")  # it is kept under another name
+        return parse(content, source)
 
     def _copy(self, source: str, path: Path) -> None:
         try:

@@ -5,6 +5,7 @@ The arrays are shared by all readers that a process forks, since nothing in them
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from array import array
@@ -19,14 +20,16 @@ from ldm.errors import UserError, explain_os_error
 
 logger = logging.getLogger(__name__)
 
+FORMAT = "ldm-index-1"
+
 Members = dict[str, tuple[int, int]]  # extension -> (offset of the first byte, size)
 
 
 class ShardIndex:
     """`keys[i]` and `members[i]` describe sample i, in the order of the samples' first members."""
 
-    def __init__(self, path: str, samples: OrderedDict[str, Members], torn: bool = False) -> None:
-        self.path, self.torn = path, torn
+    def __init__(self, path: str, samples: OrderedDict[str, Members], torn: bool = False, size: int = 0) -> None:
+        self.path, self.torn, self.size = path, torn, size  # size: bytes of the tar
         self._kept: array[int] | None = None  # the samples that are used; None: all
         self._names = b"".join(key.encode("utf-8", "surrogateescape") for key in samples)
         self._name_ends: array[int] = array("Q")
@@ -132,7 +135,29 @@ def index_file(file: int, path: str) -> ShardIndex:
             "%s is torn at byte %d of %d: its %d whole samples are used, what followed is lost; make it again",
             shown(path), min(contents.end, size), size, len(samples),
         )  # fmt: skip
-    return ShardIndex(path, samples, contents.torn)
+    return ShardIndex(path, samples, contents.torn, size)
+
+
+def dump(index: ShardIndex) -> bytes:
+    """An index as JSON, about a hundred bytes for each sample: what `shard.tar.index` beside a shard holds."""
+    samples = [[key, members] for key, members in zip(index.keys, index.members, strict=True)]
+    return json.dumps({"format": FORMAT, "size": index.size, "torn": index.torn, "samples": samples}).encode()
+
+
+def parse(content: bytes, path: str) -> ShardIndex | None:
+    """The inverse of `dump` for the shard `path`; None for what is none, or names bytes that are not there."""
+    try:
+        plain = json.loads(content)
+        if plain["format"] != FORMAT:
+            return None
+        size, samples = int(plain["size"]), OrderedDict()
+        for key, members in plain["samples"]:
+            samples[str(key)] = {str(name): (int(offset), int(length)) for name, (offset, length) in members.items()}
+            if any(offset < 0 or length < 0 or offset + length > size for offset, length in samples[key].values()):
+                return None
+        return ShardIndex(path, samples, bool(plain["torn"]), size)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def _drop_torn_sample(samples: OrderedDict[str, Members]) -> None:

@@ -32,7 +32,7 @@ from typing import BinaryIO
 from ldm.config import DataConfig
 from ldm.data.cache import Store
 from ldm.data.fetch import Unreachable
-from ldm.data.index import Members, ShardIndex, index_file, index_shard
+from ldm.data.index import Members, ShardIndex, index_shard
 from ldm.data.records import BadSample, Record, Tally, shown
 from ldm.data.sources import base_name, expand, expand_sources, is_file
 from ldm.data.tars import NotATar
@@ -206,11 +206,10 @@ def _indices(store: Store, sources: Sequence[str]) -> Iterator[ShardIndex | str]
         try:
             if is_file(source):
                 return index_shard(store.path(source))
-            with store.open(source) as file:
-                return index_file(file.fileno(), source)
+            return store.index(source)
         except (Unreachable, NotATar) as error:
             if isinstance(error, NotATar):
-                store.path(source).unlink(missing_ok=True)  # perhaps it is one next time
+                store.forget(source)  # perhaps it is one next time
             return str(error)
         except UserError as error:
             if not is_file(source):
@@ -304,5 +303,11 @@ class ShardReader:
             self._quarantine[shard] = time.monotonic() + QUARANTINE
             logger.warning("shard in quarantine: %s (%s)", shown(source), error)
             raise Unavailable(QUARANTINED) from error
+        if not is_file(source) and os.fstat(file.fileno()).st_size != self._shards[shard].size:
+            file.close()
+            self._store.forget(source)
+            self._quarantine[shard] = time.monotonic() + QUARANTINE
+            logger.warning("shard in quarantine: %s (it is not what its index says; start again)", shown(source))
+            raise Unavailable(QUARANTINED)
         self._files[shard] = file
         return file

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ldm.data.index import parse
 from ldm.errors import run
 
 from .shard_maker import picture, sample, write_tar
@@ -34,7 +35,7 @@ def test_a_sound_set_is_reported_in_numbers_and_a_picture(tool, tmp_path):
     members[2] = [("k2.png", picture(2, (100, 30))), ("k2.txt", b"x" * 50)]
     for name, part in (("a", members[:4]), ("b", members[4:])):
         write_tar(tmp_path / f"{name}.tar", [member for each in part for member in each])
-    code, out, _ = tool(f"{tmp_path}/*.tar", "--workers", 2, "--picture", tmp_path / "p.png")
+    code, out, _ = tool(f"{tmp_path}/*.tar", "--workers", 2, "--picture", tmp_path / "p.png", "--index")
     assert code == 0
     for part in (
         "shards      2, ",
@@ -50,6 +51,8 @@ def test_a_sound_set_is_reported_in_numbers_and_a_picture(tool, tmp_path):
     ):
         assert part in out
     assert Image.open(tmp_path / "p.png").size[0] > 500
+    index = parse((tmp_path / "b.tar.index").read_bytes(), "b.tar")
+    assert index is not None and index.keys == ("k4", "k5")
 
 
 def test_what_is_wrong_is_counted_by_reason_and_named(tool, tmp_path):

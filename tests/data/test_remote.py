@@ -15,6 +15,7 @@ import pytest
 from ldm.config import DataConfig
 from ldm.data import cache, fetch
 from ldm.data.cache import Store
+from ldm.data.index import dump, index_shard, parse
 from ldm.data.loader import Loader
 from ldm.data.sources import expand, expand_sources
 from ldm.errors import UserError
@@ -50,7 +51,8 @@ def server(tmp_path) -> Iterator[Server]:
 
         def do_GET(self) -> None:
             name = self.path.lstrip("/").split("?")[0]
-            served.asked[name] += 1
+            if not name.endswith(".index") or (served.folder / name).exists():
+                served.asked[name] += 1
             fault = served.faults[name].pop(0).split() if served.faults.get(name) else ["none"]
             path = served.folder / name
             content = path.read_bytes() if path.exists() else b""
@@ -270,6 +272,45 @@ def test_a_command_that_fails_or_is_torn_is_no_shard(tmp_path):
     with pytest.raises(UserError, match=r"the command ended with exit code 3, 8 times in a row"):
         Loader(settings(tmp_path, words, allow_pipe=True), 4)
     assert not [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".lock")]
+
+
+def test_a_set_with_indices_is_opened_without_its_shards(tmp_path, server):
+    fill(server.folder)
+    for i in range(3):
+        shard = server.folder / f"{i}.tar"
+        (server.folder / f"{i}.tar.index").write_bytes(dump(index_shard(shard)))
+    local = keys(Loader(settings(tmp_path, f"{server.folder}/*.tar"), 4), 12)
+    loader = Loader(settings(tmp_path, server.url("{0..2}.tar?token=x")), 4)
+    assert server.asked == {f"{i}.tar.index": 1 for i in range(3)}
+    assert keys(loader, 12) == local
+    Loader(settings(tmp_path, server.url("{0..2}.tar?token=x")), 4)
+    assert server.asked == {f"{i}.tar{end}": 1 for i in range(3) for end in ("", ".index")}
+
+
+def test_a_shard_that_is_not_what_its_index_says_is_in_quarantine(tmp_path, server, caplog):
+    fill(server.folder)
+    config = settings(tmp_path, server.url("{0..2}.tar"), bad_limit=1)
+    Loader(config, 4)
+    for path in copies(tmp_path):
+        path.unlink()
+    write_tar(server.folder / "1.tar", sample("other"))
+    loader = Loader(config, 4)
+    assert {key[:2] for key in keys(loader, 6)} == {"s0", "s2"}
+    assert loader.quarantined == {server.url("1.tar")} and "it is not what its index says" in caplog.text
+    assert "othe" in {key[:4] for key in keys(Loader(config, 4), 6)}  # a new run indexes it anew
+
+
+@pytest.mark.parametrize("change", [b"{", b"[]", b'{"format": "x"}', "size", "offset"])
+def test_an_index_that_cannot_be_is_none(tmp_path, change):
+    index = index_shard(write_tar(tmp_path / "x.tar", sample("a")))
+    content = dump(index)
+    found = parse(content, "x")
+    assert found is not None and (found.keys, found.members) == (index.keys, index.members)
+    if change == "size":
+        change = content.replace(b'"size": 10240', b'"size": 1024')
+    elif change == "offset":
+        change = content.replace(b"[512,", b"[-512,")
+    assert change != content and parse(change, "x") is None
 
 
 def test_latents_are_of_files(tmp_path):
