@@ -1,4 +1,4 @@
-"""What a shard holds: the keys of its samples and where their members lie, in about 70 bytes for each sample.
+"""What a shard holds: the keys of its samples and where their members lie, in about 80 bytes for each sample.
 
 The arrays are shared by all readers that a process forks, since nothing in them counts references.
 """
