@@ -171,7 +171,7 @@ def _peer(config: Any, side: int) -> Any:
     from ldm.conditioning.torchvision_ops import declare_missing_operators
 
     declare_missing_operators()  # its models import transformers, which imports torchvision
-    import diffusers
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     plain = {k: v for k, v in diffusers_configs.write_unet(config, side).items() if not k.startswith("_")}
-    return diffusers.UNet2DConditionModel(**plain)
+    return UNet2DConditionModel(**plain)

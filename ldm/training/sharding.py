@@ -81,7 +81,8 @@ def whole(module: nn.Module, main: bool) -> Iterator[None]:
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if isinstance(parameter, DTensor):
-                full = parameter.detach().full_tensor()  # all processes take part
+                with torch.no_grad():
+                    full = parameter.full_tensor()  # all processes take part
                 if main:
                     kept.append((part, name, parameter))
                     part._parameters[name] = nn.Parameter(full, requires_grad=False)
