@@ -3,6 +3,7 @@
 import runpy
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,21 @@ def test_a_missing_model_is_one_sentence(
     assert end.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("channels", [9, 5])
+def test_inpainting_and_depth_models_go_there_and_back(channels: int, tmp_path: Path, convert: Convert):
+    """To our layout, a diffusers directory and the original file again: the same bits, all channels."""
+    unet = replace(SMALL.unet, in_channels=channels)  # type: ignore[type-var]
+    config = replace(SMALL, unet=unet, parameterization="eps")
+    export.write(tmp_path / "a.safetensors", config, random_states(config), "original")
+    convert(tmp_path / "a.safetensors", tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "d", "--to", "diffusers")
+    convert(tmp_path / "native", tmp_path / "b.safetensors", "--to", "original")
+    assert same(load_file(tmp_path / "b.safetensors"), load_file(tmp_path / "a.safetensors"))
+    theirs = open_checkpoint(tmp_path / "d")
+    assert theirs.config.unet is not None and theirs.config.unet.in_channels == channels
+    ours = open_checkpoint(tmp_path / "native").tensors()
+    found = theirs.tensors()
+    first = [name for name in ours if name.startswith("unet.")]
+    assert first and all(torch.equal(ours[name], found[name]) for name in first)

@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,10 @@ def test_our_own_directory_with_its_training(inspect: Inspect, tmp_path: Path):
     said = inspect(tmp_path / "m")
     assert "native directory" in said and "loop.steps = 1234" in said and " *\n" not in said
     assert native.fingerprint(tmp_path / "m") in said
+
+
+@pytest.mark.parametrize("channels", [9, 5])
+def test_inpainting_and_depth_models(channels: int, inspect: Inspect, tmp_path: Path):
+    config = replace(SMALL, unet=replace(SMALL.unet, in_channels=channels), parameterization="eps")  # type: ignore[type-var]
+    export.write(tmp_path / "a.safetensors", config, random_states(config), "original")
+    assert f"unet.in_channels = {channels}" in inspect(tmp_path / "a.safetensors")
