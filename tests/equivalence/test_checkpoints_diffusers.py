@@ -6,6 +6,7 @@ settings; in float32 also the rounding.
 
 from __future__ import annotations
 
+import copy
 import gc
 import shutil
 import warnings
@@ -20,7 +21,7 @@ import ldm
 from ldm.checkpoints import export, networks
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.jobs import Settings
-from ldm.sampling import NoiseStream, finish
+from ldm.sampling import NoiseStream, ddim, finish, make_grid, start
 
 from . import stable_diffusion as sd
 from .stable_diffusion import relative
@@ -116,6 +117,41 @@ def loaded(small: tuple[Any, Path]) -> ldm.LatentDiffusion:
 
 def test_a_guided_trajectory(small: tuple[Any, Path], loaded: ldm.LatentDiffusion) -> None:
     assert relative(drawn_here(loaded, 8), drawn_there(small[0], 8)) <= 1e-4
+
+
+def test_a_guided_trajectory_in_float64(small: tuple[Any, Path], loaded: ldm.LatentDiffusion) -> None:
+    """Networks in float64 and one table of alphas, ours, on both sides: what is left is the map and the sampler.
+
+    In use the network's input is float32 (`network_input`), so here the loop around it is written out.
+    """
+    pipe, path = small
+    checkpoint, schedule = open_checkpoint(path), loaded.schedule
+    unet, tower = (made(checkpoint, dtype=torch.float64) for made in (networks.load_unet, networks.load_text))
+    noise = NoiseStream([SEED], (4, 8, 8)).initial().double()
+    with torch.no_grad():
+        contexts = [tower(tower.tokenize([words])[0]) for words in WORDS]
+
+        def guided(network: Any, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            conditional, unconditional = (network(z, t.float(), context) for context in contexts)
+            return unconditional + 7.5 * (conditional - unconditional)
+
+        def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            output = guided(unet, schedule.alpha(sigma) * x, schedule.t(sigma).expand(1))
+            return loaded.parameterization.denoised(output, x, sigma)
+
+        sigmas = make_grid(schedule, 20, "leading")
+        *_, last = ddim()(denoiser, start(noise, schedule, sigmas), sigmas, NoiseStream([SEED], (4, 8, 8)))
+        ours = last.x * schedule.alpha(sigmas[-1])
+
+        scheduler = copy.deepcopy(pipe.scheduler)
+        scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = schedule.alphas_cumprod, schedule.alphas_cumprod[0]
+        scheduler.set_timesteps(20)
+        theirs, z = copy.deepcopy(pipe.unet).double(), noise
+        for t in scheduler.timesteps:
+            output = guided(lambda z, t, context: theirs(z, t, context).sample, z, t.expand(1))
+            z = scheduler.step(output, t, z).prev_sample
+    assert z.dtype == ours.dtype == torch.float64
+    assert relative(ours, z) <= 1e-9
 
 
 def test_our_export_draws_the_same_there(small: tuple[Any, Path], tmp_path: Path) -> None:
