@@ -1,32 +1,12 @@
 """AutoencoderKL against the independent implementation in diffusers, with the same weights."""
 
-import re
-
 import pytest
 import torch
 
 from ldm.autoencoder.kl import AutoencoderKL
+from ldm.checkpoints.diffusers import autoencoder_names
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.config import AutoencoderConfig
-
-OURS_TO_THEIRS = [  # applied in order to each of our parameter names
-    (r"^to_moments", "quant_conv"),
-    (r"^from_latent", "post_quant_conv"),
-    (r"encoder\.levels\.(\d+)\.resample\.conv", r"encoder.down_blocks.\1.downsamplers.0.conv"),
-    (r"decoder\.levels\.(\d+)\.resample\.conv", r"decoder.up_blocks.\1.upsamplers.0.conv"),
-    (r"encoder\.levels\.(\d+)\.blocks", r"encoder.down_blocks.\1.resnets"),
-    (r"decoder\.levels\.(\d+)\.blocks", r"decoder.up_blocks.\1.resnets"),
-    (r"middle\.block_1", "mid_block.resnets.0"),
-    (r"middle\.block_2", "mid_block.resnets.1"),
-    (r"middle\.attention\.norm", "mid_block.attentions.0.group_norm"),
-    (r"middle\.attention\.query", "mid_block.attentions.0.to_q"),
-    (r"middle\.attention\.key", "mid_block.attentions.0.to_k"),
-    (r"middle\.attention\.value", "mid_block.attentions.0.to_v"),
-    (r"middle\.attention\.out", "mid_block.attentions.0.to_out.0"),
-    (r"(norm|conv)_([12])", r"\1\2"),
-    (r"norm_out", "conv_norm_out"),
-    (r"shortcut", "conv_shortcut"),
-]
 
 
 @pytest.mark.slow
@@ -43,12 +23,10 @@ def test_the_same_weights_give_the_same_latents_and_pictures():
     ).eval()
     ours = AutoencoderKL(AutoencoderConfig(multipliers=(1, 2, 2))).eval()
     weights = theirs.state_dict()
-    translated = {}
-    for name, value in ours.state_dict().items():
-        foreign = name
-        for pattern, replacement in OURS_TO_THEIRS:
-            foreign = re.sub(pattern, replacement, foreign)
-        translated[name] = weights.pop(foreign).reshape(value.shape)  # their attention is linear, ours 1 x 1
+    state = ours.state_dict()
+    translated = {  # their attention is linear, ours 1 x 1
+        name: weights.pop(foreign).reshape(state[name].shape) for name, (foreign,) in autoencoder_names(state).items()
+    }
     assert not weights
     ours.load_state_dict(translated)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from ldm.checkpoints.diffusers import unet_names
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.config import UNetConfig
 from ldm.unet import UNet
@@ -16,43 +16,6 @@ from ldm.unet import UNet
 from .small import randomize, relative
 
 CONFIG = UNetConfig(channels=32, multipliers=(1, 2, 2), attention_levels=(0, 1), heads=4, context_width=12)
-
-RENAMES = [  # ours -> theirs, applied in turn
-    (r"^time_embedding\.linear_in", "time_embedding.linear_1"),
-    (r"^time_embedding\.linear_out", "time_embedding.linear_2"),
-    (r"^norm_out", "conv_norm_out"),
-    (r"^middle\.0\.residual", "mid_block.resnets.0"),
-    (r"^middle\.0\.transformer", "mid_block.attentions.0"),
-    (r"^middle\.1\.residual", "mid_block.resnets.1"),
-    (r"^(down|up)\.(\d+)\.stages\.(\d+)\.residual", r"\1_blocks.\2.resnets.\3"),
-    (r"^(down|up)\.(\d+)\.stages\.(\d+)\.transformer", r"\1_blocks.\2.attentions.\3"),
-    (r"^(down|up)\.(\d+)\.resample", r"\1_blocks.\2.\1samplers.0"),
-    (r"(resnets\.\d+)\.norm_in", r"\1.norm1"),
-    (r"(resnets\.\d+)\.conv_in", r"\1.conv1"),
-    (r"(resnets\.\d+)\.embedding", r"\1.time_emb_proj"),
-    (r"(resnets\.\d+)\.norm_out", r"\1.norm2"),
-    (r"(resnets\.\d+)\.conv_out", r"\1.conv2"),
-    (r"(resnets\.\d+)\.shortcut", r"\1.conv_shortcut"),
-    (r"\.project_(in|out)", r".proj_\1"),
-    (r"(attentions\.\d+)\.blocks", r"\1.transformer_blocks"),
-    (r"\.norm_self", ".norm1"),
-    (r"\.norm_cross", ".norm2"),
-    (r"\.norm_feed_forward", ".norm3"),
-    (r"\.self_attention", ".attn1"),
-    (r"\.cross_attention", ".attn2"),
-    (r"\.query\.", ".to_q."),
-    (r"\.key\.", ".to_k."),
-    (r"\.value\.", ".to_v."),
-    (r"(attn\d)\.out\.", r"\1.to_out.0."),
-    (r"\.feed_forward\.linear_in", ".ff.net.0.proj"),
-    (r"\.feed_forward\.linear_out", ".ff.net.2"),
-]
-
-
-def theirs(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def peer(config: UNetConfig, **options: Any) -> Any:
@@ -94,7 +57,8 @@ def test_equals_diffusers(change: dict, size: tuple[int, int]):
     config = replace(CONFIG, **change)
     other = peer(config).double().eval()
     unet = randomize(UNet(config)).double().eval()
-    weights = {theirs(name): value for name, value in unet.state_dict().items()}
+    state = unet.state_dict()
+    weights = {name: state[ours] for ours, (name,) in unet_names(state).items()}
     assert weights.keys() == other.state_dict().keys()
     other.load_state_dict(weights)
 
