@@ -112,7 +112,7 @@ def check_options(sampler: str, options: Mapping[str, Value]) -> dict[str, Value
         kind = type(known[name])
         try:
             made[name] = kind(value)
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):  # options may come from a stranger's picture
             what = {int: "a whole number", float: "a number", str: "a word"}[kind]
             raise UserError(f"the option {name} of {sampler} is '{value}'; it must be {what}") from None
     return made

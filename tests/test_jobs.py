@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,8 @@ def test_a_prompt_file_in_another_encoding(tmp_path: Path) -> None:
         (Settings(sampler="ode", options={"rtl": 1}), "no option 'rtl'; it takes rtol, atol"),
         (Settings(sampler="ode", options={"rtol": "small"}), "must be a number"),
         (Settings(sampler="pc", options={"moves": "1.5"}), "must be a whole number"),
+        (Settings(sampler="pc", options={"moves": math.inf}), "must be a whole number"),
+        (Settings(sampler="ode", options={"rtol": None}), "must be a number"),
         (Settings(sampler="DPM++ 2M Karras", spacing="leading"), "asks for the spacing karras"),
         (Settings(sigmas=(5.0, float("nan"))), "finite"),
         (Settings(width=0), "width"),
