@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm.config import LoopConfig
 from ldm.errors import UserError
+from ldm.training.rendezvous import join
 
 TRACKERS = ("tensorboard", "wandb")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -58,6 +59,7 @@ def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
     """The accelerator of a run; raises UserError for settings that cannot work, or not on this machine."""
     _check(loop)
     precision = precision_here(loop.precision)
+    join()
     world = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
         # Unless told that it is on CPUs, accelerate makes of each of several processes a run of its own there.
