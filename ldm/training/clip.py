@@ -74,6 +74,8 @@ class ClipStage:
             raise UserError(
                 f"image_tower.size={config.image_tower.size} and data.size={config.data.size} must be the same"
             )
+        if config.data.buckets:
+            raise UserError("CLIP's picture tower reads squares of one size; leave data.buckets at 0")
         if divide(config.loop, world).accumulation != 1:
             raise UserError(
                 "CLIP compares the whole batch, which accumulation would take apart; leave loop.micro_batch at 0, "

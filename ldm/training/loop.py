@@ -25,7 +25,7 @@ from ldm.training.backward import Gradients, accumulate
 from ldm.training.guard import MOST, Guard
 from ldm.training.members import Members
 from ldm.training.meters import Meters
-from ldm.training.processes import Division, agree, divide, from_all, precision_here
+from ldm.training.processes import Division, agree, check_order, divide, from_all, precision_here
 from ldm.training.report import Report
 from ldm.training.saving import Saver, warn
 from ldm.training.stage import Stage
@@ -68,6 +68,8 @@ class _Run:
         batches = stage.batches
         self.saver = Saver(output, loop, accelerator, self.members, batches, self.meters, self.guard, warn)
         self.step = self.saver.restore()
+        check_order(batches, accelerator)
+        self.lost: set[str] = set()  # shards in quarantine of which the log knows
         self.began = time.monotonic()
         if self.main:
             atomic_write_text(output / "config.json", json.dumps(settings.to_dict(everything), indent=1) + "\n")
@@ -189,10 +191,21 @@ class _Run:
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if self.saver.skipped:
             values["skipped"] = self.saver.skipped
+        if lost := self._lost_shards():
+            values["quarantined"] = lost
         self._log(values)
         if worse:
             self._go_back(worse)
         return bool(worse)
+
+    def _lost_shards(self) -> int:
+        """How many shards could not be had by some process; those that are new get a line of the log."""
+        found = set().union(*from_all(self.stage.batches.quarantined, self.accelerator))
+        if self.report is not None:
+            for shard in sorted(found - self.lost):
+                self.report.line(self.step, {"event": f"shard in quarantine: {shard}"})
+        self.lost |= found
+        return len(self.lost)
 
     def _go_back(self, worse: float) -> None:
         guard, gone = self.guard, self.step

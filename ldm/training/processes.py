@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor
 
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.training.rendezvous import join
+from ldm.training.stage import Batches
 
 TRACKERS = ("tensorboard", "wandb")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -69,6 +70,10 @@ def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
         project_dir=output,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError(
+            "DeepSpeed's engine keeps optimizer and weights to itself; spread them by FSDP (docs/training.md)"
+        )
     if accelerator.num_processes < world:
         raise UserError(f"{world} processes were launched, of which accelerate joins {accelerator.num_processes}")
     if accelerator.device.type == "cpu":
@@ -116,6 +121,21 @@ def agree(numbers: Sequence[int], accelerator: Accelerator) -> list[int]:
     gathered = accelerator.gather(torch.tensor([list(numbers)], device=accelerator.device))
     assert isinstance(gathered, Tensor)
     return gathered.max(dim=0).values.tolist()
+
+
+def check_order(batches: Batches, accelerator: Accelerator) -> None:
+    """Raise UserError, on all processes, unless they are about to divide one order of samples among them.
+
+    A process that sees other shards, or could not open one of them, would repeat some samples and leave out others.
+    """
+    orders = [{**state, **state.get("order", {})} for state in from_all(batches.state_dict(), accelerator)]
+    for rank, order in enumerate(orders):
+        other = [name for name in order if name != "order" and order[name] != orders[0].get(name)]
+        if other:
+            raise UserError(
+                f"process {rank} reads another order of samples than process 0 ({', '.join(other)} differ); let all of "
+                "them see the same shards and settings, and start again"
+            )
 
 
 def from_main(value: Any, accelerator: Accelerator) -> Any:

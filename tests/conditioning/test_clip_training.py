@@ -184,6 +184,8 @@ def test_settings_that_do_not_fit_are_named():
         stage(dataclasses.replace(TRAINING, image_tower=ImageTowerConfig(size=32, patch=7)))
     with pytest.raises(UserError, match="divide"):
         stage(dataclasses.replace(TRAINING, image_tower=ImageTowerConfig(size=32, width=33)))
+    with pytest.raises(UserError, match=r"leave data\.buckets at 0"):
+        stage(dataclasses.replace(TRAINING, data=dataclasses.replace(TRAINING.data, buckets=8)))
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "clip").glob("*.yaml")), ids=lambda path: path.stem)

@@ -4,7 +4,8 @@ In the folder tests:
 
 python -m training.crew kills OUTPUT KILLS       a run killed with -9 that often, each time gone on with
 python -m training.crew worlds OUTPUT            the same global batch on 1, 2 and 4 processes
-    python -m training.crew spread OUTPUT            FSDP2 on 2 processes, and on 2 and then 4
+python -m training.crew spread OUTPUT            FSDP2 on 2 processes, and on 2 and then 4
+python -m training.crew strangers OUTPUT         2 processes that see different shards
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 
+from ldm.errors import UserError
+from ldm.training.loop import train
 from ldm.training.processes import make_accelerator
 from ldm.training.stage_two import DiffusionStage
 
 from .test_combinations import PLAIN
-from .toys import CPU, LOOP, RowBatches, Rows, ToyStage, run
+from .toys import CPU, ICONS, LOOP, RowBatches, Rows, ToyStage, run
 
 # Two reader processes, accumulation, epochs that end within the run, states and log lines at different steps.
 DIFFUSION = replace(
@@ -138,8 +141,6 @@ def train_rows(output: Path, rank: int) -> None:
     accelerator = make_accelerator(WIDE, output)
     stage = ToyStage(WIDE, dtype=torch.float64)
     stage.batches = Shares(WIDE.global_batch, rank, accelerator.num_processes)
-    from ldm.training.loop import train
-
     train(stage, WIDE, accelerator, output, WIDE)
     torch.save([*stage.weights()], output / f"weights-{rank}.pt")
 
@@ -167,13 +168,21 @@ class Spread:
 
 
 def train_spread(output: Path, rank: int, steps: int, spread: bool) -> None:
-    from ldm.training.loop import train
-
     loop = replace(WIDE, steps=steps, save_every=4)
     config = replace(PLAIN, data=replace(PLAIN.data, workers=0, streams=4), loop=loop)
     accelerator: Any = make_accelerator(loop, output)
     stage = DiffusionStage(config, rank, accelerator.num_processes, CPU)
     train(stage, loop, Spread(accelerator) if spread else accelerator, output, config)
+
+
+def train_on(output: Path, rank: int, shards: str) -> None:
+    config = replace(PLAIN, data=replace(PLAIN.data, shards=shards, workers=0, streams=4), loop=WIDE)
+    accelerator = make_accelerator(WIDE, output)
+    try:
+        train(DiffusionStage(config, rank, accelerator.num_processes, CPU), WIDE, accelerator, output, config)
+    except UserError as error:
+        print(f"rank {rank}: {error}\n", end="", flush=True)  # in one piece: both write at once
+        raise
 
 
 def main(words: Sequence[str]) -> None:
@@ -189,6 +198,9 @@ def main(words: Sequence[str]) -> None:
             ("parts", 4, 8, True),
         ):
             assert crew(world, lambda rank: train_spread(output / name, rank, steps, spread)) == [0] * world  # noqa: B023
+    elif words[0] == "strangers":
+        shards = [f"{ICONS}/train-*.tar", f"{ICONS}/train-0000.tar"]
+        assert crew(2, lambda rank: train_on(output / "run", rank, shards[rank])) == [1, 1]
     else:
         for world in (1, 2, 4):
             assert crew(world, lambda rank: train_rows(output / str(world), rank)) == [0] * world  # noqa: B023

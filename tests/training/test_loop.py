@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,6 +90,12 @@ def test_settings_that_cannot_work_are_named_before_anything_runs(tmp_path, wron
 def test_half_precision_needs_a_gpu(tmp_path):
     with pytest.raises(UserError, match=r"loop.precision=fp16 needs a GPU; use bf16 or fp32"):
         make_accelerator(replace(LOOP, precision="fp16"), tmp_path)
+
+
+def test_deepspeed_is_refused_and_not_half_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(UserError, match="spread them by FSDP"):
+        make_accelerator(LOOP, tmp_path)
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_and_not_silence(tmp_path, monkeypatch):
@@ -187,6 +194,17 @@ def test_a_logged_value_is_the_mean_over_the_steps_that_had_it(tmp_path):
     (line,) = [line for line in log_of(tmp_path) if "odd" in line]
     assert line["odd"] == (1 + 3 + 5) / 3
     assert line["images"] == 48
+
+
+def test_a_shard_that_is_lost_is_named_once_and_counted_from_then_on(tmp_path):
+    loop = replace(LOOP, log_every=1)
+    lost = {2: "s3://bucket/7.tar", 4: "s3://bucket/9.tar"}
+    stage = ToyStage(loop, before=lambda step: stage.batches.quarantined.update({lost[step]} if step in lost else ()))
+    run(stage, loop, tmp_path)
+    lines = log_of(tmp_path)
+    events = [(line["step"], line["event"]) for line in lines if "event" in line]
+    assert events == [(3, "shard in quarantine: s3://bucket/7.tar"), (5, "shard in quarantine: s3://bucket/9.tar")]
+    assert [line.get("quarantined") for line in lines if "loss" in line] == [None, None, 1, 1, 2, 2]
 
 
 def test_a_sample_that_is_twice_in_a_batch_gets_two_draws(tmp_path):

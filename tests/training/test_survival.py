@@ -104,6 +104,15 @@ def test_parameters_spread_by_fsdp(tmp_path):
         assert ends[0] == pytest.approx(ends[1], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_processes_that_see_different_shards_do_not_begin(tmp_path):
+    said = crew("strangers", str(tmp_path)).splitlines()
+    why = "process 1 reads another order of samples than process 0 (shards differ); let all of them"
+    assert [line.split(": ")[0] for line in sorted(said)] == ["rank 0", "rank 1"]
+    assert all(why in line for line in said)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
 def launched(*options: str, words: list[str]) -> subprocess.Popen:
     script = [str(ROOT / "scripts" / "train_diffusion.py"), "--config", str(ROOT / "configs/diffusion/tiny.yaml")]
     command = [sys.executable, "-m", "torch.distributed.run", *options, *script, *WORDS, *words]

@@ -83,6 +83,7 @@ class RowBatches:
 
     def __init__(self, size: int) -> None:
         self.size, self.drawn = size, 0
+        self.quarantined: set[str] = set()
 
     def __iter__(self) -> Iterator[Rows]:
         while True:
