@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from ldm.errors import UserError
 
-WHERE_HELP = "keep samples whose json field has one of the values: --where 'style=noto emoji,flat emoji' mode=plain"
+WHERE_HELP = (
+    "keep samples whose json field has one of the values: --where 'style=noto emoji,flat emoji' mode=plain; "
+    "@RECIPE: those of a training recipe's data.where"
+)
 
 
 def parse_where(words: Sequence[str]) -> dict[str, list[str]]:
@@ -21,6 +24,16 @@ def parse_where(words: Sequence[str]) -> dict[str, list[str]]:
         if not name.strip() or not wanted:
             raise UserError(f"--where takes words of the form field=value or field=value,value, and got '{word}'")
         where.setdefault(name.strip(), []).extend(wanted)
+    return where
+
+
+def where_of(words: Sequence[str]) -> dict[str, list[str]]:
+    """The same, where a word @RECIPE stands for the data.where of a training recipe (a YAML of configs/diffusion)."""
+    from ldm.config import DiffusionTraining, load
+
+    where = parse_where([word for word in words if not word.startswith("@")])
+    for word in words:
+        where |= load(DiffusionTraining, word[1:]).data.where if word.startswith("@") else {}
     return where
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError, run
 from ldm.jobs import Settings
-from ldm.options import WHERE_HELP, parse_where, split_list
+from ldm.options import WHERE_HELP, split_list, where_of
 
 if TYPE_CHECKING:
     from ldm.metrics.drawing import Drawing
@@ -54,10 +54,11 @@ def generation(arguments: argparse.Namespace) -> None:
     """Figures of a model's pictures, or of pictures that are there."""
     import ldm
     from ldm.metrics.crew import muster
-    from ldm.metrics.figures import table, tables
+    from ldm.metrics.figures import table
     from ldm.metrics.generation import evaluate_model, evaluate_pictures
     from ldm.metrics.sources import open_source, read_captions, recaption
-    from ldm.metrics.sweep import figures_of, parse_axes, sweep
+    from ldm.metrics.sweep import parse_axes, sweep
+    from ldm.metrics.sweep import table as table_of
 
     if not arguments.pictures and not (arguments.captions and arguments.out):
         raise UserError("say what to measure: --pictures FOLDER_OR_SHARDS, or a model by --captions and a folder --out")
@@ -78,8 +79,7 @@ def generation(arguments: argparse.Namespace) -> None:
         if axes:
             rows = sweep(model, drawing, axes, against, out, crew)
             if crew.main:
-                heads = [" ".join(f"{name} {row[name]}" for name in axes) for row in rows]
-                print(tables([figures_of(row) for row in rows], heads))
+                print(table_of(rows, tuple(axes)))
                 print(f"wrote sweep.csv, sweep.png and a result for each combination into {out}")
             return
         document = evaluate_model(model, drawing, against, out / "pictures", crew, arguments.weights)
@@ -115,16 +115,6 @@ def compared_with(arguments: argparse.Namespace, main: bool) -> Against:
     return Against(real, held_out, spaces, measures, cache, 4 if device == "cpu" else 64, main and shown())
 
 
-def where_of(words: list[str]) -> dict[str, list[str]]:
-    """Words of the form field=value,value, and @RECIPE, which stands for the data.where of a training recipe."""
-    from ldm.config import DiffusionTraining, load
-
-    where = parse_where([word for word in words if not word.startswith("@")])
-    for word in words:
-        where |= load(DiffusionTraining, word[1:]).data.where if word.startswith("@") else {}
-    return where
-
-
 def what_to_draw(arguments: argparse.Namespace, captions: tuple[str, ...]) -> Drawing:
     from ldm.metrics.drawing import Drawing
 
@@ -155,7 +145,7 @@ def autoencoder(arguments: argparse.Namespace) -> None:
     path, device = find(arguments.model), choose_device(arguments.device)
     codec = native.load_autoencoder(path, device, choose_precision(arguments.precision, device))
     size = arguments.size or native.read_config(path).image_size
-    source = open_source(arguments.shards, "--shards", parse_where(arguments.where))
+    source = open_source(arguments.shards, "--shards", where_of(arguments.where))
     spaces = [make_space(name, device.type) for name in arguments.space]
     document = evaluate_autoencoder(
         codec,
@@ -190,7 +180,7 @@ def prompts(arguments: argparse.Namespace) -> None:
         split_list(arguments.styles),
         arguments.left_out,
         arguments.shards,
-        parse_where(arguments.where),
+        where_of(arguments.where),
         Settings(arguments.cfg, arguments.steps, arguments.sampler),
         arguments.n,
         arguments.seed,
@@ -217,7 +207,7 @@ def likelihood(arguments: argparse.Namespace) -> None:
         arguments.draws,
     )
     model = ldm.load(arguments.model, arguments.device, arguments.precision)
-    where = parse_where(arguments.where)
+    where = where_of(arguments.where)
     document = evaluate_likelihood(
         model, arguments.shards, where, method, arguments.count, arguments.seed, arguments.batch_size
     )
@@ -272,7 +262,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add("--out", metavar="FOLDER", help="of drawn pictures and results; gone on with when it is there")
     add = command.add_argument_group("against what, and how").add_argument
     add("--reference", required=True, help="real pictures: a folder or shards")
-    add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=f"{WHERE_HELP}; @RECIPE: its own")
+    add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
     add("--held-out", help="real pictures that no training saw, beside them")
     add("--held-out-where", action="append", default=[], metavar="FIELD=VALUE,...", help="default: that of --where")
     add("--space", action="append", help="of features: efficientnet-lite0, inception=FILE, clip=FOLDER, ViT-B-32=FILE")

@@ -8,6 +8,8 @@
 
 Each prints its figures with their counts and writes them, with the protocol they were made by, into --output. What was
 drawn is kept there: an experiment that was stopped goes on where it was. --quick is a small one that ends in a minute.
+The first three draw and measure as scripts/evaluate.py does, and like it may be started by accelerate-launch on several
+processes; on a CPU, one for each core is fastest.
 """
 
 from __future__ import annotations
@@ -15,27 +17,29 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from studies import cells, guidance, interpolate, samplers, steps_table, toy
-from studies.subject import make_subject, where_of
+from studies import guidance, interpolate, samplers, steps_table, toy
+from studies.subject import make_subject
 
 import ldm
 from ldm.errors import UserError, run
-from ldm.options import WHERE_HELP
+from ldm.metrics.crew import muster
+from ldm.metrics.figures import Measures
+from ldm.options import WHERE_HELP, where_of
 
-TABLES = {"steps-table": steps_table.report, "samplers": samplers.report, "guidance": guidance.report}
+RECIPE = "@configs/diffusion/icons.yaml"  # what the shipped model was trained on
 
 
 def main() -> None:
     arguments = parse()
     folder = Path(arguments.output)
-    if arguments.command in TABLES:
-        run_table(arguments, folder)
+    if arguments.command == "toy":
+        toy.run(folder, arguments.quick)
     elif arguments.command == "interpolate":
         model = ldm.load(arguments.model, precision=arguments.precision)
         pair = interpolate.read_pair(arguments.shards, arguments.concepts, arguments.style, model.config.image_size)
         interpolate.run(model, pair, arguments.prompt, folder, arguments.quick)
     else:
-        toy.run(folder, arguments.quick)
+        run_table(arguments, folder)
 
 
 def parse() -> argparse.Namespace:
@@ -49,13 +53,12 @@ def parse() -> argparse.Namespace:
 
     for command, pictures in ((steps, 1000), (curves, 200), (scales, 400)):
         command.add_argument("--pictures", type=int, default=pictures, help=f"in a cell (default {pictures})")
-        command.add_argument("--processes", type=int, default=1, help="on a CPU, one for each core is fastest")
         command.add_argument(
-            "--recipe",
-            default="configs/diffusion/icons.yaml",
-            help="its data.where picks pictures, unless --where does",
+            "--where", action="append", default=[], metavar="FIELD=VALUE,...", help=f"{WHERE_HELP} (default: {RECIPE})"
         )
-        command.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
+        command.add_argument(
+            "--compile", action="store_true", help="torch.compile the U-Net: for long tables; the same up to rounding"
+        )
     steps.add_argument("--pictures-of-long", type=int, default=200, help="in a cell of 1000 steps (default 200)")
     mixing.add_argument("--concepts", nargs=2, default=["red apple", "dog face"], help="the two pictures' names")
     mixing.add_argument("--style", default="noto emoji")
@@ -71,25 +74,26 @@ def parse() -> argparse.Namespace:
 
 
 def run_table(arguments: argparse.Namespace, folder: Path) -> None:
-    """Draw the cells of a table that are missing, and report."""
-    if arguments.processes < 1:
-        raise UserError(f"--processes is {arguments.processes}; choose at least 1")
+    """An experiment whose cells are drawn and measured alike."""
     quick = arguments.quick
-    batch, subset, pictures = (16, 8, 16) if quick else (40, 100, arguments.pictures)
-    if pictures < subset:
-        raise UserError(f"--pictures is {pictures}; the distances are of subsets of {subset}, so choose at least that")
-    made = {
-        "steps-table": lambda: steps_table.make_cells(quick, pictures, min(pictures, arguments.pictures_of_long)),
-        "samplers": lambda: samplers.make_cells(quick, pictures),
-        "guidance": lambda: guidance.make_cells(quick, pictures),
-    }[arguments.command]()
-    where = {name: list(values) for name, values in where_of(arguments.recipe, arguments.where).items()}
-    subject = make_subject(arguments.model, arguments.shards, where, arguments.precision, 32 if quick else None)
-    protocol = cells.Protocol(
-        arguments.model, subject.model.hash, arguments.shards, where, arguments.precision, made, batch, subset
+    subset, pictures = (8, 16) if quick else (100, arguments.pictures)
+    fewest = min(pictures, arguments.pictures_of_long) if arguments.command == "steps-table" else pictures
+    if fewest < subset:
+        raise UserError(f"{fewest} pictures were asked for; the distances are of subsets of {subset}, so ask for more")
+    where = where_of(arguments.where or [RECIPE])
+    measures = Measures(("kernel", "neighbours"), subset=subset)
+    crew = muster()
+    subject = make_subject(
+        arguments.model, arguments.shards, where, arguments.precision, folder, crew, measures, 32 if quick else None
     )
-    cells.draw(protocol, subject, folder, arguments.processes)
-    TABLES[arguments.command](protocol, subject, folder)
+    if arguments.compile:
+        subject.model.unet.compile()
+    if arguments.command == "steps-table":
+        steps_table.run(subject, quick, pictures, fewest)
+    elif arguments.command == "samplers":
+        samplers.run(subject, quick, pictures)
+    else:
+        guidance.run(subject, quick, pictures)
 
 
 if __name__ == "__main__":

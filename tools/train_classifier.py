@@ -23,14 +23,14 @@ from ldm.metrics.accuracy import prototypes, ranks
 from ldm.metrics.augment import Augmentation, augment
 from ldm.metrics.classifier import Classifier, ClassifierConfig, save_classifier
 from ldm.metrics.pictures import Pictures, read_concepts, read_pictures
-from ldm.options import WHERE_HELP, parse_where
+from ldm.options import WHERE_HELP, where_of
 
 
 def main() -> None:
     arguments = parse()
     torch.manual_seed(arguments.seed)
     wanted = read_concepts(arguments.concepts) if arguments.concepts else ()
-    where = parse_where(arguments.where)
+    where = where_of(arguments.where)
     pictures = read_pictures(arguments.shards, {"name": list(wanted), **where} if wanted else where, arguments.size)
     classes, styles = choose(pictures, wanted, arguments)
     config = ClassifierConfig(classes, styles, arguments.size, arguments.channels)

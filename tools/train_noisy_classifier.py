@@ -32,7 +32,7 @@ from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 from ldm.metrics.augment import Augmentation, augment
 from ldm.metrics.pictures import read_concepts
 from ldm.model import find
-from ldm.options import WHERE_HELP, parse_where
+from ldm.options import WHERE_HELP, where_of
 
 ASKED_AT = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # sigmas at which held-out pictures are classified
 
@@ -117,7 +117,7 @@ class Latents:
 @torch.no_grad()
 def read_latents(codec: Codec, arguments: argparse.Namespace, wanted: Sequence[str], size: int) -> Latents:
     """The pictures of the classes `wanted` (or of all that have enough), encoded. Raises UserError if too few have."""
-    where = parse_where(arguments.where)
+    where = where_of(arguments.where)
     if wanted:
         where[arguments.label] = list(wanted)
     generator = torch.Generator().manual_seed(arguments.seed)

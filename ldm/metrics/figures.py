@@ -6,8 +6,9 @@ FID, KID and IS in the Inception space only, FD and KD (Frechet and kernel dista
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -123,12 +124,13 @@ def tables(rows: Sequence[dict[str, float]], columns: Sequence[str] = ()) -> str
             *([" " * width + "".join(f"  {c:>18}" for c in columns)] if columns else []),
         ]
         for name in (name for name in names if space_of(name) == space):
-            cells = [_cell(row, name) for row in rows]
+            cells = [told_of(row, name) for row in rows]
             lines.append(f"{name:{width}}" + "".join(f"  {cell:>18}" for cell in cells))
     return "\n".join(lines[1:])
 
 
-def _cell(figures: dict[str, float], name: str) -> str:
+def told_of(figures: Mapping[str, Any], name: str) -> str:
+    """A figure as it is printed: "0.10143 +- 0.0037"; "-" where there is none."""
     value, deviation = figures.get(name), figures.get(f"{name} deviation")
     if value is None:
         return "-"

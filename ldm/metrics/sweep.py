@@ -5,18 +5,17 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
 from ldm.files import atomic_write_bytes, atomic_write_text
-from ldm.jobs import Settings
 from ldm.metrics import protocol
 from ldm.metrics.crew import Crew
 from ldm.metrics.drawing import Drawing
-from ldm.metrics.figures import space_of
+from ldm.metrics.figures import space_of, told_of
 from ldm.metrics.generation import Against, evaluate_model
 from ldm.model import LatentDiffusion
 
@@ -29,6 +28,7 @@ KINDS: dict[str, type] = {
     "sampler": str,
     "spacing": str,
 }
+ANNOTATED = 24  # points of a plot, at most, of which each is labelled
 
 
 def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
@@ -36,7 +36,7 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
     axes: dict[str, list[Any]] = {}
     for word in words:
         name, _, values = word.partition("=")
-        if name not in KINDS or not values:
+        if name not in KINDS or not values.strip(","):
             raise UserError(f"--sweep takes {', '.join(KINDS)} as name=value,value and got '{word}'")
         try:
             axes[name] = [KINDS[name](value) for value in values.split(",") if value]
@@ -45,18 +45,29 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
     return axes
 
 
-def cells(axes: Axes, settings: Settings) -> list[tuple[str, dict[str, Any], Settings]]:
-    """Name, varied values and settings of each combination, the last axis fastest. Raises UserError."""
-    assert set(KINDS) <= {field.name for field in fields(Settings)}
+@dataclass(frozen=True)
+class Cell:
+    """One way to draw among others: what is varied and, with that in its settings, what is drawn."""
+
+    name: str
+    varied: dict[str, Any]
+    drawing: Drawing
+
+
+def name_of(varied: Mapping[str, Any]) -> str:
+    """{"cfg": 1.5, "steps": 4} -> "cfg1.5-steps4", for files and folders."""
+    parts = (f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}" for key, value in varied.items())
+    return "-".join(parts).replace(" ", "_")
+
+
+def cells(axes: Axes, drawing: Drawing) -> list[Cell]:
+    """A cell for each combination of the values of `axes`, the last axis fastest. Raises UserError."""
     found = []
     for values in product(*axes.values()):
         varied = dict(zip(axes, values, strict=True))
-        name = "-".join(
-            f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}" for key, value in varied.items()
-        )
-        made = replace(settings, **varied)
-        made.check()
-        found.append((name, varied, made))
+        settings = replace(drawing.settings, **varied)
+        settings.check()
+        found.append(Cell(name_of(varied), varied, replace(drawing, settings=settings)))
     return found
 
 
@@ -67,21 +78,47 @@ def sweep(
 
     Every combination has the same captions and seeds. Returns the rows of the table.
     """
-    rows = []
-    for name, varied, settings in cells(axes, drawing.settings):
-        found = evaluate_model(model, replace(drawing, settings=settings), against, folder / name, crew)
-        if crew.main:
-            protocol.write(found, folder / f"{name}.json")
-            rows.append({**varied, "evaluations": found["cost"]["evaluations"], **found["figures"]})
-            atomic_write_text(folder / "sweep.csv", as_csv(rows))  # after each: a sweep that is stopped has its rows
+    rows = measure(model, cells(axes, drawing), against, folder, crew)
     if crew.main:
-        atomic_write_bytes(folder / "sweep.png", plot(rows, axes))
+        atomic_write_bytes(folder / "sweep.png", plot(rows, tuple(axes)))
     return rows
 
 
-def figures_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """The figures in a row of the table: what names a space, and the cost."""
-    return {name: value for name, value in row.items() if name == "evaluations" or space_of(name)}
+def measure(
+    model: LatentDiffusion, cells: Sequence[Cell], against: Against, folder: Path, crew: Crew
+) -> list[dict[str, Any]]:
+    """A row for each cell: what is varied, the number of pictures, the evaluations that one cost, the figures.
+
+    Pictures, sweep.csv and a result with its protocol for each cell are written into `folder`; what is drawn already
+    is not drawn again. The main process alone gets rows.
+    """
+    rows = []
+    for cell in cells:
+        found = evaluate_model(model, cell.drawing, against, folder / cell.name, crew)
+        if crew.main:
+            protocol.write(found, folder / f"{cell.name}.json")
+            cost = {"pictures": cell.drawing.count, "evaluations": found["cost"]["evaluations"]}
+            rows.append({**cell.varied, **cost, **found["figures"]})
+            atomic_write_text(folder / "sweep.csv", as_csv(rows))  # after each: a sweep that is stopped has its rows
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> str:
+    """Lines to be read: for each space a line for each row, with what is varied, its cost, and the space's figures."""
+    names = [name for name in rows[0] if space_of(name) and not name.endswith(" deviation")]
+    blocks = []
+    for space in dict.fromkeys(map(space_of, names)):
+        own = [name for name in names if space_of(name) == space]
+        heads = [*varied, "pictures", "evaluations", *(name.replace(f"[{space}]", "").strip() for name in own)]
+        lines = [heads]
+        for row in rows:
+            told = [_short(row[name]) for name in varied]
+            lines.append(
+                [*told, str(row["pictures"]), f"{row['evaluations']:g}", *(told_of(row, name) for name in own)]
+            )
+        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+        blocks.append([space, *("  ".join(map(str.rjust, line, widths)) for line in lines)])
+    return "\n\n".join("\n".join(block) for block in blocks)
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -92,37 +129,46 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def plot(rows: Sequence[Mapping[str, Any]], axes: Axes) -> bytes:
-    """A row of panels for each space: the distance against evaluations, and precision against recall; a line for each
-    value of the first axis. Raises UserError without matplotlib."""
+def plot(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> bytes:
+    """A PNG with a row of panels for each space: the distance against evaluations, and precision against recall.
+
+    A line follows what is varied last; there is one for each combination of the others. Raises UserError without
+    matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("plots need the package matplotlib; install it with pip install 'ldm[plot]'") from error
+        raise UserError("plots need the package matplotlib; install it with pip install -e '.[plot]'") from error
 
-    names = [name for row in rows[:1] for name in row if "[" in name]
+    *others, along = varied
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(" ".join(f"{name} {_short(row[name])}" for name in others), []).append(row)
+    names = [name for name in rows[0] if space_of(name)]
     spaces = list(dict.fromkeys(map(space_of, names)))
-    figure = Figure((9, 3.6 * len(spaces)), dpi=100, layout="constrained")
-    lines, *others = axes
-    for line, space in enumerate(spaces):
+    figure = Figure((11, 4.5 * len(spaces)), dpi=100, layout="constrained")
+    for place, space in enumerate(spaces):
         distance = next((n for n in (f"{d}[{space}]" for d in ("FID", "FD", "KID", "KD", "CMMD")) if n in names), None)
-        panels = [("evaluations", distance), (f"recall[{space}]", f"precision[{space}]")]
-        for column, (x, y) in enumerate(panels):
+        for column, (x, y) in enumerate([("evaluations", distance), (f"recall[{space}]", f"precision[{space}]")]):
             if y not in names or (column and x not in names):
                 continue
-            panel = figure.add_subplot(len(spaces), 2, 2 * line + column + 1, xlabel=x, ylabel=y)
-            for index, value in enumerate(axes[lines]):
-                chosen = [row for row in rows if row[lines] == value]
-                chosen.sort(key=lambda row: row["evaluations"])
-                panel.plot(
-                    [r[x] for r in chosen], [r[y] for r in chosen], "osv^D"[index % 5] + "-", label=f"{lines} {value}"
-                )
-                for row in chosen:
-                    said = " ".join(f"{name} {row[name]}" for name in others)
+            panel = figure.add_subplot(len(spaces), 2, 2 * place + column + 1, xlabel=x, ylabel=y)
+            for number, (label, those) in enumerate(lines.items()):
+                points = sorted(those, key=lambda row: row["evaluations"])
+                panel.plot([r[x] for r in points], [r[y] for r in points], "osv^D"[number % 5] + "-", label=label, ms=4)
+                for row in points if len(rows) <= ANNOTATED else []:
+                    said = f"{along} {_short(row[along])}"
                     panel.annotate(said, (row[x], row[y]), textcoords="offset points", xytext=(4, 4), fontsize=7)
             if not column:
                 panel.set_xscale("log")
-            panel.legend(fontsize=8)
+                panel.set_yscale("log" if min(row[y] for row in rows) > 0 else "linear")
+            panel.grid(alpha=0.3)
+            if others:
+                panel.legend(fontsize=7, ncols=2 if len(lines) > 8 else 1)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -14,8 +14,9 @@ import torch
 import ldm.metrics.features as features
 from ldm.errors import UserError
 from ldm.jobs import Settings
+from ldm.metrics.drawing import Drawing
 from ldm.metrics.features import FeatureSpace
-from ldm.metrics.sweep import cells, parse_axes
+from ldm.metrics.sweep import cells, parse_axes, plot
 
 from .pictures_maker import toy_shard
 
@@ -112,18 +113,39 @@ def test_a_sweep_draws_its_curves(evaluate, words, tmp_path):
     assert all(float(row["precision[toy]"]) <= 1 and row["KD[toy]"] for row in rows)
     assert (tmp_path / "s" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "s" / "cfg2-steps3.json").exists()
+    heads, *lines = (line.split() for line in out.splitlines()[1:6])
+    assert heads[:5] == ["cfg", "steps", "pictures", "evaluations", "KD"] and "precision" in heads
+    assert [line[:2] for line in lines] == [["1", "1"], ["1", "3"], ["2", "1"], ["2", "3"]]
+
+
+def test_a_line_of_the_curves_follows_the_last_axis_alone(monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *_, label, **__: drawn.append((label, x, y)))
+    monkeypatch.setattr(Axes, "legend", lambda self, **_: None)
+    rows = [
+        {"steps": steps, "cfg": cfg, "eta": eta, "evaluations": 10 * steps + cfg + eta, "KD[toy]": 0.5}
+        for steps in (1, 2) for cfg in (1.0, 3.0) for eta in (1.0, 0.0)
+    ]  # fmt: skip
+    assert plot(rows, ("steps", "cfg", "eta")).startswith(b"\x89PNG")
+    assert [label for label, _, _ in drawn] == ["steps 1 cfg 1", "steps 1 cfg 3", "steps 2 cfg 1", "steps 2 cfg 3"]
+    assert drawn[1][1:] == ([13, 14], [0.5, 0.5])
 
 
 def test_axes():
     axes = parse_axes(["cfg=1,2.5", "eta=0", "sampler=ddim,euler"])
     assert axes == {"cfg": [1.0, 2.5], "eta": [0.0], "sampler": ["ddim", "euler"]}
-    names = [name for name, _, _ in cells(parse_axes(["cfg=1,2.5", "steps=3"]), Settings(sampler="ddim"))]
-    assert names == ["cfg1-steps3", "cfg2.5-steps3"]
-    for wrong in ("cfg", "cfg=", "prompt=a", "steps=1.5"):
+    drawing = Drawing(("a red heart",), Settings(cfg_rescale=0.5), 4)
+    found = cells(parse_axes(["cfg=1,2.5", "steps=3"]), drawing)
+    assert [cell.name for cell in found] == ["cfg1-steps3", "cfg2.5-steps3"]
+    assert [cell.drawing.settings.cfg for cell in found] == [1, 2.5]
+    assert all(cell.drawing.settings.cfg_rescale == 0.5 and cell.drawing.count == 4 for cell in found)
+    for wrong in ("cfg", "cfg=", "cfg=,", "prompt=a", "steps=1.5"):
         with pytest.raises(UserError, match="--sweep"):
             parse_axes([wrong])
     with pytest.raises(UserError, match="steps"):
-        cells({"steps": [0]}, Settings())
+        cells({"steps": [0]}, drawing)
 
 
 def test_mistakes_end_in_one_sentence(evaluate, words, tmp_path):

@@ -2,72 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import product
-from pathlib import Path
+from typing import Any
 
-import torch
-
-from ldm.image_io import grid, save_png
+from ldm.files import atomic_write_bytes
 from ldm.jobs import Settings
-from studies import cells
-from studies.cells import SHOWN, Cell, Protocol
-from studies.plot import figure
-from studies.subject import Subject
+from ldm.metrics.sweep import plot
+from studies.subject import SPACE, Subject
 
 ETAS = (0.0, 0.2, 0.5, 1.0)
 STEPS = (10, 20, 50, 100, 1000)
 LONG = 500  # steps from which a cell has fewer pictures
+FIGURE = f"KD[{SPACE}]"
 
 
-def make_cells(quick: bool, pictures: int, pictures_of_long: int) -> tuple[Cell, ...]:
-    """cfg 1 on the trailing grid, so nothing but eta and the steps is varied."""
-    etas, steps = ((0.0, 1.0), (4, 12)) if quick else (ETAS, STEPS)
-    return tuple(
-        Cell(
-            name(eta, n),
+def run(subject: Subject, quick: bool, pictures: int, pictures_of_long: int) -> None:
+    """Print the table; write it with its curves and a grid of pictures. cfg 1 on the trailing grid, so that nothing
+    but eta and the steps is varied."""
+    axes = {"eta": (0.0, 1.0), "steps": (4, 12)} if quick else {"eta": ETAS, "steps": STEPS}
+    cells = [
+        subject.cell(
+            {"eta": eta, "steps": n},
             Settings(cfg=1.0, steps=n, sampler="ddim", spacing="trailing", eta=eta),
             pictures_of_long if n >= LONG else pictures,
         )
-        for n, eta in product(steps, etas)
+        for eta, n in product(*axes.values())
+    ]
+    alone = subject.autoencoder_alone()
+    rows = subject.measure(cells)
+    if not subject.crew.main:
+        return
+    print(
+        f"{FIGURE} x 1000 from {len(subject.against.real)} real pictures, cfg 1, trailing grid (pictures drawn)\n\n"
+        f"{table(rows, axes)}\n\nreal pictures through the autoencoder alone: {1000 * alone[FIGURE]:.1f}"
     )
+    atomic_write_bytes(subject.folder / "steps-table.png", plot(rows, tuple(axes)))
+    subject.save_grid(cells, "steps-table-grid.png")
+    print(f"\nwrote sweep.csv, steps-table.png and steps-table-grid.png (a row for each cell) into {subject.folder}")
 
 
-def name(eta: float, steps: int) -> str:
-    return f"eta{eta:g}-steps{steps}"
-
-
-def report(protocol: Protocol, subject: Subject, folder: Path) -> None:
-    """Print the table of what is there; write it with a plot and a grid of pictures."""
-    found = cells.figures(protocol, subject, folder)
-    etas = sorted({cell.settings.eta or 0.0 for cell in protocol.cells})
-    steps = sorted({cell.settings.steps for cell in protocol.cells})
-    tables = []
-    for key, what, scale in (("kernel", "kernel distance x 1000", 1000), ("frechet", "Frechet distance", 1)):
-        tables.append(
-            f"{what} [{protocol.space}] from {len(subject.reference)} real pictures, cfg 1, trailing grid "
-            f"(pictures drawn)\n\n{table(found, etas, steps, key, scale)}"
-        )
-    print("\n\n".join(tables))
-    with figure(folder / "steps-table.png", "steps", f"kernel distance x 1000 [{protocol.space}]") as axes:
-        for eta in etas:
-            there = [(n, found[name(eta, n)]["kernel"] * 1000) for n in steps if name(eta, n) in found]
-            axes.plot(*zip(*there, strict=True) if there else ([], []), "o-", label=f"eta {eta:g}")
-        axes.axhline(found["autoencoder alone"]["kernel"] * 1000, color="gray", ls=":", label="autoencoder alone")
-        axes.set_xscale("log")
-        axes.legend()
-    drawn = [part.images for _, part in cells.collect(protocol, folder)]
-    if drawn:
-        save_png(grid(torch.cat(drawn), columns=SHOWN), folder / "steps-table-grid.png", {})
-    print(f"\nwrote figures.json, steps-table.png and steps-table-grid.png (a row for each cell) into {folder}")
-
-
-def table(found: dict[str, dict[str, float]], etas: list[float], steps: list[int], key: str, scale: float) -> str:
-    """A Markdown table, a row for each eta; what is not drawn yet is a dash."""
-
-    def show(row: dict[str, float] | None) -> str:
-        return "-" if row is None else f"{row[key] * scale:.1f} ({row['pictures']:.0f})"
-
-    lines = [["eta", *(f"{n} steps" for n in steps)], ["---"] * (len(steps) + 1)]
-    lines += [[f"{eta:g}", *(show(found.get(name(eta, n))) for n in steps)] for eta in etas]
-    floor = f"real pictures through the autoencoder alone: {show(found['autoencoder alone'])}"
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{floor}"
+def table(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -> str:
+    """A Markdown table of the figure, a line for each eta and a column for each number of steps."""
+    found = {(row["eta"], row["steps"]): f"{1000 * row[FIGURE]:.1f} ({row['pictures']})" for row in rows}
+    lines = [["eta", *(f"{n} steps" for n in axes["steps"])], ["---"] * (len(axes["steps"]) + 1)]
+    lines += [[f"{eta:g}", *(found[eta, n] for n in axes["steps"])] for eta in axes["eta"]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
