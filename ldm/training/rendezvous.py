@@ -14,7 +14,8 @@ from uuid import uuid4
 
 import torch
 from torch import distributed
-from torch.distributed import PrefixStore, Store, rendezvous
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 
 def join() -> None:
