@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,10 @@ class CheckpointNotice(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class LatentDiffusion:
-    """A text-to-picture model. `name` and `path` say where it came from; a model assembled in memory has no path."""
+    """A text-to-picture model. `name` and `path` say where it came from; a model assembled in memory has no path.
+
+    `vae` and `settings` are what `load` was given of them: a picture's recipe needs them beside the name.
+    """
 
     config: ModelConfig
     codec: Codec
@@ -53,6 +56,8 @@ class LatentDiffusion:
     path: Path | None = None
     checkpoint: Checkpoint | None = None
     adapters: tuple[Adapter, ...] = ()
+    vae: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -226,7 +231,8 @@ def load(
         warnings.warn(notice, CheckpointNotice, stacklevel=2)
     codec, text, unet = networks.build(checkpoint, where, dtype)
     made = assemble(checkpoint.config, codec, text, unet, name=str(model), path=path)
-    return replace(made, checkpoint=checkpoint)
+    named = None if vae is None else str(vae)
+    return replace(made, checkpoint=checkpoint, vae=named, settings=dict(settings or {}))
 
 
 def assemble(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,10 @@ class Recipe:
     made_on: Mapping[str, Any]  # what `surroundings` said
     guides: Mapping[str, str] = field(default_factory=dict)  # Guides.hashes
     adapters: tuple[Adapter, ...] = ()
+    vae: str | None = None  # the model whose autoencoder stood in, and
+    model_settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what went before the files' own words: load's `settings`
 
     @property
     def batch(self) -> list[Request]:
@@ -58,8 +62,7 @@ def record(
         "negative": request.negative,
         "seed": request.seed,
         **_drawn(model, settings),
-        "model": {"name": model.name, "hash": model.hash},
-        "adapters": [asdict(adapter) for adapter in model.adapters],
+        **_model(model),
         "guides": dict(guides or {}),
         "batch": {"size": len(batch), "index": index},
         "made_on": surroundings(model),
@@ -72,8 +75,7 @@ def record_sheet(model: LatentDiffusion, settings: Settings, requests: Sequence[
         "prompts": [request.prompt for request in requests],
         "seeds": [request.seed for request in requests],
         **_drawn(model, settings),
-        "model": {"name": model.name, "hash": model.hash},
-        "adapters": [asdict(adapter) for adapter in model.adapters],
+        **_model(model),
     }
 
 
@@ -106,12 +108,25 @@ def read(path: str | Path) -> Recipe:
         size, index = _as(int, batch["size"]), _as(int, batch["index"])
         name, digest, guides = _as(str, model["name"]), _as(str, model["hash"]), _as(dict, data.get("guides", {}))
         adapters = from_record(data.get("adapters", []))
-        recipe = Recipe(request, settings, name, digest, size, index, made_on, guides, adapters)
+        vae = None if model.get("vae") is None else _as(str, model["vae"])
+        given = _as(dict, model.get("set", {}))
+        recipe = Recipe(request, settings, name, digest, size, index, made_on, guides, adapters, vae, given)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks a setting that is needed to make it again ({error}); is it a grid?") from error
     if not (0 <= index < size <= MAX_BATCH and 0 <= request.seed <= MAX_SEED):
         raise UserError(f"{path} names picture {index} of a batch of {size}, seed {request.seed}: that cannot be")
     return recipe
+
+
+def refuse_to_fetch(recipe: Recipe, given: Container[str]) -> None:
+    """Raise UserError if the picture would have a model fetched that is not among the options `given` by the user.
+
+    A picture may be a stranger's: what is fetched from the network is what its user names, and nothing else.
+    """
+    named = {"model": recipe.model, "vae": recipe.vae, "guide_model": recipe.settings.guide_model}
+    for option, model in named.items():
+        if option not in given and (model or "").startswith("hf:"):
+            raise UserError(f"the picture was made with {model}; say --{option.replace('_', '-')} {model} to fetch it")
 
 
 def differences(recipe: Recipe, model: LatentDiffusion, guides: Mapping[str, str] | None = None) -> list[str]:
@@ -137,6 +152,14 @@ def _drawn(model: LatentDiffusion, settings: Settings) -> dict[str, Any]:
     """Checked `settings` with the size that they leave to the model filled in."""
     side = model.config.image_size
     return asdict(settings.check()) | {"width": settings.width or side, "height": settings.height or side}
+
+
+def _model(model: LatentDiffusion) -> dict[str, Any]:
+    """Which model drew, and all that changed it."""
+    return {
+        "model": {"name": model.name, "hash": model.hash, "vae": model.vae, "set": dict(model.settings)},
+        "adapters": [asdict(adapter) for adapter in model.adapters],
+    }
 
 
 def _as(kind: type, value: Any) -> Any:

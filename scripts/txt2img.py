@@ -36,17 +36,21 @@ def main() -> None:
     # What can be wrong without a model is found before torch is imported, which takes seconds.
     recipe = provenance.read(given["reproduce"]) if "reproduce" in given else None
     if recipe is not None:
-        taken = sorted(set(given) - {"reproduce", "model", "vae", "set", "device", "precision", "out"})
+        named = {"guide_model"} if recipe.settings.guide_model else set()  # where the same one lies here
+        taken = sorted(set(given) - {"reproduce", "model", "vae", "set", "device", "precision", "out"} - named)
         if taken:
             raise UserError(f"--{taken[0].replace('_', '-')} does not go with --reproduce, which reads it in the file")
-        settings, batches = recipe.settings, [recipe.batch]
+        provenance.refuse_to_fetch(recipe, given)
+        guide = given.get("guide_model", recipe.settings.guide_model)
+        settings, batches = dataclasses.replace(recipe.settings, guide_model=guide), [recipe.batch]
     else:
         settings = settings_of(given)
         batches = list(jobs.batches(requests_of(given), given.get("batch_size", 4)))
     name = given.get("model", recipe.model if recipe else "icons")
     find(name)
-    if "vae" in given:
-        find(given["vae"])
+    vae = given.get("vae", recipe.vae if recipe else None)
+    if vae is not None:
+        find(vae)
     check_paths(settings)
     adapters = recipe.adapters if recipe else adapters_of(given)
     folder = Path(given.get("out", "outputs"))
@@ -66,8 +70,8 @@ def main() -> None:
         name,
         device,
         given.get("precision", before.get("precision", "auto")),
-        vae=given.get("vae"),
-        settings=parse_settings(given.get("set", [])),
+        vae=vae,
+        settings=parse_settings(given["set"]) if "set" in given else recipe.model_settings if recipe else {},
     )
     if adapters:
         from ldm.adapters import use

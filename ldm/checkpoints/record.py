@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.checkpoints import networks
+from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.state import Names, Source, Together, Translated, some
 from ldm.config import AutoencoderConfig, ModelConfig, from_dict, to_dict
 from ldm.errors import UserError
@@ -98,7 +99,7 @@ class Checkpoint:
                     raise UserError(f"--set {key}: {self.path} has no {place}")
                 inner, (place, *rest) = inner[place], rest
             inner[place] = list(value) if isinstance(value, tuple) else value
-        config = from_dict(ModelConfig, plain, "--set")
+        config = check_size(from_dict(ModelConfig, plain, "--set"), "--set")  # a picture's recipe has some too
         assumed = tuple(key for key in self.assumed if key not in settings)
         return replace(self, config=config, assumed=assumed)
 

@@ -161,6 +161,52 @@ def test_a_long_prompt_and_another_model(
     assert code == 0 and "the model differs" in err and "2/2" in err
 
 
+def test_what_the_model_was_given_beside_its_name_comes_back(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """--set and --vae stand in the picture, and --reproduce goes by them unless it is given others."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    state = load_file(tmp_path / "other" / "autoencoder.safetensors")
+    save_file({name: 1.1 * value for name, value in state.items()}, tmp_path / "other" / "autoencoder.safetensors")
+    run = ("--prompt", "a cat", "--steps", 2, "--device", "cpu", "--model", tiny_checkpoint)
+    given = ("--set", "parameterization=eps", "--set", "image_size=16", "--vae", tmp_path / "other")
+    assert cli(*run, "--out", tmp_path / "plain")[0] == 0
+    assert cli(*run, *given, "--out", tmp_path / "first")[0] == 0
+    first = tmp_path / "first" / "00000.png"
+    assert first.read_bytes() != (tmp_path / "plain" / "00000.png").read_bytes()
+    written = image_io.read_metadata(first)["model"]
+    assert written["vae"] == str(tmp_path / "other")
+    assert written["set"] == {"parameterization": "eps", "image_size": 16}
+    assert cli("--reproduce", first, "--out", tmp_path / "again")[::2] == (0, "")
+    assert (tmp_path / "again" / "00000.png").read_bytes() == first.read_bytes()
+
+    code, _, err = cli("--reproduce", first, "--set", "parameterization=v", "--out", tmp_path / "again")
+    assert code == 0 and "the model differs" in err
+    code, _, err = cli("--reproduce", first, "--vae", tiny_checkpoint, "--out", tmp_path / "again")
+    assert code == 0 and "the model differs" in err
+
+
+@pytest.mark.parametrize("option", ["model", "vae", "guide-model"])
+def test_a_strangers_picture_fetches_nothing(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    assert cli("--prompt", "a cat", "--steps", 1, "--model", tiny_checkpoint, "--out", tmp_path / "out")[0] == 0
+    first = tmp_path / "out" / "00000.png"
+    record = image_io.read_metadata(first)
+    place = {"model": "name", "vae": "vae"}.get(option)
+    if place:
+        record["model"][place] = "hf:nobody/knows"
+    else:
+        record["guide_model"] = "hf:nobody/knows"
+    image_io.save_png(torch.zeros(3, 32, 32), first, record)
+    fetched: list[str] = []
+    monkeypatch.setattr("ldm.checkpoints.hub.fetch", lambda name: fetched.append(name) or tiny_checkpoint)
+    sentence = cli.refused("--reproduce", first, "--out", tmp_path / "again")
+    assert f"say --{option} hf:nobody/knows to fetch it" in sentence and fetched == []
+    assert cli("--reproduce", first, "--out", tmp_path / "again", f"--{option}", "hf:nobody/knows")[0] == 0
+    assert set(fetched) == {"nobody/knows"}
+    if option != "guide-model":
+        assert "does not go with" in cli.refused("--reproduce", first, "--guide-model", tiny_checkpoint)
+
+
 # ---------------------------------------------------------------- what it refuses
 
 WITHOUT_TORCH = """
