@@ -165,7 +165,7 @@ class AutoencoderStage:
 
         With posterior N(m, s^2) at each place, a channel's mean is E[m] and its variance Var[m] + E[s^2].
         """
-        count, total, squares = 0, 0.0, 0.0
+        count, values, total, squares = 0, 0, 0.0, 0.0
         config = dataclasses.replace(self.config.data, workers=0)
         for batch in Loader(config, self.config.loop.global_batch, 0, 1, self.config.loop.seed):
             posterior = self.codec.posterior(batch.image.to(self.device))
@@ -173,9 +173,9 @@ class AutoencoderStage:
             total = total + mean.sum((0, 2, 3))
             squares = squares + (mean.square() + variance).sum((0, 2, 3))
             count += len(batch.key)
+            values += mean[:, 0].numel()  # of each channel; a batch has the size of its bucket
             if count >= self.config.scale_samples:
                 break
-        values = count * self.latent_shape[1] * self.latent_shape[2]
         mean = torch.as_tensor(total) / values
         deviation = (torch.as_tensor(squares) / values - mean.square()).sqrt()
         return mean.tolist(), (1 / deviation).tolist()
