@@ -284,13 +284,14 @@ class DiffusionTraining:
     output: str = ""
     resume: str = ""
     init: str = ""  # a model to go on from: it says what `model`, `schedule` and the target are
+    init_set: tuple[str, ...] = ()  # what it does not say of itself, as --set of txt2img: [parameterization=eps]
     lora: LoraConfig = LoraConfig()
     autoencoder: str = ""  # a directory that train_autoencoder.py wrote; empty: the identity codec
     text: str = ""  # a directory that train_clip.py wrote
     latents: str = ""  # shards that tools/precompute_latents.py wrote; empty: encode data.shards on the fly
     model: UNetConfig = UNetConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    parameterization: str = "v"
+    parameterization: str = ""  # eps, x0, v, flow, score, edm; empty: that of init, else v
     sigma_data: float = 1.0
     learned_variance: bool = False  # model.out_channels is then twice model.in_channels
     data: DataConfig = DataConfig()
@@ -300,6 +301,7 @@ class DiffusionTraining:
     sample: SampleConfig = SampleConfig()
     figures: FiguresConfig = FiguresConfig()
     gradient_checkpointing: bool = False
+    attention: str = "sdpa"  # torch's own, or xformers (extra `xformers`, CUDA alone); no part of the model
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,7 @@ class EmbeddingTraining:
     output: str = ""
     resume: str = ""
     init: str = "icons"  # a model
+    init_set: tuple[str, ...] = ()  # what it does not say of itself, as --set of txt2img: [parameterization=eps]
     word: str = "<new>"
     vectors: int = 1  # places of the context that the word takes
     begin_with: str = "picture"  # a word that is known: the vectors begin as its own

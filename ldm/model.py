@@ -77,6 +77,12 @@ class LatentDiffusion:
                 f"the U-Net of {self.name or 'this model'} takes {self.extra_channels} channels beside the latent "
                 f"({what}), which a prompt does not give; draw with a model that takes {self.codec.latent_channels}"
             )
+        kinds = {"a class": self.unet.config.classes, "a vector": self.unet.config.vector_width}
+        for what in (what for what, size in kinds.items() if size):
+            raise UserError(
+                f"the U-Net of {self.name or 'this model'} takes {what} beside the latent, which a prompt does not "
+                "give; call the network itself, or draw with a model that takes prompts alone"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -197,6 +203,7 @@ def load(
     vae: str | Path | None = None,
     weights: str = "auto",
     settings: Mapping[str, Any] | None = None,
+    attention: str = "sdpa",
 ) -> LatentDiffusion:
     """The model of a shipped name, a checkpoint directory or file, or a Hugging Face id, ready to draw.
 
@@ -210,6 +217,7 @@ def load(
         vae: a checkpoint whose autoencoder takes the place of the model's own.
         weights: of a file with two sets of U-Net weights: ema (the average), raw, or auto (the average, and says so).
         settings: what goes before all that files and rules say: {"parameterization": "v", "text.padding": "eot"}.
+        attention: of the U-Net: sdpa, torch's own, or xformers, where that is installed and the device is CUDA's.
 
     Raises:
         UserError: what is not there, damaged, of another architecture, or not a text-to-picture model.
@@ -217,11 +225,13 @@ def load(
     from ldm.checkpoints import networks
     from ldm.checkpoints.opening import open_checkpoint
     from ldm.device import choose_device, choose_precision
+    from ldm.unet.attention import check_backend
 
     path = find(model)
     other = None if vae is None else find(vae)
     where = choose_device(device)
     dtype = choose_precision(precision, where)
+    check_backend(attention, where.type)
     checkpoint = open_checkpoint(path, weights)
     if other is not None:
         checkpoint = checkpoint.with_autoencoder(open_checkpoint(other))
@@ -230,6 +240,7 @@ def load(
     for notice in checkpoint.notices:
         warnings.warn(notice, CheckpointNotice, stacklevel=2)
     codec, text, unet = networks.build(checkpoint, where, dtype)
+    unet.set_attention_backend(attention)
     made = assemble(checkpoint.config, codec, text, unet, name=str(model), path=path)
     named = None if vae is None else str(vae)
     return replace(made, checkpoint=checkpoint, vae=named, settings=dict(settings or {}))

@@ -92,6 +92,7 @@ def surroundings(model: LatentDiffusion) -> dict[str, Any]:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "precision": precision_name(model.precision),
+        "attention": model.unet.attention_backend,
         "torch": str(torch.__version__),
         "ldm": ldm.__version__,
     }
@@ -141,7 +142,7 @@ def differences(recipe: Recipe, model: LatentDiffusion, guides: Mapping[str, str
         if recipe.guides.get(name) != digest:
             found.append(f"the {name.replace('_', ' ')} is not the one that the picture was made with")
     now = surroundings(model)
-    then = recipe.made_on
+    then = {"attention": "sdpa"} | dict(recipe.made_on)  # what there was before a picture said it
     changed = [f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]]
     if changed:
         found.append(f"the picture may differ in its last bits: {'; '.join(changed)}")

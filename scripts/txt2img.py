@@ -37,7 +37,9 @@ def main() -> None:
     recipe = provenance.read(given["reproduce"]) if "reproduce" in given else None
     if recipe is not None:
         named = {"guide_model"} if recipe.settings.guide_model else set()  # where the same one lies here
-        taken = sorted(set(given) - {"reproduce", "model", "vae", "set", "device", "precision", "out"} - named)
+        taken = sorted(
+            set(given) - {"reproduce", "model", "vae", "set", "device", "precision", "attention", "out"} - named
+        )
         if taken:
             raise UserError(f"--{taken[0].replace('_', '-')} does not go with --reproduce, which reads it in the file")
         provenance.refuse_to_fetch(recipe, given)
@@ -71,6 +73,7 @@ def main() -> None:
         device,
         given.get("precision", before.get("precision", "auto")),
         vae=vae,
+        attention=given.get("attention", before.get("attention", "sdpa")),
         settings=parse_settings(given["set"]) if "set" in given else recipe.model_settings if recipe else {},
     )
     if adapters:
@@ -202,6 +205,7 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add("--embedding", action="append", metavar="FILE", help="a textual inversion, whose word prompts may then use")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), help="default auto: fp16 on a GPU, else fp32")
+    add("--attention", choices=("sdpa", "xformers"), help="default sdpa, torch's own; xformers: the extra, CUDA alone")
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once (default 4)")
     add("--out", metavar="FOLDER", help="numbered on from what is there (default outputs)")
     add("--grid", action="store_true", help="write all pictures on one sheet too")

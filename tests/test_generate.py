@@ -249,9 +249,20 @@ def test_parts_that_do_not_fit(tiny_model: LatentDiffusion) -> None:
         assemble(dataclasses.replace(m.config, schedule=schedule, parameterization="eps"), m.codec, m.text, m.unet)
 
 
+@pytest.mark.parametrize("what", ["classes", "vector_width"])
+def test_a_network_that_a_prompt_does_not_suffice(tiny_model: LatentDiffusion, what: str) -> None:
+    m = tiny_model
+    assert m.config.unet
+    config = dataclasses.replace(m.config.unet, **{what: 3})
+    model = assemble(dataclasses.replace(m.config, unet=config), m.codec, m.text, UNet(config))
+    with pytest.raises(UserError, match="takes a (class|vector) beside the latent, which a prompt does not give"):
+        model.txt2img("a cat")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("TINY", "cpu", "fp32", "xformers"), "'xformers' is not available here"),
         (("no such model",), "neither one that ships"),
         (("TINY", "gpu"), "no device 'gpu'"),
         (("TINY", "cpu", "fp8"), "no precision 'fp8'"),
@@ -259,7 +270,8 @@ def test_parts_that_do_not_fit(tiny_model: LatentDiffusion) -> None:
 )
 def test_what_cannot_be_loaded(tiny_checkpoint: Path, arguments: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        load(tiny_checkpoint if arguments[0] == "TINY" else arguments[0], *arguments[1:])
+        path, attention = tiny_checkpoint if arguments[0] == "TINY" else arguments[0], arguments[3:] or ("sdpa",)
+        load(path, *arguments[1:3], attention=attention[0])
 
 
 # ---------------------------------------------------------------- pictures that say how they were made

@@ -58,7 +58,9 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             given = ""
         if not given or not key.strip():
-            raise UserError(f"--set takes words of the form key=value, as parameterization=v, and got '{word[:100]}'")
+            raise UserError(
+                f"--set and init_set take words of the form key=value, as parameterization=v, not '{word[:100]}'"
+            )
     return found
 
 

@@ -49,7 +49,14 @@ class EmbeddingStage:
             raise UserError("each of templates has {} once, where the word goes, such as 'a picture of {}'")
         self.config = config
         loss = dataclasses.replace(config.loss, caption_dropout=0.0)  # a caption without the word teaches it nothing
-        inner = DiffusionTraining(init=config.init, data=config.data, loss=loss, loop=config.loop, sample=config.sample)
+        inner = DiffusionTraining(
+            init=config.init,
+            init_set=config.init_set,
+            data=config.data,
+            loss=loss,
+            loop=config.loop,
+            sample=config.sample,
+        )
         self.model = DiffusionStage(inner, rank, world, device)
         self.model.unet.requires_grad_(False).eval()
         tower = self.model.text

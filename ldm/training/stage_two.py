@@ -45,6 +45,7 @@ from ldm.training.begin import begin
 from ldm.training.draws import Draws
 from ldm.training.meters import EACH_LOSS, EACH_SIGMA
 from ldm.training.stage import Batches, Player
+from ldm.unet.attention import check_backend
 from ldm.unet.unet import UNet
 
 VALIDATION_SAMPLES = 512  # held-out samples of the validation loss, at most
@@ -57,9 +58,11 @@ class DiffusionStage:
     def __init__(self, config: DiffusionTraining, rank: int, world: int, device: torch.device):
         if not 0 <= config.loss.caption_dropout <= 1:
             raise UserError(f"loss.caption_dropout is a share from 0 to 1, not {config.loss.caption_dropout}")
+        check_backend(config.attention, device.type)
         torch.manual_seed(config.loop.seed)
         config, began = begin(config, device)
         self.config, self.device = config, device
+        self.notices = () if began is None else began.notices
         self.schedule = make_schedule(config.schedule)
         self.parameterization = make_parameterization(config.parameterization, config.sigma_data)
         check(self.schedule, self.parameterization, config.learned_variance)
@@ -72,6 +75,7 @@ class DiffusionStage:
         self.unet = UNet(config.model) if began is None else began.unet
         self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.unet.gradient_checkpointing = config.gradient_checkpointing
+        self.unet.set_attention_backend(config.attention)
         lora = config.lora
         self.lora = AdaptedUNet(self.unet, lora.rank, lora.alpha or lora.rank, lora.layers) if lora.rank else None
         self.players = {"unet": Player(self.lora or self.unet, config.optimizer)}
@@ -94,6 +98,7 @@ class DiffusionStage:
             f"noise       {self.config.schedule.kind}, sigma {self.schedule.sigma_min:.4g} to "
             f"{self.schedule.sigma_max:.4g}; levels {levels}, weight {loss.weight}, {target}; "
             f"caption dropout {loss.caption_dropout:g}",
+            *(f"note        {notice}" for notice in self.notices),
         ]
 
     def losses(
@@ -219,6 +224,12 @@ class DiffusionStage:
 
     def _check_widths(self) -> None:
         model, channels = self.config.model, self.latent_shape[0]
+        for name in ("classes", "vector_width"):
+            if getattr(model, name):
+                raise UserError(
+                    f"model.{name} is {getattr(model, name)}, and captions are all that this training conditions on; "
+                    f"leave model.{name} out (the network takes it in a training of your own)"
+                )
         wanted = channels * (1 + self.config.learned_variance)
         if (model.in_channels, model.out_channels) != (channels, wanted):
             why = ", and as many again say the learned variance" if self.config.learned_variance else ""

@@ -32,12 +32,12 @@ def available_backends() -> tuple[str, ...]:
     return ("sdpa", "xformers") if found else ("sdpa",)
 
 
-def check_backend(backend: str) -> None:
-    """Raise UserError if `backend` does not work on this machine."""
-    if backend not in available_backends():
+def check_backend(backend: str, device: str = "cuda") -> None:
+    """Raise UserError if `backend` does not work on this machine, or not on this type of device."""
+    if backend not in available_backends() or (backend == "xformers" and device != "cuda"):
         raise UserError(
             f"attention backend '{backend}' is not available here ({', '.join(available_backends())} is); "
-            "xformers needs a CUDA device and `pip install xformers`"
+            "xformers needs a CUDA device and pip install -e '.[xformers]'"
         )
 
 

@@ -33,6 +33,7 @@ class UNet(nn.Module):
     Attributes:
         gradient_checkpointing: in training, recompute each stage's activations in the backward pass: less memory, about
             a third more time, the same gradients.
+        attention_backend: what `set_attention_backend` chose last.
     """
 
     def __init__(self, config: UNetConfig):
@@ -40,6 +41,7 @@ class UNet(nn.Module):
         _check(config)
         self.config = config
         self.gradient_checkpointing = False
+        self.attention_backend = "sdpa"
 
         embedding_width = 4 * config.channels
         self.time_features = FEATURES[config.time_embedding](config.channels)
@@ -88,6 +90,7 @@ class UNet(nn.Module):
     def set_attention_backend(self, backend: str) -> None:
         """Use "sdpa" (the default) or "xformers" in every layer; UserError if it does not work here."""
         check_backend(backend)
+        self.attention_backend = backend
         for module in self.modules():
             if isinstance(module, SelfAttention | CrossAttention):
                 module.backend = backend

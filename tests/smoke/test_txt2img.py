@@ -267,6 +267,7 @@ def test_models_that_cannot_be_used(cli: Cli, tiny_checkpoint: Path, tmp_path: P
         return tmp_path / name
 
     assert "multiples of 4" in cli.refused(*run, tiny_checkpoint, "--width", 34)
+    assert "not available here" in cli.refused(*run, tiny_checkpoint, "--attention", "xformers")
 
     torn = copy("torn")
     (torn / "unet.safetensors").write_bytes(unet.read_bytes()[: unet.stat().st_size // 2])

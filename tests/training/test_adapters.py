@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints.small_models import SMALL, random_states  # tests/ is the root of the tests' packages
+from safetensors.torch import load_file, save_file
 
 import ldm
-from ldm.checkpoints import native
+from ldm.checkpoints import export, native
 from ldm.checkpoints.textual_inversion import read_embeddings
 from ldm.config import (
     DiffusionLossConfig,
@@ -138,11 +140,35 @@ def test_a_new_word(tiny_checkpoint: Path, tmp_path: Path) -> None:
         (["lora.rank=4"], "name it with init=PATH"),
         (["init=icons", "autoencoder=x"], "leave out autoencoder="),
         (["init=nowhere"], "there is no model 'nowhere'"),
+        (["init_set=[parameterization=eps]"], "name that with init=PATH"),
+        (["init=icons", "init_set=[parameterization]"], "take words of the form key=value"),
+        (["init=icons", "parameterization=eps"], "icons predicts v; leave it out, or say init_set=[parameterization="),
+        (["init=icons", "schedule.kind=cosine"], "schedule is another one (cosine) than that of the model icons"),
+        (["init=icons", "init_set=[image_size=128]", "data.size=64"], "set data.size=128, or init_set=[image_size=64]"),
     ],
 )
 def test_what_does_not_go_together(words: list[str], said: str, tmp_path: Path, monkeypatch, capsys) -> None:
     assert said in fails("diffusion", [*words, f"output={tmp_path / 'run'}"], monkeypatch, capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_model_says_in_the_plan_what_was_assumed_of_it(tmp_path: Path) -> None:
+    """And init_set goes before that, for the target, the exported model and the word alike."""
+    export.write(tmp_path / "sd.safetensors", SMALL, random_states(SMALL), "original")
+    save_file(load_file(tmp_path / "sd.safetensors"), tmp_path / "sd.safetensors")  # without our config in its metadata
+    config = replace(PLAIN, init=str(tmp_path / "sd.safetensors"))
+    stage = DiffusionStage(config, 0, 1, CPU)
+    notes = [line for line in stage.describe() if line.startswith("note ")]
+    assert len(notes) == 1 and "assumed by its kind" in notes[0] and "parameterization=v" in notes[0]
+    assert stage.model_config().parameterization == "v"
+    with pytest.raises(UserError, match="predicts v; leave it out, or say init_set"):
+        DiffusionStage(replace(config, parameterization="eps"), 0, 1, CPU)
+    stated = replace(config, init_set=("parameterization=eps", "image_size=32"), parameterization="eps")
+    stage = DiffusionStage(stated, 0, 1, CPU)
+    assert stage.model_config().parameterization == stage.parameterization.name == "eps"
+    assert "parameterization" not in "".join(line for line in stage.describe() if line.startswith("note "))
+    word = EmbeddingTraining(init=config.init, init_set=stated.init_set, begin_with="cat", data=config.data)
+    assert EmbeddingStage(word, 0, 1, CPU).model.parameterization.name == "eps"
 
 
 def test_settings_that_make_no_sense(tiny_checkpoint: Path) -> None:

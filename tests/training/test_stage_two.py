@@ -199,11 +199,19 @@ def test_a_class_less_network_without_captions_trains_too(tmp_path):
     [
         ({"in_channels": 4}, r"latents have 3; set model.in_channels=3 model.out_channels=3"),
         ({"context_width": 48}, r"the text tower's width is 32; set model.context_width=32"),
+        ({"classes": 10}, r"leave model.classes out"),
+        ({"vector_width": 8}, r"leave model.vector_width out"),
     ],
 )
 def test_parts_that_do_not_fit_are_named_with_the_setting_that_mends_it(pixels, model, words):
     with pytest.raises(UserError, match=words):
         DiffusionStage(replace(pixels, model=replace(pixels.model, **model)), 0, 1, CPU)
+
+
+def test_an_attention_that_is_not_there(pixels):
+    assert DiffusionStage(pixels, 0, 1, CPU).unet.attention_backend == "sdpa"
+    with pytest.raises(UserError, match="'xformers' is not available here"):
+        DiffusionStage(replace(pixels, attention="xformers"), 0, 1, CPU)
 
 
 def test_captions_need_a_text_tower():
