@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from ldm.errors import UserError, explain_os_error
 from ldm.files import atomic_write
+from ldm.plain import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,13 +38,14 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_png(image: Tensor, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write (3, H, W) in [-1, 1] to `path`, whole or not at all; `metadata` (plain dicts, numbers, texts) goes along.
 
+    An infinite number in it is written as the word "inf" or "-inf", since JSON has none.
     Raises UserError for a picture that is not finite, and for a folder or disk that does not take it.
     """
     picture = to_pil(image)
     texts = PngInfo()
     if metadata:
         texts.add_text("parameters", readable(metadata))
-        texts.add_text("ldm", json.dumps(metadata))
+        texts.add_text("ldm", json.dumps(_finite(metadata), allow_nan=False))
     with atomic_write(path) as temporary:
         picture.save(temporary, "PNG", pnginfo=texts)
 
@@ -60,13 +62,18 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         if isinstance(error, OSError) and error.errno:
             raise explain_os_error(error, f"reading {path}") from error
         raise UserError(f"{path} is not a PNG that can be read ({str(error).splitlines()[0]})") from error
-    try:
-        metadata = json.loads(text) if text else None
-    except ValueError as error:
-        raise UserError(f"the settings inside {path} are not valid JSON; was the file changed?") from error
-    if not isinstance(metadata, dict):
+    if not text:
         raise UserError(f"{path} carries no settings of ours; other programs drop them when they save a picture again")
-    return metadata
+    return parse_json(text, path)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with words in the place of numbers that are not finite, in mappings and lists all the way down."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def readable(metadata: Mapping[str, Any]) -> str:

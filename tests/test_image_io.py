@@ -94,8 +94,10 @@ def test_pictures_without_our_settings(tmp_path: Path) -> None:
         (tmp_path / "torn.png", "not a PNG"),
         (tmp_path / "other.jpg", "not a PNG"),
         (png(tmp_path / "plain.png", {}), "carries no settings"),
-        (png(tmp_path / "list.png", {"ldm": "[1]"}), "carries no settings"),
-        (png(tmp_path / "bad.png", {"ldm": "{"}), "not valid JSON"),
+        (png(tmp_path / "list.png", {"ldm": "[1]"}), "holds a list where"),
+        (png(tmp_path / "bad.png", {"ldm": "{"}), "not hold valid JSON"),
+        (png(tmp_path / "deep.png", {"ldm": '{"a": ' + "[" * 100_000}), "not hold valid JSON"),
+        (png(tmp_path / "nested.png", {"ldm": '{"a": ' + "[" * 50 + "]" * 50 + "}"}), "more than 32 deep"),
     ]:
         with pytest.raises(UserError) as error:
             image_io.read_metadata(path)
@@ -104,9 +106,14 @@ def test_pictures_without_our_settings(tmp_path: Path) -> None:
 
 def test_metadata_is_strict_json(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    image_io.save_png(torch.zeros(3, 4, 4), path, {"cfg": 1.0})
+    image_io.save_png(torch.zeros(3, 4, 4), path, {"cfg": 1.0, "interval": (0.0, torch.inf), "a": {"b": -torch.inf}})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
     with Image.open(path) as picture:
-        assert json.loads(picture.text["ldm"]) == {"cfg": 1.0}  # type: ignore[attr-defined]
+        found = json.loads(picture.text["ldm"], parse_constant=refuse)  # type: ignore[attr-defined]
+    assert found == {"cfg": 1.0, "interval": [0.0, "inf"], "a": {"b": "-inf"}}
 
 
 def test_a_grid_goes_row_by_row() -> None:
