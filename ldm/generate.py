@@ -95,7 +95,7 @@ def draw(
     for first, batch in zip(range(0, len(requests), batch_size), batches(requests, batch_size), strict=True):
         own = None if begin is None else begin.rows(slice(first, first + len(batch)))
         last = deque(sample(model, batch, settings, guides, own), maxlen=1).pop()
-        image = decode(model, last).cpu()
+        image = decode(model, last, settings.tile).cpu()
         if own is not None and own.mask is not None:
             image = own.mask.cpu() * image + (1 - own.mask.cpu()) * own.image.cpu()
         drawn.append(image)
@@ -119,17 +119,24 @@ def sample(
     """
     settings = settings.check()
     shape = latent_shape(model, settings) if begin is None else model.codec.latent_shape(*begin.image.shape[2:])
+    overlap = None if settings.tile is None else model.codec.overlap(settings.tile)  # refused before the first step
     sigmas = make_sigmas(model, settings)
-    noise = make_noise(settings, [request.seed for request in requests], shape, model.device)
+    with _memory_told(len(requests)):
+        noise = make_noise(settings, [request.seed for request in requests], shape, model.device)
     denoiser, fraction = make_denoiser(model, requests, settings, guides or load_guides(model, settings))
     sampler = make_sampler(model, settings, fraction)
     if begin is None:
-        x = start(noise.initial(), model.schedule, sigmas)
+        with _memory_told(len(requests)):
+            x = start(noise.initial(), model.schedule, sigmas)
     else:
         begin.check(len(requests))
         sigmas = tail(sigmas, begin.strength)
         with torch.no_grad(), _memory_told(len(requests)):
-            latent = model.codec.encode(begin.image.to(model.device))
+            image = begin.image.to(model.device)
+            if settings.tile is None or overlap is None:
+                latent = model.codec.encode(image)
+            else:
+                latent = model.codec.encode_tiled(image, settings.tile, overlap)
         x = solver_state(latent) + float(sigmas[0]) * noise.initial()
         if begin.mask is not None:  # what a mask touches at all is drawn
             denoiser = keep(denoiser, latent, F.max_pool2d(begin.mask.to(latent), model.codec.factor))
@@ -193,14 +200,17 @@ def branches_of(model: LatentDiffusion, prompts: Sequence[Sequence[str]]) -> Bra
     return bound(model.unet, contexts, prepare, model.schedule, model.parameterization)
 
 
-def decode(model: LatentDiffusion, step: Step) -> Tensor:
-    """Pictures (B, 3, H, W), float32 in [-1, 1], of the state after `step`.
+def decode(model: LatentDiffusion, step: Step, tile: int | None = None) -> Tensor:
+    """Pictures (B, 3, H, W), float32 in [-1, 1], of the state after `step`; in tiles of `tile` pixels, or at once.
 
     Where the autoencoder overflows in half precision it runs once more in float32; raises UserError if that is not
     finite either, so that a broken picture is never passed on.
     """
     with torch.no_grad(), _memory_told(len(step.x)):
-        return model.codec.decode(finish(step.x, model.schedule, torch.tensor([step.sigma_next])))
+        latent = finish(step.x, model.schedule, torch.tensor([step.sigma_next]))
+        if tile is None:
+            return model.codec.decode(latent)
+        return model.codec.decode_tiled(latent, tile, model.codec.overlap(tile))
 
 
 def encode(model: LatentDiffusion, prompts: Sequence[str]) -> Tensor:
@@ -263,11 +273,13 @@ def make_noise(
 
 @contextmanager
 def _memory_told(pictures: int) -> Iterator[None]:
-    """Turns the GPU's out-of-memory error into a sentence."""
+    """Turns the out-of-memory errors of GPU and CPU into a sentence."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # the CPU's allocator has no error of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         raise UserError(
             f"the device's memory does not suffice for {pictures} pictures of this size at once; "
-            "use a smaller --batch-size or size, or --precision fp16"
+            "use a smaller --batch-size or size, --tile for the decoding, or --precision fp16"
         ) from error

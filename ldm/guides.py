@@ -34,6 +34,11 @@ class Guides:
             found["classifier"] = native.fingerprint(self.classifier)
         return found
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should know of the guide model, as `LatentDiffusion.notices`."""
+        return self.worse.notices if self.worse is not None else ()
+
 
 def check_paths(settings: Settings) -> None:
     """Raises UserError, without torch, if what `settings` name is not there."""

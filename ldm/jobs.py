@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm import catalogue
+from ldm.data.tables import csv_rows, json_rows
 from ldm.errors import UserError
 from ldm.files import read_text
 
 MAX_SEED = 2**63 - 1
+MAX_SIDE = 16_384  # pixels of a picture: the latent alone of a square one is 270 MB, where f is 4
 THRESHOLDS = ("static", "dynamic")
 
 
@@ -28,13 +27,22 @@ class Request:
     negative: str = ""
     seed: int = 0
 
+    def check(self) -> Request:
+        """The same; raises UserError for a seed that is none, and for texts that no file could hold."""
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed {self.seed} is out of range; choose it between 0 and {MAX_SEED}")
+        for text in (self.prompt, self.negative):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):  # half of a letter, or bytes that are not UTF-8
+                raise UserError(f"the prompt '{text[:100]}' is not Unicode text; write it in UTF-8")
+        return self
+
 
 @dataclass(frozen=True)
 class Settings:
     """How pictures are drawn; pictures of one batch share it. None leaves the choice to the model or the sampler."""
 
     cfg: float = 7.5  # guidance scale; 1 is the conditional model alone, at half the cost
-    steps: int = 30  # evaluations of the denoiser
+    steps: int = 30  # of the sampler, each an evaluation of the denoiser, or two where its method takes two (heun)
     sampler: str = "ddim"  # a name in catalogue.SAMPLERS, or a user interface's spelling of one
     spacing: str | None = None  # of the levels, a name in catalogue.GRIDS; None: what the spelling says, else trailing
     eta: float | None = None  # share of fresh noise, for the samplers that take it; short for options["eta"]
@@ -51,6 +59,7 @@ class Settings:
     classifier_scale: float = 1.0
     threshold: str | None = None  # a name in THRESHOLDS: keep x0 in the data's range
     threshold_bound: float | None = None  # that range, either way; None: 1 for pixel models, 4 deviations of latents
+    tile: int | None = None  # pixels of a tile's side: decode (and encode) piece by piece; None: the whole at once
 
     def check(self) -> Settings:
         """The same in the library's names and types; raises UserError for what no model could do."""
@@ -60,6 +69,8 @@ class Settings:
             raise UserError(catalogue.unknown("grid spacing", spacing, catalogue.GRIDS))
         if spelled and spacing != spelled:
             raise UserError(f"'{self.sampler}' asks for the spacing {spelled}, and --spacing is {spacing}; say one")
+        if self.eta is not None and "eta" in self.options:
+            raise UserError(f"eta is {self.eta:g} and {self.options['eta']} among the sampler's options; say one")
         options = self.options if self.eta is None else {**self.options, "eta": self.eta}
         if self.sigmas and not all(map(math.isfinite, self.sigmas)):
             raise UserError(f"the list of sigmas has {self.sigmas}; choose finite numbers")
@@ -70,8 +81,10 @@ class Settings:
         if self.eta is not None and not 0 <= self.eta < math.inf:
             raise UserError(f"eta is {self.eta:g}; choose 0 (deterministic) or more")
         for name, side in (("width", self.width), ("height", self.height)):
-            if side is not None and side < 1:
-                raise UserError(f"the {name} is {side} pixels; choose at least 1")
+            if side is not None and not 1 <= side <= MAX_SIDE:
+                raise UserError(f"the {name} is {side} pixels; choose between 1 and {MAX_SIDE}")
+        if self.tile is not None and self.tile < 1:
+            raise UserError(f"a tile of {self.tile} pixels was asked for; choose at least one pixel of the latent")
         if not 0 <= self.cfg_rescale <= 1:
             raise UserError(f"the guidance rescale is {self.cfg_rescale:g}; choose it between 0 and 1")
         if self.cfg_interval is not None and not self.cfg_interval[0] < self.cfg_interval[1]:
@@ -109,14 +122,10 @@ class Settings:
 
 
 def expand(requests: Sequence[Request], n: int) -> list[Request]:
-    """`n` pictures of each request, on seeds seed, seed + 1, ...; raises UserError for a bad count or seed."""
+    """`n` pictures of each request, on seeds seed, seed + 1, ...; raises UserError for a bad count, seed or text."""
     if n < 1:
         raise UserError(f"{n} pictures of each prompt were asked for; choose at least 1")
-    made = [dataclasses.replace(request, seed=request.seed + i) for request in requests for i in range(n)]
-    for request in made:
-        if not 0 <= request.seed <= MAX_SEED:
-            raise UserError(f"seed {request.seed} is out of range; choose it between 0 and {MAX_SEED}")
-    return made
+    return [dataclasses.replace(request, seed=request.seed + i).check() for request in requests for i in range(n)]
 
 
 def of_prompts(prompts: Sequence[str], negative: str = "", seed: int = 0, n: int = 1) -> list[Request]:
@@ -145,41 +154,15 @@ def read_prompts(path: str | Path, negative: str = "", seed: int = 0, n: int = 1
     text = read_text(path)
     suffix = Path(path).suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
-        rows = list(_json_rows(text, path))
+        rows = list(json_rows(text, path))
     elif suffix == ".csv":
-        rows = list(_csv_rows(text, path))
+        filled = ((where, {key: cell for key, cell in row.items() if cell}) for where, row in csv_rows(text, path))
+        rows = [(where, row) for where, row in filled if row]
     else:
         rows = [(f"{path}, line {i}", {"prompt": line}) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not rows:
         raise UserError(f"{path} has no prompts; write one on each line")
     return expand([_request(row, where, negative, seed + n * i) for i, (where, row) in enumerate(rows)], n)
-
-
-def _json_rows(text: str, path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not valid JSON ({error}); write one object on each line") from error
-        if not isinstance(row, dict):
-            raise UserError(f'{where} is not a JSON object; write one such as {{"prompt": "a red heart"}}')
-        yield where, row
-
-
-def _csv_rows(text: str, path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row:
-                raise UserError(f"{where} has more cells than the header; put quotes around a prompt with commas")
-            if any(row.values()):
-                yield where, {key: value for key, value in row.items() if value}
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not valid CSV ({error})") from error
 
 
 def _request(row: Mapping[str, Any], where: str, negative: str, seed: int) -> Request:

@@ -174,11 +174,13 @@ class LatentDiffusion:
 
         return generate.sample(self, of_prompts(_list(prompt), negative, seed, n), settings.but(cfg, steps, sampler))
 
-    def decode(self, step: Step) -> Tensor:
-        """Pictures (B, 3, H, W), float32 in [-1, 1], of the state after `step`. Raises UserError if not finite."""
+    def decode(self, step: Step, tile: int | None = None) -> Tensor:
+        """Pictures (B, 3, H, W), float32 in [-1, 1], of the state after `step`; `tile` is Settings'.
+
+        Raises UserError if they are not finite."""
         from ldm import generate
 
-        return generate.decode(self, step)
+        return generate.decode(self, step, tile)
 
     def adapted(
         self, loras: Mapping[str | Path, float] | None = None, embeddings: Sequence[str | Path] = ()

@@ -13,7 +13,7 @@ from ldm.adapters.record import differences as adapter_differences
 from ldm.config import from_dict
 from ldm.errors import UserError
 from ldm.image_io import read_metadata
-from ldm.jobs import MAX_SEED, Request, Settings
+from ldm.jobs import Request, Settings
 
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
@@ -104,7 +104,7 @@ def read(path: str | Path) -> Recipe:
     names = [field.name for field in fields(Settings)]
     settings = from_dict(Settings, {key: data[key] for key in names if key in data}, str(path)).check()
     try:
-        request = Request(_as(str, data["prompt"]), _as(str, data["negative"]), _as(int, data["seed"]))
+        request = Request(_as(str, data["prompt"]), _as(str, data["negative"]), _as(int, data["seed"])).check()
         model, batch, made_on = (_as(dict, data[key]) for key in ("model", "batch", "made_on"))
         size, index = _as(int, batch["size"]), _as(int, batch["index"])
         name, digest, guides = _as(str, model["name"]), _as(str, model["hash"]), _as(dict, data.get("guides", {}))
@@ -114,8 +114,8 @@ def read(path: str | Path) -> Recipe:
         recipe = Recipe(request, settings, name, digest, size, index, made_on, guides, adapters, vae, given)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks a setting that is needed to make it again ({error}); is it a grid?") from error
-    if not (0 <= index < size <= MAX_BATCH and 0 <= request.seed <= MAX_SEED):
-        raise UserError(f"{path} names picture {index} of a batch of {size}, seed {request.seed}: that cannot be")
+    if not 0 <= index < size <= MAX_BATCH:
+        raise UserError(f"{path} names picture {index} of a batch of {size}: that cannot be")
     return recipe
 
 

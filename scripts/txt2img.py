@@ -83,30 +83,31 @@ def main() -> None:
     notices = list(model.notices)
     notices += generate.cut_notices(model, [request for batch in batches for request in batch])
     guides = load_guides(model, settings)
+    notices += guides.notices
     notices += provenance.differences(recipe, model, guides.hashes) if recipe else []
     for notice in notices:
         print(f"warning: {notice}", file=sys.stderr)
     warnings.simplefilter("ignore", generate.PromptCut)  # said above, once
 
     first = image_io.next_number(folder)
-    pictures: list[torch.Tensor] = []
-    requests: list[Request] = []
+    sheet: list[tuple[torch.Tensor, Request]] = []
     with tqdm(total=len(batches) * settings.steps, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
         for batch in batches:
             last = watch(generate.sample(model, batch, settings, guides), bar)
-            images = generate.decode(model, last).cpu()
+            images = generate.decode(model, last, settings.tile).cpu()
             for index in range(len(batch)) if recipe is None else [recipe.index]:
                 path = folder / f"{image_io.next_number(folder):05d}.png"  # another run may be writing here too
                 record = provenance.record(model, settings, batch, index, guides.hashes)
                 image_io.save_png(images[index], path, record)
                 bar.write(f"{path}  seed {batch[index].seed}", file=sys.stdout)
                 sys.stdout.flush()
-                pictures.append(images[index])
-                requests.append(batch[index])
-    if "grid" in given:
+                if "grid" in given:
+                    sheet.append((images[index], batch[index]))
+    if sheet:
         path = folder / f"grid-{first:05d}.png"
-        sheet = image_io.grid(torch.stack(pictures))
-        image_io.save_png(sheet, path, provenance.record_sheet(model, settings, requests))
+        pictures, requests = zip(*sheet, strict=True)
+        record = provenance.record_sheet(model, settings, requests)
+        image_io.save_png(image_io.grid(torch.stack(pictures)), path, record)
         print(path)
 
 
@@ -188,13 +189,16 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add("--classifier-scale", type=float, metavar="SCALE", help=f"default {defaults.classifier_scale:g}")
     add("--threshold", metavar="KIND", help="static or dynamic: keep latents in their range at large guidance")
     add("--threshold-bound", type=float, metavar="X", help="that range (default 4 deviations; pixel models 1)")
-    add("--steps", type=int, help=f"from noise to picture (default {defaults.steps})")
+    add(
+        "--steps", type=int, help=f"of the sampler (default {defaults.steps}); heun and dpm_2 take two evaluations each"
+    )
     add("--sampler", metavar="NAME", help=f"as 'dpmpp_2m' or 'DPM++ 2M Karras' (default {defaults.sampler})")
     add("--list-samplers", action="store_true", help="print the samplers and grids, a line each, and end")
     add("--spacing", metavar="NAME", help=f"of the levels: {', '.join(catalogue.GRIDS)} (default trailing)")
     add("--sigmas", type=float, nargs="+", metavar="SIGMA", help="the levels themselves, in place of spacing and steps")
     add("--eta", type=float, help="share of fresh noise, for the samplers that take it; 0 is deterministic")
     add("--option", dest="options", action="append", metavar="NAME=VALUE", help="of the sampler; --list-samplers")
+    add("--tile", type=int, metavar="PX", help="decode in tiles of this side: large pictures in less memory")
 
     add = parser.add_argument_group("with what, and where to").add_argument
     kinds = "ours, diffusers, Stable Diffusion's .safetensors or .ckpt"
@@ -209,6 +213,9 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once (default 4)")
     add("--out", metavar="FOLDER", help="numbered on from what is there (default outputs)")
     add("--grid", action="store_true", help="write all pictures on one sheet too")
+    for word in sys.argv[1:] if words is None else words:  # it goes into the picture and onto the terminal
+        if not word.isascii() and any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise UserError(f"the argument '{word[:100]}' is not UTF-8; check the terminal's encoding")
     given = vars(parser.parse_args(words))
     return {name: tuple(value) if name in ("cfg_interval", "sigmas") else value for name, value in given.items()}
 

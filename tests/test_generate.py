@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, tiny_parts
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm import generate, jobs, provenance
@@ -101,6 +104,31 @@ def test_seeds_count_up_over_the_pictures(tiny_model: LatentDiffusion) -> None:
     assert images.shape == (4, 3, 32, 32) and images.dtype == torch.float32
     single = tiny_model.txt2img("a red heart", seed=10, steps=2)
     assert float((single[0] - images[3]).abs().max()) < 1e-3
+
+
+def test_tiles(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The autoencoder sees pieces of the tile's size; one tile as large as the picture is the picture."""
+    assert torch.equal(draw(tiny_model, [Request("a cat")], tile=32), draw(tiny_model, [Request("a cat")]))
+    autoencoder = tiny_model.codec.autoencoder
+    assert autoencoder is not None
+    decoded = spied(monkeypatch, autoencoder, "decode", lambda z: tuple(z.shape[2:]))
+    tiled = draw(tiny_model, [Request("a cat")], tile=16, width=40)
+    assert tiled.shape == (1, 3, 32, 40) and set(decoded) == {(4, 4)} and len(decoded) > 1
+    encoded = spied(monkeypatch, autoencoder, "encode", lambda image: tuple(image.shape[2:]))
+    tiny_model.img2img(tiled, "a dog", strength=0.5, settings=dataclasses.replace(FAST, tile=16))
+    assert set(encoded) == {(16, 16)}
+    for tile in (2, 18):
+        with pytest.raises(UserError, match=f"a tile of {tile} pixels"):
+            next(generate.sample(tiny_model, [Request("a cat")], Settings(tile=tile)))
+
+
+def test_a_picture_that_does_not_fit_into_memory(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: object) -> None:
+        torch.empty(1 << 58, dtype=torch.uint8)  # more than any machine has: the CPU's allocator refuses it
+
+    monkeypatch.setattr(tiny_model.unet, "forward", unable)
+    with pytest.raises(UserError, match="memory does not suffice for 2 pictures"):
+        draw(tiny_model, [Request("a cat")] * 2)
 
 
 def test_sizes(tiny_model: LatentDiffusion) -> None:
@@ -255,7 +283,7 @@ def test_a_network_that_a_prompt_does_not_suffice(tiny_model: LatentDiffusion, w
     assert m.config.unet
     config = dataclasses.replace(m.config.unet, **{what: 3})
     model = assemble(dataclasses.replace(m.config, unet=config), m.codec, m.text, UNet(config))
-    with pytest.raises(UserError, match="takes a (class|vector) beside the latent, which a prompt does not give"):
+    with pytest.raises(UserError, match=r"takes a (class|vector) beside the latent, which a prompt does not give"):
         model.txt2img("a cat")
 
 
@@ -278,7 +306,7 @@ def test_what_cannot_be_loaded(tiny_checkpoint: Path, arguments: tuple[str, ...]
 
 
 def test_a_recipe_comes_back_from_a_png(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
-    settings = Settings(steps=3, sampler="ddpm", cfg_interval=(0.1, 9.0))
+    settings = Settings(steps=3, sampler="ddpm", cfg_interval=(0.1, torch.inf), tile=16)
     batch = [Request("a ${cat}", "ü", 3), Request("a red heart", "", 4)]
     images = generate.draw(tiny_model, batch, settings)
     save_png(images[1], tmp_path / "a.png", provenance.record(tiny_model, settings, batch, 1))
@@ -302,7 +330,7 @@ def test_a_recipe_comes_back_from_a_png(tiny_model: LatentDiffusion, tmp_path: P
         ({"steps": 0}, "0 steps"),
         ({"steps": "many"}, "'many'"),
         ({"seed": "7"}, "lacks a setting"),
-        ({"seed": -7}, "cannot be"),
+        ({"seed": -7}, "out of range"),
         ({"batch": {"size": 10**9, "index": 1}}, "cannot be"),
         ({"batch": {"size": 2, "index": 2}}, "cannot be"),
         ({"model": None}, "lacks a setting"),
@@ -314,6 +342,16 @@ def test_recipes_that_make_no_sense(
     record = provenance.record(tiny_model, FAST, [Request("a cat")], 0) | changes
     save_png(torch.zeros(3, 32, 32), tmp_path / "a.png", record)
     with pytest.raises(UserError, match=words):
+        provenance.read(tmp_path / "a.png")
+
+
+def test_a_recipe_whose_prompt_is_no_text(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
+    """Half of a letter, as JSON may spell it; PNG's own texts could not hold it."""
+    record = provenance.record(tiny_model, FAST, [Request("a cat")], 0) | {"prompt": "a \ud800"}
+    texts = PngInfo()
+    texts.add_text("ldm", json.dumps(record))
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png", pnginfo=texts)
+    with pytest.raises(UserError, match="not Unicode text"):
         provenance.read(tmp_path / "a.png")
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm import generate, image_io, provenance
+from ldm.checkpoints.record import Checkpoint
 from ldm.errors import UserError, run
 from ldm.guidance.latents import latent_probe
 from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, save_noisy_classifier
@@ -186,6 +187,11 @@ def test_the_command_and_reproducing_what_it_drew(
     assert set(written["guides"]) == {"guide_model", "classifier"} and written["threshold_bound"] == 2.5
     assert cli("--reproduce", first, "--out", tmp_path / "again") == (0, "")
     assert (tmp_path / "again" / "00000.png").read_bytes() == first.read_bytes()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "notices", property(lambda self: (f"{self.path.name} is odd",)))
+        code, said = cli("--reproduce", first, "--out", tmp_path / "again")
+    assert code == 0 and said.splitlines() == ["warning: tiny is odd", "warning: worse is odd"]
 
     settings = provenance.read(first).settings
     assert (settings.guide_model, settings.classifier_class, settings.threshold) == (worse, "dog", "dynamic")

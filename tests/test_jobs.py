@@ -40,6 +40,10 @@ def test_prompt_files(tmp_path: Path) -> None:
         Request("a\ndog", "", 8),
     ]
 
+    lines = '{"prompt": "a\u2028cat\x85"}\r\n{"prompt": "a dog"}\n'  # what else ends a line for Python is text in JSON
+    requests = jobs.read_prompts(write(tmp_path / "q.jsonl", lines))
+    assert requests == [Request("a\u2028cat", "", 0), Request("a dog", "", 1)]
+
     table = 'seed,prompt,negative\n3,"a cat, sitting",\n,a dog,red\n,,\n'
     requests = jobs.read_prompts(write(tmp_path / "p.csv", table), "n", 5)
     assert requests == [Request("a cat, sitting", "n", 3), Request("a dog", "red", 6)]
@@ -57,6 +61,8 @@ def test_prompt_files(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a", "seed": 1.5}', "not a whole number"),
         ("p.jsonl", '{"prompt": "a", "seed": true}', "not a whole number"),
         ("p.jsonl", '{"prompt": "a", "seed": -1}', "out of range"),
+        ("p.jsonl", '{"prompt": "a \\ud800"}', "not Unicode text"),
+        ("p.jsonl", '{"prompt": ' + "[" * 100_000, "line 1 is not valid JSON"),
         ("p.csv", "prompt,seed\na cat, sitting,3\n", "line 2 has more cells"),
         ("p.csv", "prompt,seed\na,x\n", "line 2"),
         ("p.csv", 'prompt\n"a\n', "not valid CSV"),
@@ -93,6 +99,9 @@ def test_a_prompt_file_in_another_encoding(tmp_path: Path) -> None:
         (Settings(sampler="DPM++ 2M Karras", spacing="leading"), "asks for the spacing karras"),
         (Settings(sigmas=(5.0, float("nan"))), "finite"),
         (Settings(width=0), "width"),
+        (Settings(height=400_000), "the height is 400000 pixels; choose between 1 and 16384"),
+        (Settings(tile=0), "a tile of 0 pixels"),
+        (Settings(eta=0.0, options={"eta": 1}), "eta is 0 and 1 among the sampler's options; say one"),
         (Settings(cfg_rescale=2.0), "rescale"),
         (Settings(cfg_interval=(3.0, 1.0)), "interval"),
     ],

@@ -86,6 +86,13 @@ class Codec:
 
     # ------------------------------------------------------------ large pictures, piece by piece
 
+    def overlap(self, tile: int) -> int:
+        """A quarter of `tile` pixels, about: what tiles share where nobody says it. UserError for a tile that f does
+        not divide."""
+        overlap = tile // 4 // self.factor * self.factor
+        self._check_tiles(tile, overlap)
+        return overlap
+
     def encode_tiled(self, image: Tensor, tile: int, overlap: int, noise: Tensor | None = None) -> Tensor:
         """`encode` in tiles of `tile` pixels that share `overlap` pixels with the next, blended in the latent.
 

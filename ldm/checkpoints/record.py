@@ -80,10 +80,8 @@ class Checkpoint:
         found = list(self.remarks)
         if self.assumed:
             words = ", ".join(f"{key}={_value(self.config, key)}" for key in self.assumed)
-            found.insert(
-                0,
-                f"{self.path} does not say all that it is; assumed by its kind: {words} (--set changes it, init_set of a training)",
-            )
+            told = f"{self.path} does not say all that it is; assumed by its kind: {words}"
+            found.insert(0, f"{told} (--set changes it, init_set of a training)")
         if self.foreign:
             found.append(f"{len(self.foreign)} tensors in {self.path} are passed over: {some(self.foreign)}")
         return tuple(found)

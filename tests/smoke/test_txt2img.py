@@ -233,6 +233,8 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
         "invalid int value: 'many'": [*cat, "--steps", "many"],
         "unrecognized arguments: --sede": [*cat, "--sede", "3"],
         "one of the two": [],
+        "'bad   byte' is not UTF-8": ["--prompt", "bad \udcff byte"],
+        "the width is 400000 pixels": [*cat, "--width", "400000"],
         "at least 1": [*cat, "--n", "0"],
         "a batch of 0": [*cat, "--batch-size", "0"],
         "there is no model": [*cat, "--model", str(tmp_path / "missing")],
