@@ -9,7 +9,8 @@ other columns come along as json. DIR gets `train-00000.tar`, ... and, with --ho
 
 Pictures are sorted by the md5 of their path: shards are mixed, the same on each run, and a picture stays on its side of
 the hold-out when others come or go. What cannot be used is left out and listed in DIR/report.json. A run that was
-interrupted goes on behind its last whole shard when it is called again.
+interrupted goes on behind its last whole shard when it is called again; pictures or captions that were changed
+meanwhile want a folder of their own.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from ldm.errors import UserError, run
 from ldm.files import atomic_write_text, read_text
 
 MANIFEST, REPORT = "shards.json", "report.json"
+BESIDE = ("txt", "json")  # the files beside a picture that hold its caption
 UNREAD = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl")  # pictures that training does not read
 
 
@@ -54,7 +56,7 @@ class Source:
     path: str
     caption: str | None
     meta: Mapping[str, Any]
-    size: int  # bytes; -1: no such file
+    stamps: tuple[tuple[int, int] | None, ...]  # bytes and time of the picture, and of the files beside it that count
 
     @property
     def digest(self) -> str:
@@ -110,11 +112,11 @@ def from_folder(folder: Path) -> list[Source]:
 def from_table(folder: Path, table: Path, image_column: str, caption_column: str) -> list[Source]:
     """The rows of a table; raises UserError when it cannot be read or lacks a column."""
     found = []
-    for number, row in enumerate(rows(table), 1):
+    for where, row in rows(table):
         missing = [column for column in (image_column, caption_column) if column not in row]
         if missing:
             raise UserError(
-                f"row {number} of {table} has no column '{missing[0]}' (it has: {', '.join(map(str, row))}); "
+                f"{where} has no column '{missing[0]}' (it has: {', '.join(map(str, row))}); "
                 "name the right ones with --image-column and --caption-column"
             )
         meta = {str(name): value for name, value in row.items() if name not in (image_column, caption_column)}
@@ -126,9 +128,18 @@ def from_table(folder: Path, table: Path, image_column: str, caption_column: str
 
 def _source(folder: Path, name: Path, caption: str | None, meta: Mapping[str, Any]) -> Source:
     path = folder / name
-    size = path.stat().st_size if path.is_file() else -1
+    beside = [] if caption is not None else [path.with_suffix(f".{extension}") for extension in BESIDE]
+    stamps = tuple(map(_stamp, [path, *beside]))
     shown = name.as_posix().encode("utf-8", "backslashreplace").decode()  # file names need not be UTF-8
-    return Source(shown, str(path), caption, meta, size)
+    return Source(shown, str(path), caption, meta, stamps)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Bytes of a file and when it was changed; None where there is none."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 # ---------------------------------------------------------------- shards
@@ -182,7 +193,7 @@ def _plan(sources: Sequence[Source], options: Options) -> dict[str, list[tuple[i
 
 def _manifest(output: Path, sources: Sequence[Source], options: Options) -> dict[str, Any]:
     """The manifest of an earlier run on the same pictures, or a new one; raises UserError if it is of others."""
-    listing = sorted(json.dumps([s.name, s.size, s.caption, s.meta], default=str, sort_keys=True) for s in sources)
+    listing = sorted(json.dumps([s.name, s.stamps, s.caption, s.meta], default=str, sort_keys=True) for s in sources)
     pictures = hashlib.sha256("\n".join(listing).encode("utf-8", "surrogatepass")).hexdigest()
     fresh = {"pictures": pictures, "options": asdict(options), "shards": {}}
     path = output / MANIFEST
@@ -190,8 +201,10 @@ def _manifest(output: Path, sources: Sequence[Source], options: Options) -> dict
         return fresh
     try:
         found = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} does not parse ({error}); remove {output} and run again") from error
+    if not isinstance(found, dict) or not isinstance(found.get("shards"), dict):
+        raise UserError(f"{path} is not what this tool writes; name another folder or remove {output}")
     for what in ("pictures", "options"):
         if found.get(what) != fresh[what]:
             raise UserError(f"{output} holds shards of other {what}; name another folder or remove this one")
@@ -247,7 +260,7 @@ def _read(source: Source) -> Record:
     """The files of a picture as a record. Raises BadSample."""
     path = Path(source.path)
     kind = path.suffix.lower().removeprefix(".")
-    if source.size < 0:
+    if source.stamps[0] is None:
         raise BadSample("no such picture")
     if kind not in samples.PICTURES:
         raise BadSample(f"its format is not read; convert it to {', '.join(samples.PICTURES)}")
@@ -257,7 +270,7 @@ def _read(source: Source) -> Record:
             fields["txt"] = source.caption.encode("utf-8", "surrogatepass")
             fields["json"] = json.dumps(dict(source.meta), default=str).encode()
         else:
-            beside = {extension: path.with_suffix(f".{extension}") for extension in ("txt", "json")}
+            beside = {extension: path.with_suffix(f".{extension}") for extension in BESIDE}
             fields |= {extension: file.read_bytes() for extension, file in beside.items() if file.is_file()}
     except OSError as error:
         raise BadSample(f"it cannot be read ({error.strerror})") from error

@@ -9,7 +9,8 @@ or with the file and the words of the training to come:
 
 Written are posterior moments (in float32: beside the contexts they are small) of each picture, with --flip of its
 mirror image too, and the context of each of its captions (float16), with a fingerprint of the networks and the picture
-size. The tool goes on where an earlier run of it was interrupted, and refuses a folder of other latents. With
+size. Both networks are native checkpoints, a directory or a file, which tools/convert_checkpoint.py makes of foreign ones.
+The tool goes on where an earlier run of it was interrupted, and refuses a folder of other latents. With
 --processes N the samples are divided into N ranges, each encoded by a process (and GPU, where there are several) of its
 own; an interrupted run goes on with the same N.
 """
@@ -142,6 +143,8 @@ def parse() -> argparse.Namespace:
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"--{name} is {count}; it must be at least 1")
+    if arguments.part is not None and not 0 <= arguments.part < arguments.processes:
+        raise UserError(f"--part is {arguments.part}; of {arguments.processes} processes it is below that, from 0 on")
     return arguments
 
 

@@ -132,13 +132,21 @@ def choose_caption(record: Record, meta: dict[str, Any], caption: str, rng: rand
         raise BadSample("no caption")
     if not text:
         raise BadSample("the caption is empty")
+    if not _is_text(text):
+        raise BadSample("the caption is not UTF-8")
     return text
 
 
 def caption_variants(meta: dict[str, Any]) -> list[str]:
-    """The json's `captions`, stripped, without empty ones; [] where there are none."""
+    """The json's `captions`, stripped, without empty ones and those that no UTF-8 holds; [] where there are none."""
     given = meta.get("captions")
-    return [text.strip() for text in given if isinstance(text, str) and text.strip()] if isinstance(given, list) else []
+    texts = [text.strip() for text in given if isinstance(text, str)] if isinstance(given, list) else []
+    return [text for text in texts if text and _is_text(text)]
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: JSON may spell half of a letter ("\\ud800")."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_caption(caption: str) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from ldm.config import DataConfig
 from ldm.data.loader import Loader
 from ldm.data.shards import ShardReader, index_shard
+from ldm.data.tables import rows
 from ldm.errors import UserError
 
 from .shard_maker import picture
@@ -148,7 +149,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, how):
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
 def test_a_table_names_pictures_and_captions(folder, tmp_path, kind):
-    rows = [
+    lines = [
         {"path": "photo.v0.png", "text": "first, with a comma", "rating": "5"},
         {"path": "photo.v0.png", "text": "the same again", "rating": "4"},
         {"path": "sub dir/photo.v1.jpg", "text": "", "rating": "3"},
@@ -157,12 +158,12 @@ def test_a_table_names_pictures_and_captions(folder, tmp_path, kind):
     ]
     table = tmp_path / f"table.{kind}"
     if kind == "jsonl":
-        table.write_text("\n".join(map(json.dumps, rows)))
+        table.write_text("\n".join(map(json.dumps, lines)))
     else:
         with open(table, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if kind == "csv" else "\t")
+            writer = csv.DictWriter(file, list(lines[0]), delimiter="," if kind == "csv" else "\t")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(lines)
     columns = ("--image-column", "path", "--caption-column", "text")
     make(folder, tmp_path / "out", "--table", table, *columns)
     found = {r.fields["txt"].decode(): json.loads(r.fields["json"]) for r in records(tmp_path / "out")}
@@ -177,7 +178,11 @@ def test_a_table_names_pictures_and_captions(folder, tmp_path, kind):
         "the picture does not decode": ["broken.png"],
     }
     failed = make(folder, tmp_path / "other", "--table", table, code=1)
-    assert "row 1 of" in failed.stderr and "has no column 'image' (it has: path, text, rating)" in failed.stderr
+    first = "line 1" if kind == "jsonl" else "line 2"
+    assert (
+        f"{first} has no column" in failed.stderr
+        and "has no column 'image' (it has: path, text, rating)" in failed.stderr
+    )
     assert not (tmp_path / "other").exists()
 
 
@@ -194,7 +199,14 @@ def test_bad_tables_and_folders_end_in_a_sentence(folder, tmp_path, monkeypatch)
         assert not (tmp_path / "out").exists()
         return str(caught.value)
 
-    assert "line 2 of" in refused(folder, "--table", broken)
+    assert "t.jsonl, line 2 is not valid JSON" in refused(folder, "--table", broken)
+    deep, torn, more = tmp_path / "deep.jsonl", tmp_path / "torn.csv", tmp_path / "more.csv"
+    deep.write_text('{"image": ' + "[" * 100_000)
+    torn.write_text('image,caption\na.png,"a\n')
+    more.write_text("image,caption\na.png,a cat, sitting\n")
+    assert "deep.jsonl, line 1 is not valid JSON" in refused(folder, "--table", deep)
+    assert "is not valid CSV" in refused(folder, "--table", torn)
+    assert "more.csv, line 2 has more cells than the header" in refused(folder, "--table", more)
     assert "is not a .csv, .tsv, .jsonl or .parquet file" in refused(folder, "--table", odd)
     assert "no such file or folder" in refused(folder, "--table", tmp_path / "gone.csv")
     assert "has no pictures" in refused(none)
@@ -202,17 +214,62 @@ def test_bad_tables_and_folders_end_in_a_sentence(folder, tmp_path, monkeypatch)
     assert "--holdout is out of range" in make(folder, tmp_path / "out", "--holdout", 1.5, code=2).stderr
 
 
-def test_parquet_is_read_or_its_library_is_named(folder, tmp_path):
+def test_parquet_is_read(folder, tmp_path, monkeypatch):
+    from pyarrow import Table, parquet
+
     table = tmp_path / "t.parquet"
-    try:
-        from pyarrow import Table, parquet  # type: ignore[import-not-found]
-    except ImportError:
-        table.write_bytes(b"PAR1")
-        assert "needs pyarrow" in make(folder, tmp_path / "out", "--table", table, code=1).stderr
-        return
     parquet.write_table(Table.from_pylist([{"image": "photo.v0.png", "caption": "x", "n": 3}]), table)
     make(folder, tmp_path / "out", "--table", table)
     assert json.loads(records(tmp_path / "out")[0].fields["json"])["n"] == 3
+    assert list(rows(table)) == [(f"{table}, row 1", {"image": "photo.v0.png", "caption": "x", "n": 3})]
+    table.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="does not parse"):
+        list(rows(table))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="needs pyarrow: pip install"):
+        list(rows(table))
+
+
+@pytest.mark.parametrize("changed", ["0.txt", "0.png"])
+def test_what_was_changed_meanwhile_is_not_taken_for_what_was_read(tmp_path, changed):
+    """Of the same length, as a corrected caption may be; a caption that was not there before, too."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    (root / "0.png").write_bytes(picture(0, (20, 20)))
+    (root / "0.txt").write_text("a cat")
+    make(root, tmp_path / "out")
+    content = (root / changed).read_bytes()
+    (root / changed).write_bytes(content)
+    os.utime(root / changed, ns=(0, 0))
+    assert "holds shards of other pictures" in make(root, tmp_path / "out", code=1).stderr
+    (root / "0.json").write_text("{}")
+    make(root, tmp_path / "new")
+    (root / "0.json").unlink()
+    assert "holds shards of other pictures" in make(root, tmp_path / "new", code=1).stderr
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", "[" * 100_000])
+def test_a_manifest_that_is_none(folder, tmp_path, manifest):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "shards.json").write_text(manifest)
+    said = make(folder, tmp_path / "out", code=1).stderr
+    assert "shards.json" in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_captions_that_no_utf8_holds_are_left_out(tmp_path):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for name in "ab":
+        (root / f"{name}.png").write_bytes(picture(0, (20, 20)))
+    (root / "a.json").write_text(r'{"caption": "x\ud800"}')
+    (root / "b.json").write_text(r'{"captions": ["x\ud800", "y"]}')
+    table = tmp_path / "t.jsonl"
+    table.write_text(r'{"image": "a.png", "caption": "x\ud800"}' + "\n" + r'{"image": "b.png", "caption": "y"}')
+    for words in ([], ["--table", table]):
+        out = tmp_path / f"out{len(words)}"
+        make(root, out, *words)
+        assert json.loads((out / "report.json").read_text())["left_out"] == {"the caption is not UTF-8": ["a.png"]}
+        assert [record.fields["txt"] for record in records(out)] == [b"y"]
 
 
 def test_a_set_of_nothing_but_bad_pictures_fails(tmp_path):

@@ -158,6 +158,8 @@ def test_mistakes_end_in_one_sentence(tool, tmp_path):
         (("--where", "mode=cubist"), "matches"),
         (("--batch", 0), "--batch is 0"),
         (("--processes", 0), "--processes is 0"),
+        (("--part", 2, "--processes", 2), "--part is 2"),
+        (("--part", -1), "--part is -1"),
         (("--text", tmp_path / "none"), "none"),
         (("--shards", tmp_path / "none.tar"), "no file matches"),
         (("--precision", "int3"), "no precision 'int3'"),
