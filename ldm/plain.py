@@ -24,7 +24,7 @@ def parse_json(text: str, where: str | Path) -> dict[str, Any]:
     if len(text) > MAX_TEXT:
         raise UserError(f"{where} holds {len(text):,} letters of settings, which no model needs; it was not read")
     try:
-        plain = json.loads(text, object_pairs_hook=_once)
+        plain = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"{where} does not hold valid JSON ({reason}); copy it again") from error
@@ -73,11 +73,16 @@ def _bounded_text(path: str | Path, most: int) -> str:
     return read_text(path)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are all different. (Two parsers may take different ones of a key's values.)"""
+class DuplicateKey(ValueError):
+    """An object sets a key twice."""
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different, json's `object_pairs_hook`; raises DuplicateKey. (Two parsers may take
+    different ones of a key's values.)"""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key[:100]!r} is set twice")
+            raise DuplicateKey(f"the key {key[:100]!r} is set twice")
         found[key] = value
     return found

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm import catalogue, errors, image_io, jobs, provenance
 from ldm.adapters.record import Adapter, parse_embedding, parse_lora
+from ldm.arguments import Parser
 from ldm.errors import UserError
 from ldm.guides import check_paths, load_guides
 from ldm.jobs import Request, Settings
@@ -144,13 +145,6 @@ def requests_of(given: Mapping[str, Any]) -> list[Request]:
 def adapters_of(given: Mapping[str, Any]) -> tuple[Adapter, ...]:
     """The LoRAs and the words of textual inversions, in order; their files are there."""
     return (*map(parse_lora, given.get("lora", ())), *map(parse_embedding, given.get("embedding", ())))
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes end in one sentence, as everywhere."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
 
 
 def parse(words: Sequence[str] | None = None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from typing import Any  # noqa: E402
 import data_speed  # noqa: E402 (beside this file)
 import train_speed  # noqa: E402
 
+from ldm.arguments import Parser  # noqa: E402
 from ldm.errors import UserError, run  # noqa: E402
 from ldm.files import atomic_write_text  # noqa: E402
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="start | unet | load | train | data")
 
     first = commands.add_parser("start", help="seconds from a fresh process to the first picture, and where they go")
@@ -244,6 +245,8 @@ def seconds_each(work: Callable[[], object], seconds: float) -> float:
 def load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of each precision and library: seconds until all weights are in memory, their bytes, the peak above imports."""
     figures: dict[str, Any] = {}
+    if arguments.model and not (Path(arguments.model) / "model_index.json").is_file():
+        raise UserError(f"{arguments.model} is not a diffusers directory, the one kind that both libraries load")
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.model or str(random_v1(Path(folder) / "v1"))
         print("weights held, peak memory above what the imports take, their ratio, seconds")

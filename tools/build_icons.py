@@ -37,6 +37,7 @@ from icons.masters import Master, master, read_pack
 from icons.rasterise import render_all, thumbnail
 from icons.sources import NAMES, SOURCES
 
+from ldm.arguments import Parser
 from ldm.errors import UserError, run
 from ldm.files import atomic_write_text
 
@@ -184,7 +185,7 @@ def _count(lost: dict[str, dict[str, int]], source: str, reason: str) -> None:
 
 def _arguments() -> argparse.Namespace:
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the set")
     parser.add_argument(
         "--work", type=Path, default=Path("data/icons-work"), help="cache of downloads and renders [%(default)s]"

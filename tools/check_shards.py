@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ldm.arguments import Parser
 from ldm.config import DataConfig
 from ldm.data.cache import Store
 from ldm.data.check import SetReport, check_shards, join, text
@@ -55,7 +56,7 @@ def draw(report: SetReport, path: Path) -> None:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("--picture needs matplotlib; pip install 'ldm[plot]'") from error
+        raise UserError("--picture needs matplotlib; pip install -e '.[plot]'") from error
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     sizes, captions = figure.subplots(1, 2)
@@ -72,7 +73,7 @@ def draw(report: SetReport, path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help="files, globs, braces, URLs, as data.shards takes them")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one [%(default)s]")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the histograms")

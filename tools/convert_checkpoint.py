@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.arguments import Parser
 from ldm.checkpoints import export, native
 from ldm.checkpoints.opening import WEIGHTS, open_checkpoint, parse_settings
 from ldm.errors import UserError, run
@@ -27,6 +28,11 @@ FORMATS = ("native", *export.FORMATS)
 
 def main() -> None:
     arguments = parse()
+    if arguments.output.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(
+            f"{arguments.output} would be a pickle by its name, and none is written; name a directory, or a file that "
+            "ends in .safetensors"
+        )
     checkpoint = open_checkpoint(find(arguments.model), arguments.weights)
     if checkpoint.two_sets and arguments.weights == "auto":
         raise UserError(
@@ -67,7 +73,7 @@ class Cast(Mapping[str, Tensor]):
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="shipped name, checkpoint directory or file, or hf:owner/name")
     parser.add_argument("output", type=Path, help="a directory, or a file if it ends in .safetensors")
     parser.add_argument("--to", choices=FORMATS, default="native", help="the layout to write (default native)")

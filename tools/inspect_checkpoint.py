@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ldm.arguments import Parser
 from ldm.checkpoints import native
 from ldm.checkpoints.architectures import extra_channels, name_of
 from ldm.checkpoints.opening import WEIGHTS, open_checkpoint
@@ -29,7 +30,7 @@ LONG = 12  # entries; longer lists are counted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="shipped name, checkpoint directory or file, or hf:owner/name")
     parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of files with two sets")
     arguments = parser.parse_args()

@@ -36,6 +36,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.arguments import Parser
 from ldm.data import samples
 from ldm.data.shards import BadSample, Record
 from ldm.data.tables import rows
@@ -293,7 +294,7 @@ def _encoded(picture: Image.Image, options: Options) -> bytes:
 
 def _arguments() -> argparse.Namespace:
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, help="folder of pictures")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--table", type=Path, help="CSV, TSV, JSONL or Parquet file with a row for each picture")

@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ldm.arguments import Parser
 from ldm.errors import UserError, run
 from ldm.files import atomic_write, read_text
 
@@ -22,7 +23,7 @@ USUAL = ("loss", "validation/loss", "validation/psnr", "l1", "images_per_s", "wa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training")
     parser.add_argument("--keys", nargs="+", help="what to draw; 'levels' is the loss of all noise levels in one panel")
     parser.add_argument("--smooth", type=int, default=1, help="mean over so many lines of the log")
@@ -71,7 +72,7 @@ def draw(logs: dict[str, list[dict[str, Any]]], keys: list[str], smooth: int, ou
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError("curves are drawn by matplotlib; pip install 'ldm[plot]'") from error
+        raise UserError("curves are drawn by matplotlib; pip install -e '.[plot]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

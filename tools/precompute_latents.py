@@ -9,10 +9,10 @@ or with the file and the words of the training to come:
 
 Written are posterior moments (in float32: beside the contexts they are small) of each picture, with --flip of its
 mirror image too, and the context of each of its captions (float16), with a fingerprint of the networks and the picture
-size. Both networks are native checkpoints, a directory or a file, which tools/convert_checkpoint.py makes of foreign ones.
-The tool goes on where an earlier run of it was interrupted, and refuses a folder of other latents. With
---processes N the samples are divided into N ranges, each encoded by a process (and GPU, where there are several) of its
-own; an interrupted run goes on with the same N.
+size. Both networks are native checkpoints, which tools/convert_checkpoint.py makes of foreign ones. The tool goes on
+where an earlier run of it was interrupted, and refuses a folder of other latents. With --processes N the samples are
+divided into N ranges, each encoded by a process (and GPU, where there are several) of its own; an interrupted run goes
+on with the same N.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.arguments import Parser
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import native
 from ldm.conditioning.clip import TextTower
@@ -122,7 +123,7 @@ def visible_gpus() -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML of scripts/train_diffusion.py to take settings from")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
     parser.add_argument("--autoencoder", help="checkpoint of the autoencoder (setting: autoencoder)")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm.arguments import Parser
 from ldm.errors import UserError, run
 
 PLAYERS = {
@@ -19,7 +20,7 @@ PLAYERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the output of a training that has finished")
     parser.add_argument("--width", type=float, required=True, help="of the average, a share of the run: 0.01 to 0.25")
     parser.add_argument("--step", type=int, default=0, help="as if the run had ended there; default: its last snapshot")

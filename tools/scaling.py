@@ -13,6 +13,7 @@ import argparse
 import math
 from dataclasses import dataclass, fields, replace
 
+from ldm.arguments import Parser
 from ldm.errors import UserError, run
 
 DAY = 86_400.0  # seconds
@@ -164,7 +165,7 @@ def summary(inputs: Inputs) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Inputs):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=field.default)
     inputs = replace(Inputs(), **vars(parser.parse_args()))

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from ldm.arguments import Parser
 from ldm.errors import UserError, run
 from ldm.metrics.accuracy import prototypes, ranks
 from ldm.metrics.augment import Augmentation, augment
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", required=True, help="shards of real pictures with a name and a style in their json")
     parser.add_argument("--where", nargs="*", default=[], help=WHERE_HELP)
     parser.add_argument("--output", required=True, help="folder of the classifier")

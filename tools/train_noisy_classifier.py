@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.arguments import Parser
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import native
 from ldm.config import DataConfig
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the model to be guided, or a checkpoint of its autoencoder")
     parser.add_argument("--shards", required=True, help="shards of pictures with a class in their json")
     parser.add_argument("--where", nargs="*", default=[], help=WHERE_HELP)

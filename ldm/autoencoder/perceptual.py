@@ -121,7 +121,7 @@ def _lpips() -> nn.Module:
         import lpips  # pyright: ignore[reportMissingImports]  # of an extra
     except ImportError as error:
         raise UserError(
-            "perceptual_net=lpips needs the package lpips; install it with pip install 'ldm[lpips]'"
+            "perceptual_net=lpips needs the package lpips; install it with pip install -e '.[lpips]'"
         ) from error
     try:
         return lpips.LPIPS(net="vgg", verbose=False)

@@ -31,7 +31,7 @@ def fetch(name: str) -> Path:
         import huggingface_hub
         from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
-        raise UserError("fetching from Hugging Face needs huggingface_hub: pip install 'ldm[hub]'") from error
+        raise UserError("fetching from Hugging Face needs huggingface_hub: pip install -e '.[hub]'") from error
     repo, revision, file = found["repo"], found["revision"], found["file"]
     try:
         if file:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ldm.checkpoints.archive import BadArchive, read_stream, read_zip
 from ldm.checkpoints.places import Contents, MappedFile, Place
 from ldm.errors import UserError, explain_os_error
+from ldm.plain import DuplicateKey, once
 
 MAX_HEADER = 16 << 20  # bytes; Stable Diffusion's has 0.1 million, a LoRA with its training's captions one
 _PIECE = 1 << 15  # numbers looked at together: so few that no threads are woken for them, nor the heap torn
@@ -163,9 +164,9 @@ def _safetensors(path: Path, file: Any, head: bytes, size: int) -> Contents:
         raise UserError(f"{path} is truncated or damaged ({reason}); copy it again") from error
     file.seek(8)
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_once)
-    except _DuplicateKey as error:
-        raise UserError(f"{path} has {str(error)[:100]!r} twice in its header; copy it again") from error
+        header = json.loads(file.read(length), object_pairs_hook=once)
+    except DuplicateKey as error:
+        raise UserError(f"{path} is damaged ({error} in its header); copy it again") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is truncated or damaged (its header is no JSON); copy it again") from error
     metadata = header.pop("__metadata__", None) or {}
@@ -176,17 +177,3 @@ def _safetensors(path: Path, file: Any, head: bytes, size: int) -> Contents:
             raise UserError(f"{path} holds {name[:200]} as {entry['dtype']}, a type of number that is not read here")
         places[name] = Place(8 + length + begin, end - begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
     return Contents(places, metadata)
-
-
-class _DuplicateKey(Exception):
-    pass
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different. (Two parsers may take different ones of a key's values.)"""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _DuplicateKey(key)
-        found[key] = value
-    return found

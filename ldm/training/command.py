@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from ldm.arguments import Parser
+
 
 @dataclass(frozen=True)
 class TrainingArguments:
@@ -14,7 +16,7 @@ class TrainingArguments:
 
 def training_arguments(description: str | None) -> TrainingArguments:
     """`--config FILE [--resume auto] key=value ...` from the command line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML of settings; see configs/")
     parser.add_argument("--resume", choices=["auto"], help="auto: go on from the output folder if it holds a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")

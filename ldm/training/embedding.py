@@ -18,12 +18,10 @@ from ldm.conditioning.clip import TextTower
 from ldm.conditioning.record import Conditioning
 from ldm.config import DiffusionTraining, EmbeddingTraining
 from ldm.data.loader import Batch
-from ldm.diffusion import draw_levels
 from ldm.errors import UserError
 from ldm.training.draws import Draws
-from ldm.training.meters import EACH_LOSS, EACH_SIGMA
 from ldm.training.stage import Player
-from ldm.training.stage_two import DiffusionStage, training_noise
+from ldm.training.stage_two import DiffusionStage
 
 
 class Word(nn.Module):
@@ -77,18 +75,14 @@ class EmbeddingStage:
     def losses(
         self, batch: Batch, draws: Draws, step: int, networks: Mapping[str, nn.Module]
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        model, settings = self.model, self.config.loss
+        model = self.model
         x0, _ = model._prepare(batch, draws)
         templates = self.config.templates
         captions = [templates[int(u * len(templates))] for u in draws.uniform("template").tolist()]
         tokens, _ = self.tower.tokenize([caption.replace("{}", self.config.word) for caption in captions])
         condition = Conditioning(networks["word"](tokens.to(model.device)))
-        uniform = draws.stratified("level") if settings.stratified else draws.uniform("level")
-        sigma = draw_levels(settings, model.schedule, uniform)
-        n, seen = training_noise(settings, draws, model.latent_shape)
-        each = model._loss(model._output(model.unet, x0, seen, sigma, condition), x0, n, sigma)
-        loss = each.mean()
-        yield "word", loss, {"loss": loss, EACH_LOSS: each, EACH_SIGMA: sigma}
+        loss, logs = model.noised(model.unet, x0, condition, draws)
+        yield "word", loss, logs
 
     def validate(self) -> dict[str, float]:
         """Nothing: held-out pictures have no captions with the word."""

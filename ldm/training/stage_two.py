@@ -108,13 +108,20 @@ class DiffusionStage:
         keep = draws.uniform("caption dropout") >= self.config.loss.caption_dropout
         if condition is not None and self.null is not None:
             condition = drop(condition, self.null, keep)
+        loss, logs = self.noised(networks["unet"], x0, condition, draws)
+        yield "unet", loss, logs
+
+    def noised(
+        self, network: nn.Module, x0: Tensor, condition: Conditioning | None, draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of `network` on latents x0 (B, C, h, w), with noise and levels drawn; and what to log of it."""
         settings = self.config.loss
         uniform = draws.stratified("level") if settings.stratified else draws.uniform("level")
         sigma = draw_levels(settings, self.schedule, uniform)
         n, seen = training_noise(settings, draws, x0.shape[1:])
-        each = self._loss(self._output(networks["unet"], x0, seen, sigma, condition), x0, n, sigma)
+        each = self._loss(self._output(network, x0, seen, sigma, condition), x0, n, sigma)
         loss = each.mean()
-        yield "unet", loss, {"loss": loss, EACH_LOSS: each, EACH_SIGMA: sigma}
+        return loss, {"loss": loss, EACH_LOSS: each, EACH_SIGMA: sigma}
 
     def validate(self) -> dict[str, float]:
         """Two means over held-out samples, whose noise and level are the same at every call.

@@ -211,7 +211,8 @@ def test_bad_tables_and_folders_end_in_a_sentence(folder, tmp_path, monkeypatch)
     assert "no such file or folder" in refused(folder, "--table", tmp_path / "gone.csv")
     assert "has no pictures" in refused(none)
     assert "is not a folder" in refused(tmp_path / "nowhere")
-    assert "--holdout is out of range" in make(folder, tmp_path / "out", "--holdout", 1.5, code=2).stderr
+    assert "--holdout is out of range" in refused(folder, "--holdout", 1.5)
+    assert "invalid int value: 'many'" in refused(folder, "--size", "many")
 
 
 def test_parquet_is_read(folder, tmp_path, monkeypatch):

@@ -59,6 +59,13 @@ def test_a_model_that_is_not_there(benchmark, tmp_path, capsys):
     assert err.startswith("error: ") and "no model" in err and err.count("\n") == 1
 
 
+def test_load_is_of_what_both_libraries_read(benchmark, tiny_checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        benchmark("load", "--model", tiny_checkpoint, "--runs", 1)
+    said = capsys.readouterr()
+    assert said.out == "" and "is not a diffusers directory" in said.err and said.err.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_train(benchmark, tmp_path, capsys):
     config = ROOT / "configs" / "diffusion" / "tiny.yaml"

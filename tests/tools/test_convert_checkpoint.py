@@ -111,6 +111,19 @@ def test_another_autoencoder_and_other_settings(
     assert "key=value" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "to"), [("a.ckpt", "native"), ("a.pt", "diffusers"), ("a.bin", "original"), ("a.safetensors", "diffusers")]
+)
+def test_no_directory_is_named_like_a_file(
+    name: str, to: str, foreign: Path, tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        convert(foreign, tmp_path / name, "--to", to)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "directory" in said
+    assert not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("words", [(), ("--to", "diffusers")])
 def test_a_missing_model_is_one_sentence(
     tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
