@@ -29,7 +29,7 @@ from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.writing import write_tensors
 from ldm.config import ModelConfig, from_dict, to_dict
 from ldm.errors import UserError
-from ldm.files import atomic_write, atomic_write_text
+from ldm.files import atomic_write
 from ldm.plain import parse_json, read_json
 
 if TYPE_CHECKING:
@@ -70,11 +70,6 @@ def save(path: str | Path, config: ModelConfig, parts: Mapping[str, Weights], dt
         for name in wanted:
             temporary = renames.enter_context(atomic_write(path / f"{name}.safetensors"))
             write_tensors(tensors[name], temporary, {"format": "pt"})
-
-
-def save_config(path: str | Path, config: ModelConfig) -> None:
-    """Replace the model.json of the checkpoint directory `path`; the weights stay as they are."""
-    atomic_write_text(Path(path) / "model.json", _document(config))
 
 
 def part_names(config: ModelConfig) -> tuple[str, ...]:

@@ -113,12 +113,6 @@ def test_weights_that_are_not_contiguous(tmp_path: Path, autoencoder: Autoencode
     assert same(native.read_part(tmp_path / "model", "autoencoder"), state)
 
 
-def test_new_settings_for_old_weights(saved: Path) -> None:
-    config = dataclasses.replace(STAGE_ONE, autoencoder=dataclasses.replace(SMALL, scale=(0.25,)))
-    native.save_config(saved, config)
-    assert native.load_autoencoder(saved).config.scale == (0.25,)
-
-
 def test_fingerprint_says_whether_weights_are_the_same(saved: Path, autoencoder: AutoencoderKL) -> None:
     state = dict(autoencoder.state_dict())
     assert native.fingerprint(autoencoder) == native.fingerprint(dict(reversed(state.items())))

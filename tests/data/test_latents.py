@@ -200,8 +200,9 @@ def test_the_fingerprint_follows_weights_reading_and_pictures_but_not_scale(tmp_
     config = native.read_config(copy)
     assert config.autoencoder and config.text
     rescaled = replace(config, autoencoder=replace(config.autoencoder, scale=(3.0,)))
-    native.save_config(copy, rescaled)
+    parts = {name: native.read_part(copy, name) for name in native.PARTS}
+    native.save(copy, rescaled, parts)
     assert latent_fingerprint(str(copy), str(copy), data) == first
-    native.save_config(copy, replace(rescaled, text=replace(config.text, layer="penultimate")))
+    native.save(copy, replace(rescaled, text=replace(config.text, layer="penultimate")), parts)
     changed = latent_fingerprint(str(copy), str(copy), data)
     assert changed["text"] != first["text"] and changed["autoencoder"] == first["autoencoder"]
