@@ -117,7 +117,7 @@ def test_errors_are_sentences(monkeypatch: pytest.MonkeyPatch):
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"ldm\[hub\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hub\]"):
         fetch("a/b")
 
 
