@@ -43,7 +43,7 @@ from ldm.data.latent_writing import (
 from ldm.data.latents import MANIFEST, latent_fingerprint
 from ldm.device import choose_device, choose_precision
 from ldm.errors import UserError, run
-from ldm.options import WHERE_HELP, parse_where
+from ldm.options import WHERE_HELP, where_of
 
 
 def main() -> None:
@@ -156,7 +156,7 @@ def settings(arguments: argparse.Namespace) -> DiffusionTraining:
     data = dataclasses.replace(
         data,
         shards=arguments.shards or data.shards,
-        where=parse_where(arguments.where) if arguments.where else data.where,
+        where=where_of(arguments.where) if arguments.where else data.where,
         size=data.size if arguments.size is None else arguments.size,
         flip=data.flip or arguments.flip,
     )
