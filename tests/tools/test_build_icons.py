@@ -242,7 +242,7 @@ def test_optional_sources_drop_out_with_a_message(registry, tmp_path, monkeypatc
     "words", [["--sources", "nosuch"], ["--sources", "openmoji"], ["--size", "0"], ["--draws", "0"], ["--tier", "4"]]
 )
 def test_wrong_words_are_refused(tmp_path, words):
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError):
         run_main("--output", str(tmp_path), *words)
 
 
