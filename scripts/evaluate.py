@@ -144,19 +144,19 @@ def autoencoder(arguments: argparse.Namespace) -> None:
 
     path, device = find(arguments.model), choose_device(arguments.device)
     codec = native.load_autoencoder(path, device, choose_precision(arguments.precision, device))
-    size = arguments.size or native.read_config(path).image_size
+    size = native.read_config(path).image_size if arguments.size is None else arguments.size
     source = open_source(arguments.shards, "--shards", where_of(arguments.where))
     spaces = [make_space(name, device.type) for name in arguments.space]
     document = evaluate_autoencoder(
         codec,
-        str(arguments.model),
         source,
         size,
-        spaces,
-        arguments.perceptual,
-        arguments.batch_size,
-        arguments.allow_few,
-        shown(),
+        name=str(arguments.model),
+        spaces=spaces,
+        perceptual=arguments.perceptual,
+        batch_size=arguments.batch_size,
+        allow_few=arguments.allow_few,
+        bar=shown(),
     )
     print(f"f = {codec.factor}, {codec.latent_channels} latent channels")
     print(autoencoder_table(document))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ROWS = 256  # of the table of all cosines that are held at once: of 50,000 pictures and captions it would be 20 GB
+
 
 def prototypes(features: Tensor, concepts: Tensor, count: int) -> Tensor:
     """(count, D) of unit length, from unit features (N, D) and the concept 0 <= concepts[i] < count of each, (N,).
@@ -26,13 +28,15 @@ def prototypes(features: Tensor, concepts: Tensor, count: int) -> Tensor:
 
 
 def ranks(features: Tensor, concepts: Tensor, prototypes: Tensor) -> Tensor:
-    """How many prototypes are nearer to each feature (N, D) than that of its own concept (N,): 0 is a hit, (N,).
+    """How many prototypes (K, D) are nearer to each feature (N, D) than that of its own concept (N,): 0 is a hit, (N,).
 
-    A tie counts against the picture, so a constant feature scores 0, not 100 %.
+    A tie counts against the picture, so a constant feature scores 0, not 100 %. Computed in the prototypes' precision.
     """
-    cosines = F.normalize(features, dim=1) @ prototypes.T
-    own = cosines.gather(1, concepts.unsqueeze(1))
-    return (cosines >= own).sum(dim=1) - 1
+    found = []
+    for part, own in zip(features.split(ROWS), concepts.split(ROWS), strict=True):
+        cosines = F.normalize(part.to(prototypes.dtype), dim=1) @ prototypes.T
+        found.append((cosines >= cosines.gather(1, own.unsqueeze(1))).sum(dim=1) - 1)
+    return torch.cat(found)
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:

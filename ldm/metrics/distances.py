@@ -9,8 +9,11 @@ from torch.nn import functional as F
 
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.errors import UserError
+from ldm.metrics.accuracy import ranks
 from ldm.metrics.moments import Moments
 
+KERNEL_SEED = 2020  # of the kernel distance's subsets, as torch-fidelity has it
+SCORE_SEED = 2020  # of the order in which pictures are put into the Inception Score's parts, likewise
 CMMD_SIGMA = 10.0  # of the Gaussian kernel on unit vectors, as in the paper; the figure is given times 1000
 ROWS = 256  # of the table of all pairs that are held at once
 COLUMNS = 4096  # of it that are made at once: for these many pictures torch.cdist copies the features
@@ -36,7 +39,7 @@ def frechet_of(a: Moments, b: Moments) -> float:
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
-def kernel(a: Tensor, b: Tensor, subsets: int = 100, size: int = 100, seed: int = 2020) -> tuple[float, float]:
+def kernel(a: Tensor, b: Tensor, subsets: int = 100, size: int = 100, seed: int = KERNEL_SEED) -> tuple[float, float]:
     """Kernel distance (KID): mean and deviation over `subsets` random subsets of `size` pictures of each set.
 
     The unbiased estimate of MMD^2 with the kernel (x y / D + 1)^3 (Binkowski et al. 2018, section 4), so sets of
@@ -60,23 +63,29 @@ def kernel(a: Tensor, b: Tensor, subsets: int = 100, size: int = 100, seed: int 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """exp of the mean KL between p(y | x) and p(y) over the logits (N, K): mean and deviation over `splits` parts.
 
-    Salimans et al. 2016, section 4, by torch-fidelity. It looks at no real picture. Raises UserError for fewer
+    Salimans et al. 2016, section 4, by torch-fidelity. The parts are those of a shuffled order, always the same one, and
+    each has a p(y) of its own: as many parts as pictures give 1. It looks at no real picture. Raises UserError for fewer
     pictures than parts.
     """
     declare_missing_operators()
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
     if len(logits) < splits:
         raise UserError(f"an Inception Score over {splits} parts needs as many pictures, not {len(logits)}")
-    found = isc_features_to_metric(logits.double(), splits)
-    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+    count, found = len(logits), []
+    order = torch.from_numpy(np.random.RandomState(SCORE_SEED).permutation(count))
+    for i in range(splits):  # each by itself, or float64 tables of all of them would be held
+        part = logits[order[i * count // splits : (i + 1) * count // splits]]
+        found.append(isc_features_to_metric(part, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN])
+    return float(np.mean(found)), float(np.std(found))
 
 
 def precision_recall(drawn: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
     """Share of the drawn that lie among the real, and of the real that lie among the drawn (Kynkaanniemi et al. 2019).
 
     A feature vector lies among a set if it is no further from one of its members than that one's `neighbours`-th
-    nearest other member. Raises UserError for sets that have not so many.
+    nearest other member: the balls are closed, as in that paper's equation 1. Raises UserError for sets that have not
+    so many.
     """
     declare_missing_operators()
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
@@ -91,7 +100,8 @@ def precision_recall(drawn: Tensor, real: Tensor, neighbours: int = 3) -> tuple[
 
 def density_coverage(drawn: Tensor, real: Tensor, neighbours: int = 5) -> tuple[float, float]:
     """Naeem et al. 2020, equations 4 and 6, on balls around the real pictures only, so that outliers among the drawn
-    widen nothing. A ball reaches to its picture's `neighbours`-th nearest other real one.
+    widen nothing. A ball reaches to its picture's `neighbours`-th nearest other real one and is open, as in the authors'
+    code: a drawn picture at just that distance lies outside.
 
     Density: in how many balls a drawn picture lies on the mean, over `neighbours` (1 for equal laws, may be more).
     Coverage: the share of balls that hold a drawn picture. Raises UserError for sets that have not so many.
@@ -110,19 +120,22 @@ def density_coverage(drawn: Tensor, real: Tensor, neighbours: int = 5) -> tuple[
 def cmmd(a: Tensor, b: Tensor, sigma: float = CMMD_SIGMA) -> float:
     """CLIP maximum mean discrepancy of joint-space features (N, D), (M, D), times 1000 (Jayasumana et al. 2024).
 
-    The unbiased estimate of MMD^2 (equation 4 there) with the kernel exp(-|x - y|^2 / (2 sigma^2)) on unit vectors.
+    The unbiased estimate of MMD^2 (equation 4 there) with the kernel exp(-|x - y|^2 / (2 sigma^2)) on unit vectors. The
+    authors' own code has the biased estimate, which counts each picture with itself and so is larger by about
+    1000 (1 - mean kernel) (1 / N + 1 / M): with few pictures its figures do not compare with these.
     Needs no Gaussian to fit and far fewer pictures than a Frechet distance. Raises UserError for fewer than 2 pictures.
     """
     if min(len(a), len(b)) < 2:
         raise UserError(f"the kernel distance of {len(a)} and {len(b)} pictures is not defined; give at least 2")
-    return 1000 * gaussian_mmd(F.normalize(a.double(), dim=1), F.normalize(b.double(), dim=1), sigma)
+    return 1000 * gaussian_mmd(F.normalize(a, dim=1), F.normalize(b, dim=1), sigma)
 
 
 def gaussian_mmd(a: Tensor, b: Tensor, sigma: float) -> float:
-    """Unbiased estimate of MMD^2 between (N, D) and (M, D) with the kernel exp(-|x - y|^2 / (2 sigma^2))."""
+    """Unbiased estimate of MMD^2 between (N, D) and (M, D) with the kernel exp(-|x - y|^2 / (2 sigma^2)), in float64."""
 
     def total(x: Tensor, y: Tensor) -> float:
-        return sum(float((-_pairs(part, y).square() / (2 * sigma**2)).exp().sum()) for part in x.split(ROWS))
+        parts = (_pairs(part.double(), y).square_().mul_(-1 / (2 * sigma**2)) for part in x.split(ROWS))
+        return sum(float(part.exp_().sum()) for part in parts)
 
     n, m = len(a), len(b)
     within = (total(a, a) - n) / (n * (n - 1)) + (total(b, b) - m) / (m * (m - 1))  # a picture and itself: exp(0)
@@ -134,23 +147,24 @@ def clip_score(images: Tensor, texts: Tensor) -> float:
 
     Hessel et al. 2021, equation 1, with the weight 100 that is usual since, not the paper's 2.5.
     """
-    return 100 * float(F.cosine_similarity(images.double(), texts.double(), dim=1).clamp(min=0).mean())
+    parts = zip(images.split(ROWS), texts.split(ROWS), strict=True)
+    cosines = [F.cosine_similarity(image.double(), text.double(), dim=1) for image, text in parts]
+    return 100 * float(torch.cat(cosines).clamp(min=0).mean())
 
 
 def retrieval(images: Tensor, texts: Tensor, own: Tensor) -> tuple[float, float]:
     """Share of pictures (N, D) whose caption, texts[own[i]] of (K, D), is the nearest, and among the nearest five.
 
-    The R-precision of Xu et al. 2018 among all K. A tie counts against the picture.
+    The R-precision of Xu et al. 2018 among all K. A tie counts against the picture: a caption that two others are as
+    near as is third. So of five captions or fewer all are among the nearest five.
     """
-    from ldm.metrics.accuracy import ranks
-
-    places = ranks(images.double(), own, F.normalize(texts.double(), dim=1))
+    places = ranks(images, own, F.normalize(texts.double(), dim=1))
     return float((places == 0).double().mean()), float((places < 5).double().mean())
 
 
 def _pairs(part: Tensor, others: Tensor) -> Tensor:
     """(R, D), (N, D) -> distances (R, N)."""
-    return torch.cat([torch.cdist(part, some) for some in others.split(COLUMNS)], dim=1)
+    return torch.cat([torch.cdist(part, some.to(part.dtype)) for some in others.split(COLUMNS)], dim=1)
 
 
 def _check_neighbours(drawn: Tensor, real: Tensor, neighbours: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from ldm.errors import UserError
 from ldm.metrics import protocol
 from ldm.metrics.distances import frechet_of
 from ldm.metrics.features import FeatureSpace
+from ldm.metrics.figures import space_of, table
 from ldm.metrics.moments import Moments
-from ldm.metrics.quality import psnr, ssim
+from ldm.metrics.quality import WINDOW, psnr, ssim
 from ldm.metrics.sources import RESIZE, Source
 
 PERCEPTUAL = {"efficientnet-lite0": "perceptual[efficientnet-lite0]", "lpips": "LPIPS[vgg]"}
@@ -28,9 +30,10 @@ PERCEPTUAL = {"efficientnet-lite0": "perceptual[efficientnet-lite0]", "lpips": "
 @torch.inference_mode()
 def evaluate_autoencoder(
     codec: Codec,
-    name: str,
     source: Source,
     size: int,
+    *,
+    name: str = "",
     spaces: Sequence[FeatureSpace] = (),
     perceptual: Sequence[str] = (),
     batch_size: int = 16,
@@ -42,8 +45,14 @@ def evaluate_autoencoder(
     Each picture is encoded to the posterior's mode and decoded. PSNR and SSIM: means over pictures, on floats. A
     perceptual distance: the mean over pairs (that of efficientnet-lite0 was also the shipped autoencoder's loss).
     rFID, or rFD: the Frechet distance between the originals and the decoded, rounded to 8 bits as a file would be.
-    Raises UserError for fewer pictures than a space has dimensions, unless `allow_few`.
+    Raises UserError for fewer pictures than a space has dimensions, unless `allow_few`, and for a size that is smaller
+    than SSIM's window or does not fit the autoencoder.
     """
+    if size < WINDOW:
+        raise UserError(
+            f"pictures of {size} pixels are smaller than the window of SSIM; choose a --size of {WINDOW} or more"
+        )
+    codec.latent_shape(size, size)
     few = [space for space in spaces if len(source) <= space.width and not allow_few]
     if few:
         raise UserError(
@@ -76,7 +85,7 @@ def evaluate_autoencoder(
     if not count:
         raise UserError(f"none of the {len(source)} pictures of {source.name} can be decoded")
 
-    figures: dict[str, Any] = {"pictures": count, **{key: value / count for key, value in sums.items()}}
+    figures: dict[str, float] = {"pictures": count, **{key: value / count for key, value in sums.items()}}
     for space in spaces:
         key = "rFID" if space.name.startswith("inception") else "rFD"
         figures[f"{key}[{space.name}]"] = frechet_of(*sides[space.name])
@@ -91,8 +100,10 @@ def evaluate_autoencoder(
             "resize": RESIZE,
             "precision": precision_name(dtype),
             "pictures": source.protocol(),
+            "perceptual": [_network(key, distance) for key, distance in distances.items()],
             "spaces": [space.protocol() for space in spaces],
         },
+        sources={"pictures": source.name},
         latents=latent_statistics(latents, furthest),
     )
 
@@ -100,6 +111,7 @@ def evaluate_autoencoder(
 def autoencoder_table(document: Mapping[str, Any]) -> str:
     """The figures and the latents' statistics as lines."""
     figures, latents = document["figures"], document["latents"]
+    in_spaces = {name: value for name, value in figures.items() if space_of(name)}
 
     def told(values: Sequence[float]) -> str:
         return " ".join(f"{value:.2f}" for value in values)
@@ -108,9 +120,9 @@ def autoencoder_table(document: Mapping[str, Any]) -> str:
         [
             f"{figures['pictures']} pictures of {document['protocol']['size']} px",
             f"PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} (means over pictures)",
-            *(f"{name} {value:.4g}" for name, value in figures.items() if "[" in name),
             f"latents by channel: mean {told(latents['mean'])}, deviation {told(latents['deviation'])}",
             f"largest correlation {latents['correlation']:.2f}, furthest {latents['furthest']:.1f}",
+            *(["", table(in_spaces)] if in_spaces else []),
         ]
     )
 
@@ -127,6 +139,12 @@ def latent_statistics(moments: Moments, furthest: float) -> dict[str, Any]:
         "correlation": round(float(correlation.abs().max()), 5),
         "furthest": round(furthest, 4),
     }
+
+
+def _network(name: str, distance: nn.Module) -> dict[str, str]:
+    """What a figure must say of a perceptual distance; of LPIPS the package, which has its fitted weights."""
+    package = {"package": f"lpips {version('lpips')}"} if name == PERCEPTUAL["lpips"] else {}
+    return {"name": name, "hash": native.fingerprint(distance), **package}
 
 
 def _where(codec: Codec) -> tuple[torch.device, torch.dtype]:

@@ -173,6 +173,28 @@ def test_inception_score_by_hand():
         inception_score(certain[:3])
 
 
+def test_the_parts_of_the_inception_score():
+    """A part of which the share s is of one class and the rest of the other has exp of the entropy of (s, 1 - s)."""
+    classes = torch.tensor([0] * 15 + [1] * 5)
+    shuffled = classes[np.random.RandomState(2020).permutation(20)]
+    scores = []
+    for part in shuffled.split(5):
+        shares = torch.bincount(part).double() / 5
+        scores.append(math.exp(-float((shares * shares.log()).nansum())))
+    assert min(scores) < max(scores)
+    logits = 50 * torch.nn.functional.one_hot(classes).double()
+    assert inception_score(logits, 4) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+    assert inception_score(logits, 20) == (pytest.approx(1), pytest.approx(0, abs=1e-9))
+
+
+def test_the_inception_score_is_that_of_torch_fidelity():
+    declare_missing_operators()
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = normal(53, 7).float()
+    assert inception_score(logits, 4) == pytest.approx(tuple(isc_features_to_metric(logits, 4).values()), abs=1e-12)
+
+
 def test_inception_score_written_out():
     p = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
     q = p.mean(0)
@@ -197,6 +219,17 @@ def test_precision_and_recall_by_hand():
     precision, recall = precision_recall(line(0.5, 3, 3.5), real, 1)
     assert precision == pytest.approx(1.0)
     assert recall == pytest.approx(2 / 3)  # 10 is 6.5 from 3.5, which reaches half
+
+
+def test_the_balls_of_precision_and_recall_are_closed():
+    """The real at 0 and 2 reach 2 far, to 4 and no further; the drawn at 4 and 7 reach 3, to 1 and no further."""
+    assert precision_recall(line(4, 7), line(0, 2), 1) == (pytest.approx(1 / 2), pytest.approx(1 / 2))
+    assert precision_recall(line(4.5, 7), line(0, 2), 1) == (0.0, pytest.approx(1 / 2))  # it reaches just to 2
+
+
+def test_the_balls_of_density_and_coverage_are_open():
+    assert density_coverage(line(4, -2), line(0, 2), 1) == (0.0, 0.0)
+    assert density_coverage(line(3.9, -1.9), line(0, 2), 1) == (pytest.approx(1.0), pytest.approx(1.0))
 
 
 def test_density_and_coverage_by_hand():
@@ -224,14 +257,21 @@ def test_density_and_coverage_of_equal_laws():
 
 
 def test_the_tables_of_neighbours_are_cut_into_rows(monkeypatch):
+    import ldm.metrics.accuracy as accuracy
     import ldm.metrics.distances as distances
 
     a, b = normal(23, 4, 1), normal(31, 4, 2)
-    whole = precision_recall(a, b), density_coverage(a, b), cmmd(a, b)
+    own = torch.arange(23)
+
+    def all_of_them():
+        captions = clip_score(a, b[:23]), *retrieval(a, b, own)
+        return precision_recall(a, b), density_coverage(a, b), cmmd(a, b), captions
+
+    whole = all_of_them()
     monkeypatch.setattr(distances, "ROWS", 7)
     monkeypatch.setattr(distances, "COLUMNS", 5)
-    parts = precision_recall(a, b), density_coverage(a, b), cmmd(a, b)
-    for one, other in zip(whole, parts, strict=True):
+    monkeypatch.setattr(accuracy, "ROWS", 7)
+    for one, other in zip(whole, all_of_them(), strict=True):
         assert other == pytest.approx(one, abs=1e-9)
 
 
@@ -254,10 +294,20 @@ def test_clip_score_by_hand():
 
 
 def test_retrieval_by_hand():
+    """Six captions at 0, 10, ... 50 degrees. A picture at 21 degrees has them at 1, 9, 11, 19, 21, 29 from it."""
+
+    def at(*degrees: float) -> Tensor:
+        angles = torch.deg2rad(torch.tensor(degrees))
+        return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+    texts = at(20, 30, 10, 40, 0, 50)
+    found = retrieval(at(21).repeat(6, 1), texts, torch.arange(6))
+    assert found == (pytest.approx(1 / 6), pytest.approx(5 / 6))
+    assert retrieval(at(21), texts, torch.tensor([4])) == (0.0, 1.0)  # fifth
+    assert retrieval(at(21), texts, torch.tensor([5])) == (0.0, 0.0)  # sixth
+
+
+def test_a_tie_is_lost():
     texts = torch.eye(6)
-    images = torch.eye(6)[[0, 1, 2, 2]] + 0.1
-    first, five = retrieval(images, texts, torch.tensor([0, 1, 2, 4]))
-    assert (first, five) == (
-        0.75,
-        0.75,
-    )  # the last is closest to 2, and as far from 4 as from all others: a tie is lost
+    images = torch.eye(6)[[0, 1, 2, 2]] + 0.1  # the last is closest to 2, and as far from 4 as from the other four
+    assert retrieval(images, texts, torch.tensor([0, 1, 2, 4])) == (0.75, 0.75)
