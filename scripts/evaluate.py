@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ldm.metrics.drawing import Drawing
     from ldm.metrics.generation import Against
 
+SETTINGS = ("cfg", "cfg_rescale", "steps", "sampler", "spacing", "eta")
+DRAWS = (*SETTINGS, "model", "weights", "seed", "count", "sweep", "out")  # what only a model's pictures depend on
+
 
 def main() -> None:
     arguments = parse()
@@ -53,17 +56,24 @@ def main() -> None:
 def generation(arguments: argparse.Namespace) -> None:
     """Figures of a model's pictures, or of pictures that are there."""
     import ldm
+    from ldm.metrics.brief import brief
     from ldm.metrics.crew import muster
     from ldm.metrics.figures import table
     from ldm.metrics.generation import evaluate_model, evaluate_pictures
+    from ldm.metrics.protocol import read
     from ldm.metrics.sources import open_source, read_captions, recaption
-    from ldm.metrics.sweep import parse_axes, sweep
+    from ldm.metrics.sweep import name_of, parse_axes, sweep
     from ldm.metrics.sweep import table as table_of
 
     if not arguments.pictures and not (arguments.captions and arguments.out):
         raise UserError("say what to measure: --pictures FOLDER_OR_SHARDS, or a model by --captions and a folder --out")
-    if arguments.pictures and (arguments.sweep or not arguments.size):
-        raise UserError("pictures that are there need the size they are compared at, as --size 64, and take no --sweep")
+    given = [f"--{name.replace('_', '-')}" for name in DRAWS if getattr(arguments, name) not in (None, [])]
+    if arguments.pictures and given:
+        raise UserError(f"{given[0]} is of pictures that a model draws; leave it or --pictures out")
+    if arguments.pictures and arguments.size is None:
+        raise UserError("pictures that are there need the size they are compared at, as --size 64")
+    if arguments.sweep and arguments.output:
+        raise UserError("a sweep writes a result for each combination into --out; leave --output out")
     axes = parse_axes(arguments.sweep)
     crew = muster()
     against = compared_with(arguments, crew.main)
@@ -74,15 +84,16 @@ def generation(arguments: argparse.Namespace) -> None:
         drawn = recaption(drawn, captions) if captions else drawn
         document = evaluate_pictures(drawn, arguments.size, against, crew)
     else:
-        model = ldm.load(arguments.model, arguments.device, arguments.precision, weights=arguments.weights)
-        drawing, out = what_to_draw(arguments, captions), Path(arguments.out)
+        drawing, out, weights = what_to_draw(arguments, captions), Path(arguments.out), arguments.weights or "auto"
+        model = ldm.load(arguments.model or "icons", arguments.device, arguments.precision, weights=weights)
         if axes:
-            rows = sweep(model, drawing, axes, against, out, crew)
+            rows = sweep(model, drawing, axes, against, out, crew, weights)
             if crew.main:
                 print(table_of(rows, tuple(axes)))
+                print(brief(read(out / f"{name_of({name: rows[0][name] for name in axes})}.json"), without=tuple(axes)))
                 print(f"wrote sweep.csv, sweep.png and a result for each combination into {out}")
             return
-        document = evaluate_model(model, drawing, against, out / "pictures", crew, arguments.weights)
+        document = evaluate_model(model, drawing, against, out / "pictures", crew, weights)
         arguments.output = arguments.output or str(out / "figures.json")
     if crew.main:
         made = document["protocol"]
@@ -90,6 +101,7 @@ def generation(arguments: argparse.Namespace) -> None:
         real = f"{made['reference']['pictures']} real ones{beside}"
         print(f"{made['pictures']} pictures against {real}, {made['size']} px")
         print(table(document["figures"]))
+        print(brief(document))
         keep(document, arguments.output)
 
 
@@ -112,31 +124,23 @@ def compared_with(arguments: argparse.Namespace, main: bool) -> Against:
     held_out = open_source(arguments.held_out, "--held-out", where) if arguments.held_out else None
     spaces = [make_space(name, device) for name in arguments.space or ["efficientnet-lite0"]]
     cache = Path(arguments.cache).expanduser() if arguments.cache else CACHE
-    return Against(real, held_out, spaces, measures, cache, 4 if device == "cpu" else 64, main and shown())
+    return Against(real, held_out, spaces, measures, cache, main and shown())
 
 
 def what_to_draw(arguments: argparse.Namespace, captions: tuple[str, ...]) -> Drawing:
     from ldm.metrics.drawing import Drawing
 
-    settings = Settings(
-        cfg=arguments.cfg,
-        steps=arguments.steps,
-        sampler=arguments.sampler,
-        spacing=arguments.spacing,
-        eta=arguments.eta,
-        width=arguments.size,
-        height=arguments.size,
-        cfg_rescale=arguments.cfg_rescale,
-    )
-    settings.check()
+    given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
+    settings = Settings(width=arguments.size, height=arguments.size, **given)
     count = len(captions) if arguments.count is None else arguments.count
-    return Drawing(captions, settings, count, arguments.seed, arguments.batch_size)
+    return Drawing(captions, settings, count, arguments.seed or 0, arguments.batch_size, arguments.captions).check()
 
 
 def autoencoder(arguments: argparse.Namespace) -> None:
     """PSNR, SSIM, perceptual distances and rFID of decoded pictures; the latents' statistics."""
     from ldm.checkpoints import native
     from ldm.device import choose_device, choose_precision
+    from ldm.metrics.brief import brief
     from ldm.metrics.features import make_space
     from ldm.metrics.reconstruction import autoencoder_table, evaluate_autoencoder
     from ldm.metrics.sources import open_source
@@ -160,6 +164,7 @@ def autoencoder(arguments: argparse.Namespace) -> None:
     )
     print(f"f = {codec.factor}, {codec.latent_channels} latent channels")
     print(autoencoder_table(document))
+    print(brief(document))
     keep(document, arguments.output)
 
 
@@ -167,6 +172,7 @@ def prompts(arguments: argparse.Namespace) -> None:
     """Prompt accuracy by style, and of real pictures of the left-out style."""
     import ldm
     from ldm.image_io import grid, save_png
+    from ldm.metrics.brief import brief
     from ldm.metrics.classifier import load_classifier
     from ldm.metrics.pictures import read_concepts
     from ldm.metrics.prompt_accuracy import evaluate_prompts, prompt_table
@@ -176,20 +182,21 @@ def prompts(arguments: argparse.Namespace) -> None:
     document, drawn = evaluate_prompts(
         model,
         classifier,
-        concepts,
-        split_list(arguments.styles),
-        arguments.left_out,
-        arguments.shards,
-        where_of(arguments.where),
         Settings(arguments.cfg, arguments.steps, arguments.sampler),
-        arguments.n,
-        arguments.seed,
-        arguments.batch_size,
-        shown(),
+        concepts=concepts,
+        styles=split_list(arguments.styles),
+        left_out=arguments.left_out,
+        shards=arguments.shards,
+        where=where_of(arguments.where),
+        n=arguments.n,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        bar=shown(),
     )
     if arguments.grid:
         save_png(grid(drawn, columns=8), arguments.grid, {})
     print(prompt_table(document))
+    print(brief(document))
     keep(document, arguments.output)
 
 
@@ -197,6 +204,7 @@ def likelihood(arguments: argparse.Namespace) -> None:
     """Bits per dimension by the probability flow or the variational bound."""
     import ldm
     from ldm.metrics.bits import Method, evaluate_likelihood, likelihood_table
+    from ldm.metrics.brief import brief
 
     method = Method(
         arguments.method,
@@ -212,6 +220,7 @@ def likelihood(arguments: argparse.Namespace) -> None:
         model, arguments.shards, where, method, arguments.count, arguments.seed, arguments.batch_size
     )
     print(likelihood_table(document))
+    print(brief(document))
     keep(document, arguments.output)
 
 
@@ -249,16 +258,16 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add("--captions", help="of the pictures: a file, a prompt a line, or shards")
     add("--captions-where", action="append", default=[], metavar="FIELD=VALUE,...", help="of those shards, as --where")
     add("--count", type=int, help="pictures to draw, captions in turn (default: one of each)")
-    add("--seed", type=int, default=0, help="picture i has the seed SEED + i")
+    add("--seed", type=int, help="picture i has the seed SEED + i (default 0)")
     add("--size", type=int, help="pixels; default: the model's")
-    add("--cfg", type=float, default=Settings.cfg)
-    add("--cfg-rescale", type=float, default=Settings.cfg_rescale)
-    add("--steps", type=int, default=Settings.steps)
-    add("--sampler", default=Settings.sampler)
+    add("--cfg", type=float, help=f"default {Settings.cfg}")
+    add("--cfg-rescale", type=float)
+    add("--steps", type=int, help=f"default {Settings.steps}")
+    add("--sampler", help=f"default {Settings.sampler}")
     add("--spacing")
     add("--eta", type=float)
     add("--sweep", nargs="+", default=[], metavar="NAME=VALUES", help="each combination: cfg=1,2,4 steps=10,20 eta=0,1")
-    add("--weights", default="auto", choices=("auto", "ema", "raw"), help="of files that hold two sets")
+    add("--weights", choices=("auto", "ema", "raw"), help="of files that hold two sets")
     add("--out", metavar="FOLDER", help="of drawn pictures and results; gone on with when it is there")
     add = command.add_argument_group("against what, and how").add_argument
     add("--reference", required=True, help="real pictures: a folder or shards")
@@ -273,8 +282,9 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add("--ball", type=int, default=5, help="neighbours of density and coverage")
     add("--splits", type=int, default=10, help="of the Inception Score")
     add("--allow-few", action="store_true", help="Frechet distances of fewer pictures than dimensions")
-    add("--cache", help="folder of features that were made already (default ~/.cache/ldm/features)")
+    add("--cache", help="folder of the real pictures' features (default ~/.cache/ldm/features)")
     add_common(command)
+    command.set_defaults(model=None)  # as all that concerns drawing, to tell whether it was given
 
 
 def add_autoencoder(command: argparse.ArgumentParser) -> None:

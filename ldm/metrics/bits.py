@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ldm.config import DataConfig
 from ldm.data.loader import validation_batches
 from ldm.errors import UserError
 from ldm.metrics import likelihood, protocol
+from ldm.metrics.sources import RESIZE
 from ldm.model import LatentDiffusion
 from ldm.provenance import surroundings
 
@@ -44,17 +46,24 @@ def evaluate_likelihood(
     seed: int = 0,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """The result for the first `count` pictures of `shards`; picture i has the seed `seed + i`. Raises UserError."""
-    for name, number in (("count", count), ("draws", method.draws), ("probes", method.probes)):
-        if number < 1:
-            raise UserError(f"--{name} is {number}; it must be at least 1")
+    """The result for the first `count` pictures of `shards`; picture i has the seed `seed + i`. Raises UserError.
+
+    The protocol has a hash of those pictures, as they were given to the model, and of their captions.
+    """
+    least = {"count": 1, "draws": 1, "probes": 1, "strata": 0, "seed": 0}
+    for name, number in {"count": count, "seed": seed, **asdict(method)}.items():
+        if name in least and number < least[name]:
+            raise UserError(f"--{name} is {number}; it must be at least {least[name]}")
     size = model.config.image_size
     data = DataConfig(validation=shards, size=size, where={name: list(values) for name, values in where.items()})
     rows: list[torch.Tensor] = []
-    seen = 0
+    seen, content = 0, hashlib.sha256()
     for batch in validation_batches(data, batch_size):
         image, captions = batch.image[: count - seen], batch.caption[: count - seen]
         seeds = range(seed + seen, seed + seen + len(image))
+        for picture, caption in zip(image, captions, strict=True):
+            content.update(picture.add(1).mul(127.5).round().byte().numpy().tobytes())
+            content.update(hashlib.sha256(caption.encode()).digest())
         if method.name == "flow":
             found = likelihood.flow(model, image, captions, seeds, method.probes, method.tolerance)
             rows.append(torch.stack([found.bits.value, found.evaluations.double()], dim=1))
@@ -76,13 +85,15 @@ def evaluate_likelihood(
         protocol.subject_of(model),
         {
             "command": "likelihood",
-            "shards": shards,
-            "where": data.where,
+            "pictures": {"pictures": seen, "hash": content.hexdigest(), "where": data.where},
             "size": size,
+            "resize": RESIZE,
             "seeds": [seed, seed + seen - 1],
-            "precision": surroundings(model)["precision"],
+            "batch_size": batch_size,
+            **{name: surroundings(model)[name] for name in ("device", "precision")},
             **method.protocol(),
         },
+        sources={"pictures": shards},
         each=table[:, 0].tolist(),
     )
 

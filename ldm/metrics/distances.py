@@ -48,10 +48,7 @@ def kernel(a: Tensor, b: Tensor, subsets: int = 100, size: int = 100, seed: int 
     declare_missing_operators()
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-    if min(len(a), len(b)) < size:
-        raise UserError(
-            f"subsets of {size} pictures were asked for, of sets of {len(a)} and {len(b)}; choose a smaller subset"
-        )
+    check_subset(len(a), len(b), size)
     rng, found = np.random.RandomState(seed), []
     for _ in range(subsets):  # float64 for one subset at a time: of all features it would be gigabytes
         chosen = [x[torch.from_numpy(rng.choice(len(x), size, replace=False))].double() for x in (a, b)]
@@ -63,15 +60,14 @@ def kernel(a: Tensor, b: Tensor, subsets: int = 100, size: int = 100, seed: int 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """exp of the mean KL between p(y | x) and p(y) over the logits (N, K): mean and deviation over `splits` parts.
 
-    Salimans et al. 2016, section 4, by torch-fidelity. The parts are those of a shuffled order, always the same one, and
-    each has a p(y) of its own: as many parts as pictures give 1. It looks at no real picture. Raises UserError for fewer
+    Salimans et al. 2016, section 4, by torch-fidelity. The parts are those of a shuffled order, always the same, and
+    each has its own p(y): as many parts as pictures give 1. It looks at no real picture. Raises UserError for fewer
     pictures than parts.
     """
     declare_missing_operators()
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-    if len(logits) < splits:
-        raise UserError(f"an Inception Score over {splits} parts needs as many pictures, not {len(logits)}")
+    check_splits(len(logits), splits)
     count, found = len(logits), []
     order = torch.from_numpy(np.random.RandomState(SCORE_SEED).permutation(count))
     for i in range(splits):  # each by itself, or float64 tables of all of them would be held
@@ -90,7 +86,7 @@ def precision_recall(drawn: Tensor, real: Tensor, neighbours: int = 3) -> tuple[
     declare_missing_operators()
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    _check_neighbours(drawn, real, neighbours)
+    check_neighbours(len(drawn), len(real), neighbours)
     # In parts, or the table of all pairs would be held whole.
     found = prc_features_to_metric(
         drawn.float(), real.float(), prc_neighborhood=neighbours, prc_batch_size=ROWS, save_cpu_ram=True, verbose=False
@@ -100,13 +96,13 @@ def precision_recall(drawn: Tensor, real: Tensor, neighbours: int = 3) -> tuple[
 
 def density_coverage(drawn: Tensor, real: Tensor, neighbours: int = 5) -> tuple[float, float]:
     """Naeem et al. 2020, equations 4 and 6, on balls around the real pictures only, so that outliers among the drawn
-    widen nothing. A ball reaches to its picture's `neighbours`-th nearest other real one and is open, as in the authors'
-    code: a drawn picture at just that distance lies outside.
+    widen nothing. A ball reaches to its picture's `neighbours`-th nearest other real one and is open, as in the code of
+    the authors: a drawn picture at just that distance lies outside.
 
     Density: in how many balls a drawn picture lies on the mean, over `neighbours` (1 for equal laws, may be more).
     Coverage: the share of balls that hold a drawn picture. Raises UserError for sets that have not so many.
     """
-    _check_neighbours(drawn, real, neighbours)
+    check_neighbours(len(drawn), len(real), neighbours)
     drawn, real = drawn.float(), real.float()
     inside, covered = 0, 0
     for part in real.split(ROWS):
@@ -131,7 +127,7 @@ def cmmd(a: Tensor, b: Tensor, sigma: float = CMMD_SIGMA) -> float:
 
 
 def gaussian_mmd(a: Tensor, b: Tensor, sigma: float) -> float:
-    """Unbiased estimate of MMD^2 between (N, D) and (M, D) with the kernel exp(-|x - y|^2 / (2 sigma^2)), in float64."""
+    """Unbiased estimate of MMD^2 between (N, D) and (M, D), the kernel exp(-|x - y|^2 / (2 sigma^2)), in float64."""
 
     def total(x: Tensor, y: Tensor) -> float:
         parts = (_pairs(part.double(), y).square_().mul_(-1 / (2 * sigma**2)) for part in x.split(ROWS))
@@ -162,11 +158,23 @@ def retrieval(images: Tensor, texts: Tensor, own: Tensor) -> tuple[float, float]
     return float((places == 0).double().mean()), float((places < 5).double().mean())
 
 
+def check_subset(drawn: int, real: int, size: int) -> None:
+    """Raises UserError for sets of so many pictures that are smaller than a subset; the others likewise."""
+    if min(drawn, real) < size:
+        asked = f"subsets of {size} pictures were asked for"
+        raise UserError(f"{asked}, of sets of {drawn} and {real}; choose a smaller subset")
+
+
+def check_neighbours(drawn: int, real: int, neighbours: int) -> None:
+    if min(drawn, real) <= neighbours:
+        raise UserError(f"{neighbours} neighbours need larger sets than {drawn} and {real} pictures")
+
+
+def check_splits(drawn: int, splits: int) -> None:
+    if drawn < splits:
+        raise UserError(f"an Inception Score over {splits} parts needs as many pictures, not {drawn}")
+
+
 def _pairs(part: Tensor, others: Tensor) -> Tensor:
     """(R, D), (N, D) -> distances (R, N)."""
     return torch.cat([torch.cdist(part, some.to(part.dtype)) for some in others.split(COLUMNS)], dim=1)
-
-
-def _check_neighbours(drawn: Tensor, real: Tensor, neighbours: int) -> None:
-    if min(len(drawn), len(real)) <= neighbours:
-        raise UserError(f"{neighbours} neighbours need larger sets than {len(drawn)} and {len(real)} pictures")

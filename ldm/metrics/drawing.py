@@ -22,7 +22,7 @@ from ldm.errors import UserError
 from ldm.files import atomic_write_text, read_text
 from ldm.guides import load_guides
 from ldm.image_io import save_png
-from ldm.jobs import Request, Settings
+from ldm.jobs import MAX_SEED, Request, Settings
 from ldm.metrics.crew import Crew
 from ldm.metrics.sources import Source, of_files
 from ldm.model import LatentDiffusion
@@ -40,6 +40,16 @@ class Drawing:
     count: int
     seed: int = 0
     batch_size: int = 16
+    captions_from: str = ""  # what the captions were read from, as the user named it; nothing depends on it
+
+    def check(self) -> Drawing:
+        """The same; raises UserError for pictures that cannot be drawn."""
+        if self.count < 1 or self.batch_size < 1:
+            raise UserError(f"{self.count} pictures in batches of {self.batch_size} were asked for; choose 1 or more")
+        if not 0 <= self.seed <= MAX_SEED - self.count:
+            raise UserError(f"the first seed is {self.seed}; choose it between 0 and {MAX_SEED - self.count}")
+        self.settings.check()
+        return self
 
     def requests(self, first: int, count: int) -> list[Request]:
         """Pictures first to first + count."""
@@ -68,10 +78,9 @@ class Drawing:
 def draw(model: LatentDiffusion, drawing: Drawing, folder: Path, crew: Crew, bar: bool = False) -> Source:
     """Draw what is missing in `folder`; all its `drawing.count` pictures.
 
-    Raises UserError if the folder holds pictures that were drawn otherwise.
+    Raises UserError if the folder holds pictures that were drawn otherwise, and for what cannot be drawn.
     """
-    if drawing.count < 1 or drawing.batch_size < 1:
-        raise UserError(f"{drawing.count} pictures in batches of {drawing.batch_size} were asked for; choose 1 or more")
+    drawing.check()
     if crew.main:
         settle(folder / "drawing.json", {"model": model.hash, **drawing.protocol(model)})
     crew.wait()
@@ -95,17 +104,29 @@ def draw(model: LatentDiffusion, drawing: Drawing, folder: Path, crew: Crew, bar
 
 
 def evaluations(folder: Path) -> float:
-    """Rows that the U-Net was given for a picture, counted in the first batch: guidance counts twice."""
-    return float(json.loads(read_text(folder / "cost.json"))["evaluations"])
+    """Rows that the U-Net was given for a picture, counted in the first batch: guidance counts twice.
+
+    Raises UserError if the file that tells is damaged.
+    """
+    path = folder / "cost.json"
+    try:
+        return float(json.loads(read_text(path))["evaluations"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; remove it, and the first batch will be drawn again") from error
 
 
 def settle(path: Path, document: dict[str, Any]) -> None:
-    """Write `document` to `path`, or see that it is what stands there; raises UserError if it is not."""
+    """Write `document` to `path`, or see that it is what stands there; raises UserError if it is not, or is damaged."""
     wanted = json.loads(json.dumps(document))
     if not path.exists():
         atomic_write_text(path, json.dumps(wanted, indent=1) + "\n")
         return
-    found = json.loads(read_text(path))
+    try:
+        found = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}), so nobody knows what these pictures are; remove them") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not say how its pictures were made; choose another folder")
     other = sorted(name for name in wanted.keys() | found.keys() if found.get(name) != wanted.get(name))
     if other:
         raise UserError(f"{path.parent} holds what was made with another {' and '.join(other)}; choose another folder")

@@ -72,11 +72,17 @@ class Features:
 
 
 def extract(
-    source: Source, size: int, space: FeatureSpace, cache: Path, crew: Crew, batch_size: int = 4, bar: bool = False
+    source: Source,
+    size: int,
+    space: FeatureSpace,
+    cache: Path,
+    crew: Crew,
+    batch_size: int | None = None,
+    bar: bool = False,
 ) -> Features:
     """Features of the pictures of `source`, brought to `size` pixels first; what is in `cache` is not made again.
 
-    Small batches are best on a CPU, whose caches they fit. What does not decode is left out. Raises UserError if that
+    `batch_size`: of the network; None is the space's choice. What does not decode is left out. Raises UserError if that
     is everything.
     """
     what = [source.digest, size, RESIZE, space.name, space.hash, space.resize]

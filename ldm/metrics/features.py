@@ -29,9 +29,12 @@ class FeatureSpace:
     device: str = "cpu"
 
     @torch.no_grad()
-    def __call__(self, image: Tensor, batch_size: int = 32) -> Tensor:
-        """(N, 3, H, W) -> (N, width + logits) float32 on the CPU."""
-        parts = image.split(batch_size)
+    def __call__(self, image: Tensor, batch_size: int | None = None) -> Tensor:
+        """(N, 3, H, W) -> (N, width + logits) float32 on the CPU.
+
+        `batch_size`: of the network; None: few on a CPU, whose caches they fit, more elsewhere.
+        """
+        parts = image.split(batch_size or (4 if self.device == "cpu" else 64))
         return torch.cat([self.network(part.float().to(self.device)).float().cpu() for part in parts])
 
     def protocol(self) -> dict[str, object]:

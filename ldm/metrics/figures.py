@@ -14,6 +14,12 @@ import torch
 
 from ldm.errors import UserError
 from ldm.metrics.distances import (
+    CMMD_SIGMA,
+    KERNEL_SEED,
+    SCORE_SEED,
+    check_neighbours,
+    check_splits,
+    check_subset,
     clip_score,
     cmmd,
     density_coverage,
@@ -24,6 +30,7 @@ from ldm.metrics.distances import (
     retrieval,
 )
 from ldm.metrics.extraction import Features
+from ldm.metrics.features import FeatureSpace
 from ldm.metrics.sources import Source
 
 KINDS = ("frechet", "kernel", "neighbours", "score", "captions")
@@ -52,6 +59,55 @@ class Measures:
                 raise UserError(f"--{name} is {getattr(self, name)}; choose a larger number")
         return self
 
+    def protocol(self, spaces: Sequence[FeatureSpace]) -> dict[str, Any]:
+        """The kinds, and the numbers that their figures in these spaces depend on."""
+        sigma = {"cmmd_sigma": CMMD_SIGMA} if any(space.text for space in spaces) else {}
+        score = {"splits": self.splits, "score_seed": SCORE_SEED} if any(space.logits for space in spaces) else {}
+        numbers = {
+            "kernel": {"subset": self.subset, "subsets": self.subsets, "kernel_seed": KERNEL_SEED, **sigma},
+            "neighbours": {"neighbours": self.neighbours, "ball": self.ball},
+            "score": score,
+        }
+        kinds = [kind for kind in KINDS if kind in self.kinds]
+        return {"kinds": kinds} | {name: value for kind in kinds for name, value in numbers.get(kind, {}).items()}
+
+    def check_spaces(self, spaces: Sequence[FeatureSpace], captioned: bool) -> None:
+        """Raises UserError if what was asked for by name, or all of it, has no figure in any of the spaces."""
+        joint, logits = any(space.text for space in spaces), any(space.logits for space in spaces)
+        lacks = {
+            "score": "" if logits else "the Inception Score needs a space with class logits, as inception=FILE",
+            "captions": "" if joint else "captions need a space that they share with pictures, as clip=FOLDER",
+        }
+        if joint and not captioned:
+            lacks["captions"] = "captions were asked about, and there are pictures without one"
+        missing = [lacks[kind] for kind in self.kinds if lacks.get(kind)]
+        if missing and (set(self.kinds) != set(KINDS) or len(missing) == len(self.kinds)):
+            raise UserError(f"{missing[0]}; leave that out of --figures")
+
+    def check_counts(self, space: FeatureSpace, drawn: int, real: int, held_out: bool = False) -> None:
+        """Raises UserError for figures that are not defined, or say nothing, of sets of so many pictures."""
+        if "frechet" in self.kinds and not held_out and min(drawn, real) <= space.width and not self.allow_few:
+            raise UserError(
+                f"{frechet_name(space)} fits covariances of {space.width} dimensions to {drawn} and {real} pictures, "
+                "which says more of their number than of the model; give more, leave frechet out of --figures, or "
+                "insist with --allow-few"
+            )
+        if "kernel" in self.kinds:
+            check_subset(drawn, real, self.subset)
+        if "neighbours" in self.kinds:
+            check_neighbours(drawn, real, max(self.neighbours, self.ball))
+        if "score" in self.kinds and space.logits:
+            check_splits(drawn, self.splits)
+
+
+def frechet_name(space: FeatureSpace) -> str:
+    return f"{'FID' if official(space) else 'FD'}[{space.name}]"
+
+
+def official(space: FeatureSpace) -> bool:
+    """Whether this is the space in which FID, KID and IS are defined."""
+    return space.name.startswith("inception")
+
 
 def between(drawn: Features, real: Features, measures: Measures, held_out: bool = False) -> dict[str, float]:
     """Figures of two sets in one space. Against held-out pictures, which are few, no Frechet distance is told.
@@ -59,20 +115,13 @@ def between(drawn: Features, real: Features, measures: Measures, held_out: bool 
     Raises UserError for sets that are too small for what is asked.
     """
     space, found = drawn.space, {}
-    official = space.name.startswith("inception")
+    measures.check_counts(space, len(drawn), len(real), held_out)
     wanted = [kind for kind in measures.kinds if not (held_out and kind == "frechet")]
     tail = f"[{space.name}]{HELD_OUT if held_out else ''}"
     if "frechet" in wanted:
-        name = ("FID" if official else "FD") + tail
-        if min(len(drawn), len(real)) <= space.width and not measures.allow_few:
-            raise UserError(
-                f"{name} fits covariances of {space.width} dimensions to {len(drawn)} and {len(real)} pictures, which "
-                "says more of their number than of the model; give more, leave frechet out of --figures, or insist "
-                "with --allow-few"
-            )
-        found[name] = frechet_of(drawn.moments(), real.moments())
+        found[frechet_name(space)] = frechet_of(drawn.moments(), real.moments())
     if "kernel" in wanted:
-        name = ("KID" if official else "KD") + tail
+        name = ("KID" if official(space) else "KD") + tail
         found[name], found[f"{name} deviation"] = kernel(drawn.all(), real.all(), measures.subsets, measures.subset)
         if space.text is not None:
             found[f"CMMD{tail}"] = cmmd(drawn.all(), real.all())
@@ -107,9 +156,9 @@ def space_of(name: str) -> str:
     return name.partition("[")[2].partition("]")[0]
 
 
-def table(figures: dict[str, float], columns: Sequence[str] = ()) -> str:
+def table(figures: dict[str, float]) -> str:
     """The figures as lines, those of each space under its name; never two spaces in one column."""
-    return tables([figures], columns)
+    return tables([figures])
 
 
 def tables(rows: Sequence[dict[str, float]], columns: Sequence[str] = ()) -> str:

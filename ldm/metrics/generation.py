@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,26 @@ class Against:
     spaces: Sequence[FeatureSpace]
     measures: Measures
     cache: Path
-    batch_size: int = 4  # of the feature networks; small ones fit a CPU's caches, a GPU likes 64
     bar: bool = False
 
-    def figures(self, drawn: Source, size: int, crew: Crew) -> dict[str, float]:
+    def check(self, count: int, captioned: bool) -> None:
+        """Raises UserError for figures that `count` drawn pictures have not, whatever they show."""
+        self.measures.check_spaces(self.spaces, captioned)
+        for space in self.spaces:
+            self.measures.check_counts(space, count, len(self.real))
+            if self.held_out:
+                self.measures.check_counts(space, count, len(self.held_out), held_out=True)
+
+    def figures(self, drawn: Source, size: int, crew: Crew, kept: Path | None = None) -> dict[str, float]:
         """Those of `drawn`; all processes make features, the first one tells the figures (the others get none).
 
-        Raises UserError for sets that are too small.
+        `kept`: the folder of the features of `drawn`; None: beside those of the real sides. Raises UserError for sets
+        that are too small.
         """
-        sides = [drawn, self.real, *([self.held_out] if self.held_out else [])]
+        sides = [(drawn, kept or self.cache), (self.real, self.cache)]
+        sides += [(self.held_out, self.cache)] if self.held_out else []
         made = [
-            [extract(side, size, space, self.cache, crew, self.batch_size, self.bar) for side in sides]
-            for space in self.spaces
+            [extract(side, size, space, folder, crew, bar=self.bar) for side, folder in sides] for space in self.spaces
         ]
         found: dict[str, float] = {}
         for features in made if crew.main else []:
@@ -46,8 +54,6 @@ class Against:
             if self.held_out:
                 found |= between(features[0], features[2], self.measures, held_out=True)
             found |= alone(features[0], drawn, self.measures)
-        if crew.main and not found:
-            raise UserError("none of the figures asked for is defined in these spaces; ask for others, or other spaces")
         return found
 
     def protocol(self, drawn: Source, size: int, drawing: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -61,23 +67,38 @@ class Against:
             "reference": self.real.protocol(),
             "held_out": self.held_out.protocol() if self.held_out else None,
             "spaces": [space.protocol() for space in self.spaces],
-            "measures": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.measures).items()},
+            "measures": self.measures.protocol(self.spaces),
         }
+
+    def sources(self) -> dict[str, str]:
+        """What the real sides were called when they were given."""
+        return {"reference": self.real.name, **({"held_out": self.held_out.name} if self.held_out else {})}
 
 
 def evaluate_model(
     model: LatentDiffusion, drawing: Drawing, against: Against, folder: Path, crew: Crew, weights: str = "auto"
 ) -> dict[str, Any]:
-    """Draw what is missing in `folder`, measure it; the result with its protocol."""
+    """Draw what is missing in `folder`, measure it; the result with its protocol.
+
+    Features of the drawn are kept in a folder beside it. `weights`: what `ldm.load` was asked for. Raises UserError,
+    before anything is drawn if the counts alone tell.
+    """
+    drawing.check()
+    against.check(drawing.count, all(drawing.captions))
     drawn = draw(model, drawing, folder, crew, against.bar)
     side = drawing.settings.width or model.config.image_size
-    figures = against.figures(drawn, side, crew)
+    figures = against.figures(drawn, side, crew, folder.parent / "features")
     made = against.protocol(drawn, side, drawing.protocol(model))
     subject = {**protocol.subject_of(model, weights), "pictures": drawn.digest}
-    return protocol.result(figures, subject, made, cost={"evaluations": evaluations(folder)})
+    sources = {"captions": drawing.captions_from, **against.sources()}
+    return protocol.result(figures, subject, made, sources=sources, cost={"evaluations": evaluations(folder)})
 
 
 def evaluate_pictures(drawn: Source, size: int, against: Against, crew: Crew) -> dict[str, Any]:
-    """The same of pictures that are there already."""
-    figures = against.figures(drawn, size, crew)
-    return protocol.result(figures, {"name": drawn.name, "pictures": drawn.digest}, against.protocol(drawn, size, None))
+    """The same of pictures that are there already, brought to `size` pixels. Raises UserError."""
+    if size < 1:
+        raise UserError(f"pictures of {size} pixels were asked for; choose a --size of at least 1")
+    against.check(len(drawn), drawn.captioned)
+    figures, made = against.figures(drawn, size, crew), against.protocol(drawn, size, None)
+    subject = {"name": drawn.name, "pictures": drawn.digest}
+    return protocol.result(figures, subject, made, sources=against.sources())

@@ -50,21 +50,21 @@ def read_pictures(shards: str, where: Mapping[str, Sequence[str]], size: int) ->
     What does not decode is counted, logged and left out. Raises UserError when nothing is left.
     """
     found = open_set(shards, "--shards", fault, where)
-    reader, tally = ShardReader(found.shards), Tally()
+    tally = Tally()
     rows: list[tuple[Tensor, str, str, str]] = []
-    for shard, index in enumerate(found.shards):
-        for number, key in enumerate(index.keys):
-            try:
-                sample = decode(reader.read(shard, number), "txt", random.Random(0))
-            except BadSample as error:
-                tally.note(str(error), key, str(index.path))
-                continue
-            if not {"name", "style"} <= sample.meta.keys():
-                tally.note("no name or style in its json", key, str(index.path))
-                continue
-            image = to_tensor(square(sample.picture, size))
-            rows.append((image, str(sample.meta["name"]), str(sample.meta["style"]), sample.caption))
-    reader.close()
+    with ShardReader(found.shards) as reader:
+        for shard, index in enumerate(found.shards):
+            for number, key in enumerate(index.keys):
+                try:
+                    sample = decode(reader.read(shard, number), "txt", random.Random(0))
+                except BadSample as error:
+                    tally.note(str(error), key, str(index.path))
+                    continue
+                if not {"name", "style"} <= sample.meta.keys():
+                    tally.note("no name or style in its json", key, str(index.path))
+                    continue
+                image = to_tensor(square(sample.picture, size))
+                rows.append((image, str(sample.meta["name"]), str(sample.meta["style"]), sample.caption))
     if not rows:
         raise UserError(f"no sample of {shards} can be used ({tally}); each needs a name and a style in its json")
     images, names, styles, captions = zip(*rows, strict=True)

@@ -12,11 +12,13 @@ from tqdm import tqdm
 from ldm.checkpoints import native
 from ldm.errors import UserError
 from ldm.generate import draw
-from ldm.jobs import Settings, batches, of_prompts
+from ldm.jobs import Settings, batches
 from ldm.metrics import protocol
 from ldm.metrics.classifier import Classifier
+from ldm.metrics.drawing import Drawing
 from ldm.metrics.pictures import read_pictures
 from ldm.metrics.prompts import Judge, Score, make_prompts
+from ldm.metrics.sources import open_source
 from ldm.model import LatentDiffusion
 from ldm.provenance import surroundings
 
@@ -24,12 +26,13 @@ from ldm.provenance import surroundings
 def evaluate_prompts(
     model: LatentDiffusion,
     classifier: Classifier,
+    settings: Settings,
+    *,
     concepts: Sequence[str],
     styles: Sequence[str],
     left_out: str,
     shards: str,
     where: Mapping[str, Sequence[str]],
-    settings: Settings,
     n: int = 2,
     seed: int = 0,
     batch_size: int = 16,
@@ -42,15 +45,15 @@ def evaluate_prompts(
     """
     if left_out in classifier.config.styles:
         raise UserError(f"the classifier was trained on the style '{left_out}'; name the one it left out")
-    pictures = read_pictures(shards, {"name": list(concepts), **where}, classifier.config.size)
+    where = {"name": list(concepts), **where}
+    pictures, real = read_pictures(shards, where, classifier.config.size), open_source(shards, "--shards", where)
     judge = Judge(classifier, pictures, concepts)
     prompts = make_prompts(pictures, concepts, styles)
-    settings = settings.check()
-
-    requests = of_prompts([prompt.text for prompt in prompts], seed=seed, n=n)
-    parts = list(batches(requests, batch_size))
-    drawn = torch.cat([draw(model, part, settings, len(part)) for part in tqdm(parts, unit="batch", disable=not bar)])
     asked = [prompt for prompt in prompts for _ in range(n)]
+    drawing = Drawing(tuple(prompt.text for prompt in asked), settings, len(asked), seed, batch_size).check()
+
+    parts, settings = list(batches(drawing.requests(0, len(asked)), batch_size)), settings.check()
+    drawn = torch.cat([draw(model, part, settings, len(part)) for part in tqdm(parts, unit="batch", disable=not bar)])
     places = judge.ranks(drawn, [prompt.concept for prompt in asked])
 
     def score(name: str, of: str) -> Score:
@@ -68,12 +71,8 @@ def evaluate_prompts(
             "command": "prompts",
             "prompts": [prompt.text for prompt in prompts],
             "pictures_of_each": n,
-            "seeds": [requests[0].seed, requests[-1].seed],
-            "sampler": settings.sampler,
-            "spacing": settings.spacing,
-            "steps": settings.steps,
-            "cfg": settings.cfg,
-            "precision": surroundings(model)["precision"],
+            "seeds": [seed, seed + len(asked) - 1],
+            "drawing": drawing.protocol(model),
             "chance": 1 / len(concepts),
             "classifier": {
                 "fingerprint": native.fingerprint(classifier),
@@ -81,8 +80,10 @@ def evaluate_prompts(
                 "styles": list(classifier.config.styles),
                 "size": classifier.config.size,
             },
-            "prototypes": {"concepts": len(concepts), "pictures": judge.pictures, "shards": shards},
+            "prototypes": {"concepts": len(concepts), "pictures": judge.pictures},
+            "reference": real.protocol(),
         },
+        sources={"reference": shards},
         concepts={name: score(name, "concept").top1 for name in concepts},
         surroundings=surroundings(model),
     )

@@ -1,8 +1,9 @@
 """What stands beside the figures: all that is needed to measure them again, and whether two results compare.
 
-A result has four parts. `figures`: name -> number. `subject`: what was measured, a model or pictures. `protocol`: how;
-figures of two subjects compare if and only if it is the same. `made_on`: versions and machine, of which a figure
-depends in its last digits.
+A result has five parts. `figures`: name -> number. `subject`: what was measured, a model or pictures. `protocol`: how;
+figures of two subjects compare if and only if it is the same. `sources`: what the pictures and captions were read from,
+as the user named it, to measure again; the protocol has their hashes. `made_on`: versions and machine, on which a
+figure depends in its last digits.
 """
 
 from __future__ import annotations
@@ -39,8 +40,13 @@ def result(
 
 
 def subject_of(model: LatentDiffusion, weights: str = "auto") -> dict[str, Any]:
-    """Name and hash of a model, and which of its weights were used where its file has averaged ones and others."""
-    return {"model": model.name, "hash": model.hash, "weights": weights, "notices": list(model.notices)}
+    """Name and hash of a model, and which of its weights were used; `weights` is what `ldm.load` was asked for.
+
+    "ema" or "raw" where the checkpoint has both, "the only ones" where it has one set and does not say which.
+    """
+    both = model.checkpoint is not None and model.checkpoint.two_sets
+    used = weights if weights != "auto" else "ema" if both else "the only ones"
+    return {"model": model.name, "hash": model.hash, "weights": used, "notices": list(model.notices)}
 
 
 def versions() -> dict[str, str]:

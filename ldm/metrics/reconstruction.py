@@ -50,7 +50,7 @@ def evaluate_autoencoder(
     """
     if size < WINDOW:
         raise UserError(
-            f"pictures of {size} pixels are smaller than the window of SSIM; choose a --size of {WINDOW} or more"
+            f"pictures of {size} pixels are smaller than the window of SSIM; choose a --size from {WINDOW} on"
         )
     codec.latent_shape(size, size)
     few = [space for space in spaces if len(source) <= space.width and not allow_few]

@@ -9,8 +9,11 @@ one agrees between libraries; Parmar et al. 2022).
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +24,9 @@ from ldm.data.shards import BadSample, Members, Record, ShardReader, ShardSet, o
 from ldm.data.transforms import square, to_tensor
 from ldm.errors import UserError, explain_os_error
 from ldm.files import read_text
+from ldm.jobs import Request, read_prompts
+
+logger = logging.getLogger(__name__)
 
 RESIZE = "middle square, Pillow bicubic, antialiased, 8 bits"
 
@@ -57,20 +63,18 @@ class Source:
 
     def images(self, start: int, stop: int, size: int) -> tuple[list[int], list[Tensor]]:
         """Numbers and pictures (3, size, size) in [-1, 1] of the items start to stop that can be decoded."""
-        reader = ShardReader(self.shards.shards, self.shards.store) if self.shards else None
         kept, images = [], []
-        for number in range(start, min(stop, len(self))):
-            place = self.items[number].place
-            try:
-                content = place.read_bytes() if isinstance(place, Path) else _picture(reader, *place)  # type: ignore[arg-type]
-                images.append(to_tensor(square(decode_picture(content), size)))
-                kept.append(number)
-            except BadSample:
-                continue
-            except OSError as error:
-                raise explain_os_error(error, f"reading {place}") from error
-        if reader:
-            reader.close()
+        with ShardReader(self.shards.shards, self.shards.store) if self.shards else nullcontext() as reader:
+            for number in range(start, min(stop, len(self))):
+                place = self.items[number].place
+                try:
+                    content = place.read_bytes() if isinstance(place, Path) else _picture(reader, *place)  # type: ignore[arg-type]
+                    images.append(to_tensor(square(decode_picture(content), size)))
+                    kept.append(number)
+                except BadSample:
+                    continue
+                except OSError as error:
+                    raise explain_os_error(error, f"reading {place}") from error
         return kept, images
 
     def protocol(self) -> dict[str, object]:
@@ -92,12 +96,12 @@ def open_source(name: str, what: str, where: Mapping[str, Sequence[str]] | None 
             raise UserError(f"{what}: the folder {name} has no pictures ({', '.join(PICTURES)})")
         return of_files(name, paths, [_beside(path) for path in paths])
     shards = open_set(name, what, _fault, where)
-    reader, items = ShardReader(shards.shards, shards.store), []
-    for shard, index in enumerate(shards.shards):
-        for number in range(len(index)):
-            record = reader.read(shard, number)
-            items.append(Item(_sha(_content(record)), _caption(record), (shard, number)))
-    reader.close()
+    items = []
+    with ShardReader(shards.shards, shards.store) as reader:
+        for shard, index in enumerate(shards.shards):
+            for number in range(len(index)):
+                record = reader.read(shard, number)
+                items.append(Item(_sha(_content(record)), _caption(record), (shard, number)))
     return Source(name, _ordered(items), where or {}, shards)
 
 
@@ -122,16 +126,26 @@ def recaption(source: Source, captions: Sequence[str]) -> Source:
 
 
 def read_captions(name: str, where: Mapping[str, Sequence[str]] | None = None) -> tuple[str, ...]:
-    """Captions in their own order: of tar shards, or of a file as `jobs.read_prompts` takes it. Raises UserError."""
-    from ldm.jobs import read_prompts
+    """Captions in their own order: of tar shards, or of a file as `jobs.read_prompts` takes it.
 
+    Samples without one are left out, and that is logged. Raises UserError, also for a file with seeds or negative
+    prompts of its own.
+    """
     path = Path(name)
     if path.is_file() and path.suffix.lower() != ".tar":
-        return tuple(request.prompt for request in read_prompts(path))
+        requests = read_prompts(path)
+        if requests != [Request(request.prompt, seed=i) for i, request in enumerate(requests)]:
+            raise UserError(
+                f"{name} has seeds or negative prompts of its own, and pictures to be measured have seeds from --seed "
+                "on and no negative prompts; give a file of prompts alone"
+            )
+        return tuple(request.prompt for request in requests)
     source = open_source(name, "--captions", where)
     found = tuple(item.caption for item in sorted(source.items, key=lambda item: item.place) if item.caption)  # type: ignore[arg-type, return-value]
     if not found:
         raise UserError(f"none of the pictures of {name} has a caption")
+    if len(found) < len(source):
+        logger.warning("%d of the %d pictures of %s have no caption", len(source) - len(found), len(source), name)
     return found
 
 
@@ -152,8 +166,6 @@ def _picture(reader: ShardReader, shard: int, number: int) -> bytes:
 
 
 def _caption(record: Record) -> str:
-    import json
-
     try:
         meta = json.loads(record.fields.get("json", b"{}"))
         return choose_caption(record, meta if isinstance(meta, dict) else {}, "txt", random.Random(0))

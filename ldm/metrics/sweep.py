@@ -72,20 +72,31 @@ def cells(axes: Axes, drawing: Drawing) -> list[Cell]:
 
 
 def sweep(
-    model: LatentDiffusion, drawing: Drawing, axes: Axes, against: Against, folder: Path, crew: Crew
+    model: LatentDiffusion,
+    drawing: Drawing,
+    axes: Axes,
+    against: Against,
+    folder: Path,
+    crew: Crew,
+    weights: str = "auto",
 ) -> list[dict[str, Any]]:
     """Draw and measure each combination into `folder`; sweep.csv, sweep.png and a result for each are written there.
 
     Every combination has the same captions and seeds. Returns the rows of the table.
     """
-    rows = measure(model, cells(axes, drawing), against, folder, crew)
+    rows = measure(model, cells(axes, drawing), against, folder, crew, weights)
     if crew.main:
         atomic_write_bytes(folder / "sweep.png", plot(rows, tuple(axes)))
     return rows
 
 
 def measure(
-    model: LatentDiffusion, cells: Sequence[Cell], against: Against, folder: Path, crew: Crew
+    model: LatentDiffusion,
+    cells: Sequence[Cell],
+    against: Against,
+    folder: Path,
+    crew: Crew,
+    weights: str = "auto",
 ) -> list[dict[str, Any]]:
     """A row for each cell: what is varied, the number of pictures, the evaluations that one cost, the figures.
 
@@ -94,7 +105,7 @@ def measure(
     """
     rows = []
     for cell in cells:
-        found = evaluate_model(model, cell.drawing, against, folder / cell.name, crew)
+        found = evaluate_model(model, cell.drawing, against, folder / cell.name, crew, weights)
         if crew.main:
             protocol.write(found, folder / f"{cell.name}.json")
             cost = {"pictures": cell.drawing.count, "evaluations": found["cost"]["evaluations"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from ldm.jobs import Settings
 from ldm.metrics.crew import Crew
 from ldm.metrics.drawing import Drawing, draw
 from ldm.metrics.extraction import CACHE, extract
-from ldm.metrics.features import make_space
-from ldm.metrics.figures import Measures, alone, between
+from ldm.metrics.features import FeatureSpace, make_space
+from ldm.metrics.figures import Measures
+from ldm.metrics.generation import Against
 from ldm.metrics.sources import open_source, read_captions
 from ldm.model import LatentDiffusion
 
@@ -29,14 +31,22 @@ def watch(model: LatentDiffusion, config: FiguresConfig, data: DataConfig, sampl
     shards = config.reference or data.validation
     if not shards:
         raise UserError("figures.pictures asks for real ones to compare with; set figures.reference or data.validation")
-    space = make_space(config.space, model.device.type)
+    space = _space(config.space, model.device.type)
     real = open_source(shards, "figures.reference", data.where)
-    drawing = Drawing(read_captions(shards, data.where), Settings(sample.cfg, sample.steps), config.pictures)
-    batch_size = 4 if model.device.type == "cpu" else 64
+    captions = read_captions(shards, data.where)
+    drawing = Drawing(captions, Settings(sample.cfg, sample.steps), config.pictures).check()
+    crew = Crew()
+    decoded = len(extract(real, data.size, space, CACHE, crew))
+    kinds = ("kernel", "neighbours", *(("captions",) if space.text is not None else ()))
+    measures = Measures(kinds, subset=min(drawing.count, decoded, SUBSET)).check()
+    against = Against(real, None, [space], measures, CACHE)
+    against.check(drawing.count, captioned=True)
     with tempfile.TemporaryDirectory() as name:
-        folder, crew = Path(name), Crew()
-        drawn = draw(model, drawing, folder / "pictures", crew)
-        made = extract(drawn, data.size, space, folder, crew, batch_size)
-        kept = extract(real, data.size, space, CACHE, crew, batch_size)
-        measures = Measures(("kernel", "neighbours", "captions"), subset=min(len(made), len(kept), SUBSET)).check()
-        return between(made, kept, measures) | alone(made, drawn, measures)
+        folder = Path(name)
+        return against.figures(draw(model, drawing, folder / "pictures", crew), data.size, crew, folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _space(name: str, device: str) -> FeatureSpace:
+    """Built once in a run."""
+    return make_space(name, device)

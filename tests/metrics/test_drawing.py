@@ -70,6 +70,28 @@ def test_pictures_drawn_otherwise_are_refused(tiny_model, tmp_path):
         draw(tiny_model, Drawing(CAPTIONS, DRAWING.settings, 0), tmp_path, Crew())
 
 
+def test_damaged_files_beside_the_pictures_are_named(tiny_model, tmp_path):
+    one = Drawing(CAPTIONS, DRAWING.settings, 1)
+    draw(tiny_model, one, tmp_path, Crew())
+    for content in ("", "{}", "[]", '{"evaluations": null}'):
+        (tmp_path / "cost.json").write_text(content)
+        with pytest.raises(UserError, match=r"cost\.json is damaged; remove it"):
+            evaluations(tmp_path)
+    (tmp_path / "cost.json").unlink()
+    draw(tiny_model, one, tmp_path, Crew())
+    assert evaluations(tmp_path) == 4
+    for content, said in (('{"model"', "is damaged"), ("[]", "does not say how its pictures were made")):
+        (tmp_path / "drawing.json").write_text(content)
+        with pytest.raises(UserError, match=said):
+            draw(tiny_model, one, tmp_path, Crew())
+
+
+def test_seeds_are_not_negative_and_have_63_bits():
+    for seed in (-5, 2**63 - 1):
+        with pytest.raises(UserError, match=f"the first seed is {seed}; choose it between 0 and"):
+            Drawing(CAPTIONS, DRAWING.settings, 1, seed).check()
+
+
 def test_the_protocol_names_what_the_pictures_depend_on(tiny_model):
     made = DRAWING.protocol(tiny_model)
     assert made | {"captions_hash": ""} == {

@@ -87,7 +87,10 @@ def test_a_classifier_is_trained_and_judges_prompts(command, tiny_checkpoint, to
     assert made["protocol"]["prompts"][0] == "a red heart, noto emoji"
     assert made["protocol"]["seeds"] == [5, 16]
     assert made["protocol"]["classifier"]["styles"] == ["flat emoji", "noto emoji"]
-    assert "chance 33.3%" in out
+    assert "chance 33.3%" in out and "sampler ddim" in out
+    assert made["protocol"]["drawing"]["steps"] == 2 and made["protocol"]["drawing"]["first_seed"] == 5
+    assert made["protocol"]["reference"]["pictures"] == 9 and len(made["protocol"]["reference"]["hash"]) == 64
+    assert made["sources"] == {"reference": shards}
     assert sheet.exists()
 
     code, _, err = command(
@@ -106,6 +109,9 @@ def test_mistakes_end_in_one_sentence(command, toy, tmp_path):
         ("tools/train_classifier.py", (*words, "--steps", 0), "--steps is 0"),
         ("tools/train_classifier.py", (*words, "--where", "style"), "and got 'style'"),
         ("scripts/evaluate.py", ("autoencoder", *words, "--model", tmp_path / "none"), "no model"),
+        ("scripts/evaluate.py", ("autoencoder", *words, "--size", -3), "pictures of -3 pixels"),
+        ("scripts/evaluate.py", ("autoencoder", *words, "--size", 8), "smaller than the window of SSIM"),
+        ("scripts/evaluate.py", ("autoencoder", *words, "--size", 33), "multiples of 4"),
         ("scripts/evaluate.py", ("prompts", *words, "--classifier", tmp_path, "--concepts", concepts), "no classifier"),
     ):
         code, _, err = command(script, *given)

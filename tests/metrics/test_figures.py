@@ -10,6 +10,7 @@ import ldm.metrics.extraction as extraction
 from ldm.errors import UserError
 from ldm.image_io import to_pil
 from ldm.metrics.crew import Crew
+from ldm.metrics.distances import density_coverage, inception_score, kernel, precision_recall
 from ldm.metrics.extraction import extract
 from ldm.metrics.features import FeatureSpace
 from ldm.metrics.figures import Measures, alone, between, space_of, table, tables
@@ -133,6 +134,51 @@ def test_names_carry_the_space_and_keep_their_meaning(pictures, tmp_path):
     names = set(between(drawn, real, SMALL) | alone(drawn, source(pictures[:20]), SMALL))
     assert {"FID[inception]", "KID[inception]", "IS[inception]"} <= names
     assert not any(name.startswith(("FD", "KD", "CMMD", "CLIP")) for name in names)
+
+
+def test_the_numbers_reach_the_figures_they_are_of(pictures, tmp_path):
+    drawn, real = sides(pictures, tmp_path, space("inception", LOGITS))
+    measures = Measures(subset=8, subsets=5, neighbours=2, ball=4, splits=3)
+    found = between(drawn, real, measures) | alone(drawn, source(pictures[:20]), measures)
+    a, b = drawn.all(), real.all()
+    assert (found["KID[inception]"], found["KID[inception] deviation"]) == kernel(a, b, subsets=5, size=8)
+    assert (found["precision[inception]"], found["recall[inception]"]) == precision_recall(a, b, 2)
+    assert (found["density[inception]"], found["coverage[inception]"]) == density_coverage(a, b, 4)
+    assert found["IS[inception]"] == inception_score(drawn.logits(), 3)[0]
+
+
+def test_the_protocol_has_the_numbers_of_what_was_asked():
+    measures = Measures(("neighbours", "kernel"), subset=8, allow_few=True)
+    kernels = {"subset": 8, "subsets": 100, "kernel_seed": 2020}
+    assert measures.protocol([space()]) == {"kinds": ["kernel", "neighbours"], **kernels, "neighbours": 3, "ball": 5}
+    assert measures.protocol([space(joint=True)])["cmmd_sigma"] == 10
+    assert Measures(("frechet",), allow_few=True).protocol([space()]) == {"kinds": ["frechet"]}
+    assert "splits" not in Measures().protocol([space()])
+    assert Measures().protocol([space(logits=LOGITS)])["splits"] == 10
+
+
+def test_what_no_space_has_is_refused():
+    Measures().check_spaces([space()], captioned=False)  # not asked for by name
+    Measures(("captions",)).check_spaces([space(), space(joint=True)], captioned=True)
+    for kinds, spaces, captioned, said in (
+        (("kernel", "captions"), [space()], True, "captions need a space that they share with pictures"),
+        (("captions",), [space(joint=True)], False, "pictures without one"),
+        (("score",), [space(joint=True)], True, "needs a space with class logits"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Measures(kinds).check_spaces(spaces, captioned)
+
+
+def test_counts_alone_tell_what_is_not_defined():
+    for measures, counts, said in (
+        (Measures(("frechet",)), (6, 20), r"FD\[toy\] fits covariances of 6 dimensions to 6 and 20"),
+        (Measures(("kernel",)), (2000, 9), "choose a smaller subset"),
+        (Measures(("neighbours",), neighbours=2, ball=9), (9, 20), "9 neighbours need larger sets"),
+        (Measures(("score",)), (9, 20), "over 10 parts"),
+    ):
+        with pytest.raises(UserError, match=said):
+            measures.check_counts(space(logits=LOGITS), *counts)
+    Measures(("frechet",)).check_counts(space(), 6, 5, held_out=True)
 
 
 def test_captions_are_looked_for_among_the_different_ones(pictures, tmp_path):

@@ -14,9 +14,14 @@ import torch
 import ldm.metrics.features as features
 from ldm.errors import UserError
 from ldm.jobs import Settings
+from ldm.metrics import protocol
+from ldm.metrics.crew import Crew
 from ldm.metrics.drawing import Drawing
 from ldm.metrics.features import FeatureSpace
-from ldm.metrics.sweep import cells, parse_axes, plot
+from ldm.metrics.figures import Measures
+from ldm.metrics.generation import Against
+from ldm.metrics.sources import open_source
+from ldm.metrics.sweep import cells, parse_axes, plot, sweep
 
 from .pictures_maker import toy_shard
 
@@ -72,6 +77,14 @@ def test_a_model_is_measured_and_said_how(evaluate, words, tmp_path):
     assert told["drawing"]["sampler"] == "ddim" and told["drawing"]["precision"] == "fp32"
     assert told["reference"]["hash"] == told["held_out"]["hash"] and len(told["reference"]["hash"]) == 64
     assert len(made["subject"]["hash"]) == 64 and made["cost"]["evaluations"] == 4
+    shard = str(tmp_path / "toy.tar")
+    assert made["sources"] == {"captions": shard, "reference": shard, "held_out": shard}
+    assert made["subject"]["weights"] == "the only ones"
+    assert told["measures"]["kernel_seed"] == 2020 and "allow_few" not in told["measures"]
+    for words in ("sampler ddim, spacing trailing", "first seed 3", f"hash {told['reference']['hash'][:8]}", "resize"):
+        assert words in out.partition("measured so:")[2]
+    assert len(list((tmp_path / "a" / "features").glob("toy-*"))) == 1  # of the drawn; the real ones' are in the cache
+    assert len(list((tmp_path / "cache").glob("toy-*"))) == 1
 
     # The pictures that were drawn, measured as a folder, have the same figures.
     code, _, _ = evaluate(
@@ -112,10 +125,20 @@ def test_a_sweep_draws_its_curves(evaluate, words, tmp_path):
     ]  # fmt: skip
     assert all(float(row["precision[toy]"]) <= 1 and row["KD[toy]"] for row in rows)
     assert (tmp_path / "s" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "s" / "cfg2-steps3.json").exists()
+    assert json.loads((tmp_path / "s" / "cfg2-steps3.json").read_text())["sources"]["captions"]
+    assert "sampler ddim" in out and "cfg 1" not in out.partition("measured so:")[2]
     heads, *lines = (line.split() for line in out.splitlines()[1:6])
     assert heads[:5] == ["cfg", "steps", "pictures", "evaluations", "KD"] and "precision" in heads
     assert [line[:2] for line in lines] == [["1", "1"], ["1", "3"], ["2", "1"], ["2", "3"]]
+
+
+def test_a_sweep_says_the_weights_it_was_given(tiny_model, tmp_path):
+    real = open_source(toy_shard(tmp_path / "toy.tar"), "--reference")
+    measures = Measures(("kernel",), subset=4, subsets=2)
+    against = Against(real, None, [toy_space("toy")], measures, tmp_path / "cache")
+    drawing = Drawing(("a red heart",), Settings(steps=1), 4)
+    sweep(tiny_model, drawing, {"cfg": [1.0]}, against, tmp_path / "s", Crew(), "raw")
+    assert protocol.read(tmp_path / "s" / "cfg1.json")["subject"]["weights"] == "raw"
 
 
 def test_a_line_of_the_curves_follows_the_last_axis_alone(monkeypatch):
@@ -153,12 +176,38 @@ def test_mistakes_end_in_one_sentence(evaluate, words, tmp_path):
         (words, "a folder --out"),
         ((*words, "--out", tmp_path / "x", "--count", 9), "--allow-few"),
         ((*words, "--out", tmp_path / "x", "--figures", "fid"), "there are no figures 'fid'"),
-        ((*words, "--pictures", tmp_path), "--size 64"),
+        (("--reference", tmp_path / "toy.tar", "--pictures", tmp_path), "--size 64"),
+        ((*words, "--out", tmp_path / "x", "--subset", 10), "choose a smaller subset"),
+        ((*words, "--out", tmp_path / "x", "--ball", 9, "--allow-few"), "9 neighbours need larger sets"),
+        ((*words, "--out", tmp_path / "x", "--figures", "kernel,captions"), "captions need a space"),
+        ((*words, "--out", tmp_path / "x", "--figures", "score"), "class logits"),
+        ((*words, "--out", tmp_path / "x", "--seed", -5), "the first seed is -5"),
+        ((*words, "--out", tmp_path / "x", "--sweep", "cfg=1", "--output", "y.json"), "leave --output out"),
         ((*words, "--out", tmp_path / "x", "--sweep", "steps=0"), "0 steps"),
         (("--reference", tmp_path / "toy.tar", "--pictures", tmp_path / "none", "--size", 8), "no file matches"),
     ):
         code, _, err = evaluate("generation", *given)
         assert code == 1 and err.startswith("error: ") and complaint in err and err.count("\n") == 1
+    assert not (tmp_path / "x").exists()  # nothing was drawn before it was refused
+
+
+def test_pictures_that_are_there_are_not_drawn(evaluate, tmp_path):
+    shard = toy_shard(tmp_path / "toy.tar")
+    given = ("--reference", shard, "--pictures", shard, *SMALL, "--space", "toy", "--figures", "kernel")
+    for wrong, complaint in (
+        (("--size", -3), "pictures of -3 pixels"),
+        (("--size", 32, "--cfg", 7.5), "--cfg is of pictures that a model draws"),
+        (("--size", 32, "--steps", 30), "--steps is of"),
+        (("--size", 32, "--seed", 0), "--seed is of"),
+        (("--size", 32, "--count", 9), "--count is of"),
+        (("--size", 32, "--weights", "auto"), "--weights is of"),
+        (("--size", 32, "--out", tmp_path / "x"), "--out is of"),
+        (("--size", 32, "--sweep", "cfg=1"), "--sweep is of"),
+    ):
+        code, _, err = evaluate("generation", *given, *wrong)
+        assert code == 1 and complaint in err and err.count("\n") == 1
+    code, out, _ = evaluate("generation", *given, "--size", 32)
+    assert code == 0 and f"reference {shard}" in out
 
 
 @pytest.mark.slow

@@ -52,12 +52,17 @@ def test_both_methods_as_a_user_runs_them(command, tiny_checkpoint, tiny_model, 
     assert code == 0
     assert "2 pictures of 32 px" in out and "bits/dim[latent]" in out
     assert made["figures"]["space"] == "latent" and made["protocol"]["seeds"] == [5, 6]
+    assert made["sources"] == {"pictures": HELD_OUT} and made["subject"]["weights"] == "the only ones"
+    known = made["protocol"]["pictures"]
+    assert (known["pictures"], len(known["hash"])) == (2, 64) and f"hash {known['hash'][:8]}" in out
     batch = pictures(2, 32)
     flow = likelihood.flow(tiny_model, batch.image, batch.caption, [5, 6], tolerance=0.2)
     assert made["each"] == pytest.approx(flow.bits.value.tolist(), rel=1e-4)  # encoded in batches of another size
 
     code, out, _ = command(*words, "--method", "bound", "--strata", 4, "--variance", "beta")
-    made = json.loads(report.read_text())["figures"]
+    document = json.loads(report.read_text())
+    assert document["protocol"]["pictures"] == known  # the same pictures, in batches of whatever size
+    made = document["figures"]
     assert code == 0 and "bound: " in out
     assert made["prior"] + made["steps"] + made["decoder"] == pytest.approx(made["bits_per_dim"], abs=1e-4)
     chain = likelihood.chain(tiny_model, batch.image, batch.caption, [5, 6], "beta", 4, 2)
@@ -65,6 +70,8 @@ def test_both_methods_as_a_user_runs_them(command, tiny_checkpoint, tiny_model, 
 
     for mistake, complaint in (
         (("--count", 0), "--count is 0"),
+        (("--seed", -5), "--seed is -5; it must be at least 0"),
+        (("--method", "bound", "--strata", -3), "--strata is -3; it must be at least 0"),
         (("--method", "bound", "--variance", "learned"), "learned no variance"),
         (("--method", "bound", "--strata", 500), "500 strata"),
     ):

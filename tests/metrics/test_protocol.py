@@ -2,11 +2,13 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from ldm.errors import UserError
 from ldm.metrics import protocol
+from ldm.metrics.brief import brief
 
 DOCUMENT = {
     "figures": {"KD[toy]": 0.5, "KD[toy] deviation": 0.1, "FID[inception]": 9.0},
@@ -71,6 +73,43 @@ def test_what_is_meant_to_differ_may(paths):
         protocol.compare(both, ["drawing.cfg"])
     assert "difference" in protocol.compare(both, ["drawing.cfg", "drawing.steps"])
     assert "difference" in protocol.compare(both, ["drawing"])
+
+
+def test_what_was_read_from_where_may_differ(paths):
+    document = other()
+    document["sources"] = {"reference": "elsewhere/*.tar"}
+    assert "difference" in protocol.compare(paths(document))
+
+
+def test_the_weights_are_those_that_were_used():
+    def weights(two_sets, asked):
+        checkpoint = SimpleNamespace(two_sets=two_sets)
+        model = SimpleNamespace(name="m", hash="0", notices=(), checkpoint=checkpoint)
+        return protocol.subject_of(model, asked)["weights"]  # type: ignore[arg-type]
+
+    assert [weights(True, asked) for asked in ("auto", "ema", "raw")] == ["ema", "ema", "raw"]
+    assert weights(False, "auto") == "the only ones"
+
+
+def test_few_lines_tell_how_it_was_measured():
+    document = {**DOCUMENT, "sources": {"reference": "real/*.tar"}}
+    document["protocol"] = {
+        **DOCUMENT["protocol"],
+        "reference": {"pictures": 9, "hash": "ab" * 32},
+        "prompts": ["a"] * 9,
+    }
+    lines = brief(document, without=["steps"]).split("\n")
+    assert lines == [
+        "",
+        "measured so:",
+        "  subject   model one, hash 1",
+        "  pictures  100",
+        "  drawing   cfg 3, sampler ddim",
+        "  spaces    name toy, hash a, resize 224 px; name inception, hash 6726",
+        "  reference pictures 9, hash abababab",
+        "  prompts   9 of them",
+        "  sources   reference real/*.tar",
+    ]
 
 
 def test_other_files_are_no_results(tmp_path):

@@ -74,6 +74,22 @@ def test_captions_keep_their_own_order(tmp_path):
     assert read_captions(str(tmp_path / "p.txt")) == ("one", "two")
 
 
+def test_files_that_ask_for_more_than_captions_are_refused(tmp_path):
+    for name, text in (("p.csv", "prompt,negative\none,bad\n"), ("q.jsonl", '{"prompt": "one", "seed": 7}\n')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="seeds or negative prompts of its own"):
+            read_captions(str(tmp_path / name))
+    (tmp_path / "r.csv").write_text("prompt\none\ntwo\n")
+    assert read_captions(str(tmp_path / "r.csv")) == ("one", "two")
+
+
+def test_pictures_without_a_caption_are_told(tmp_path, caplog):
+    folder = paint(tmp_path / "a", "pqr")
+    (folder / "q.txt").unlink()
+    assert read_captions(str(folder)) == ("picture 0", "picture 2")
+    assert "1 of the 3 pictures" in caplog.text and "have no caption" in caplog.text
+
+
 def test_captions_given_apart_go_to_the_pictures_by_name(tmp_path):
     folder = paint(tmp_path / "a", "qp", captions=False)
     source = recaption(open_source(str(folder), "--pictures"), ["first", "second"])

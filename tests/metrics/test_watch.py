@@ -10,7 +10,13 @@ from ldm.checkpoints import native
 from ldm.conditioning.clip import TextTower
 from ldm.config import DataConfig, DiffusionTraining, FiguresConfig, ModelConfig, SampleConfig, TextConfig
 from ldm.errors import UserError
+from ldm.jobs import Settings
+from ldm.metrics.crew import Crew
+from ldm.metrics.drawing import Drawing, draw
 from ldm.metrics.features import FeatureSpace
+from ldm.metrics.figures import Measures
+from ldm.metrics.generation import Against, evaluate_pictures
+from ldm.metrics.sources import open_source, read_captions
 from ldm.metrics.watch import watch
 from ldm.training.stage_two import DiffusionStage
 
@@ -28,8 +34,27 @@ def shard(tmp_path, monkeypatch):
         return FeatureSpace("toy", 12, lambda image: torch.nn.functional.adaptive_avg_pool2d(image, 2).flatten(1))
 
     monkeypatch.setattr(watching, "make_space", toy_space)
+    watching._space.cache_clear()
     monkeypatch.setattr(watching, "CACHE", tmp_path / "cache")
-    return toy_shard(tmp_path / "toy.tar")
+    yield toy_shard(tmp_path / "toy.tar")
+    watching._space.cache_clear()
+
+
+def test_the_figures_are_those_of_evaluation(tiny_model, shard, tmp_path):
+    found = watch(tiny_model, FiguresConfig(pictures=8), DataConfig(validation=shard, size=32), SAMPLE)
+    drawing = Drawing(read_captions(shard), Settings(SAMPLE.cfg, SAMPLE.steps), 8)
+    drawn, real = draw(tiny_model, drawing, tmp_path / "drawn", Crew()), open_source(shard, "--reference")
+    measures = Measures(("kernel", "neighbours"), subset=8)
+    against = Against(real, None, [watching.make_space("toy", "cpu")], measures, tmp_path / "other")
+    assert found == evaluate_pictures(drawn, 32, against, Crew())["figures"]
+
+
+def test_the_network_of_the_features_is_built_once(tiny_model, shard, monkeypatch):
+    built, make = [], watching.make_space
+    monkeypatch.setattr(watching, "make_space", lambda name, device: (built.append(name), make(name, device))[1])
+    for _ in range(2):
+        watch(tiny_model, FiguresConfig(pictures=6), DataConfig(validation=shard, size=32), SAMPLE)
+    assert built == ["efficientnet-lite0"]
 
 
 def test_the_same_at_every_call(tiny_model, shard):
