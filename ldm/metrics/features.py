@@ -42,14 +42,14 @@ class FeatureSpace:
         return {"name": self.name, "width": self.width, "hash": self.hash, "resize": self.resize, "note": self.note}
 
 
-def resized(image: Tensor, side: int) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, side, side): bicubic with a = -1/2, antialiased, clamped.
+def resized(image: Tensor, side: int, mode: str = "bicubic") -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, side, side): bicubic with a = -1/2 (or bilinear), antialiased, clamped.
 
     Pillow's filter, on floats: what the "clean" protocol of Parmar et al. 2022 does.
     """
     if image.shape[-2:] == (side, side):
         return image
-    return F.interpolate(image, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    return F.interpolate(image, (side, side), mode=mode, antialias=True, align_corners=False).clamp(-1, 1)
 
 
 def efficientnet(device: str = "cpu") -> FeatureSpace:
@@ -86,6 +86,7 @@ def make_space(name: str, device: str = "cpu") -> FeatureSpace:
     inception-legacy=FILE         the same, resized as FIDs were before 2022: bilinear, not antialiased
     clip=FOLDER                   our own two towers, as scripts/train_clip.py leaves them
     ViT-B-32=FILE                 an open_clip architecture with a checkpoint of its weights
+    ViT-L-14:openai=FILE          the same, where weights were published that take pictures differently: of this name
 
     Raises UserError for a name that is none of these, and for weights that are missing or wrong.
     """

@@ -177,7 +177,7 @@ def test_mistakes_end_in_one_sentence(evaluate, words, tmp_path):
         ((*words, "--out", tmp_path / "x", "--count", 9), "--allow-few"),
         ((*words, "--out", tmp_path / "x", "--figures", "fid"), "there are no figures 'fid'"),
         (("--reference", tmp_path / "toy.tar", "--pictures", tmp_path), "--size 64"),
-        ((*words, "--out", tmp_path / "x", "--subset", 10), "choose a smaller subset"),
+        ((*words, "--out", tmp_path / "x", "--subset", 10, "--allow-few"), "choose a smaller subset"),
         ((*words, "--out", tmp_path / "x", "--ball", 9, "--allow-few"), "9 neighbours need larger sets"),
         ((*words, "--out", tmp_path / "x", "--figures", "kernel,captions"), "captions need a space"),
         ((*words, "--out", tmp_path / "x", "--figures", "score"), "class logits"),

@@ -145,7 +145,7 @@ def test_our_own_two_towers(tmp_path):
         make_space("clip")
 
 
-def test_an_open_clip_architecture_with_a_file(tmp_path):
+def test_an_open_clip_architecture_with_a_file(tmp_path, monkeypatch):
     import open_clip
 
     (tmp_path / "Small-8.json").write_text(
@@ -160,15 +160,33 @@ def test_an_open_clip_architecture_with_a_file(tmp_path):
     open_clip.add_model_config(tmp_path / "Small-8.json")
     model = open_clip.create_model("Small-8", load_weights=False).eval()
     torch.save(model.state_dict(), tmp_path / "small.pt")
+    with pytest.raises(UserError, match="no published weights of Small-8, so nobody knows how it takes pictures"):
+        make_space(f"Small-8={tmp_path / 'small.pt'}")
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.5, 0.5), "interpolation": "bilinear"}
+    published = {"half": half, "quick": {"quick_gelu": True}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Small-8", published)
     space = make_space(f"Small-8={tmp_path / 'small.pt'}")
     assert space.name == f"Small-8-{space.hash[:8]}" and space.width == 16 and space.text is not None
     with torch.no_grad():
         wanted = model.encode_text(open_clip.get_tokenizer("Small-8")(["a cat"]))
     torch.testing.assert_close(space.text(["a cat"]), wanted)
     assert space(images(2, side=40)).shape == (2, 16)
+    image = images(2, side=16)  # (x + 1) / 2 less a half, over a quarter and halves
+    with torch.no_grad():
+        torch.testing.assert_close(space(image), model.encode_image(image * torch.tensor([2.0, 1, 1]).view(3, 1, 1)))
+    assert space.resize == "16 px, bilinear, antialiased, float; mean 0.5/0.5/0.5, deviation 0.25/0.5/0.5"
+
+    with pytest.raises(UserError, match="'quick' have another activation; take the architecture Small-8-quickgelu"):
+        make_space(f"Small-8:quick={tmp_path / 'small.pt'}")
+    with pytest.raises(UserError, match="no weights 'none' of Small-8; choose from half, quick"):
+        make_space(f"Small-8:none={tmp_path / 'small.pt'}")
+    monkeypatch.setitem(published, "openai", {})
+    with pytest.raises(UserError, match="take pictures in 2 ways; say which the file has, as Small-8:half=FILE"):
+        make_space(f"Small-8={tmp_path / 'small.pt'}")
+    assert make_space(f"Small-8:openai={tmp_path / 'small.pt'}").resize.startswith("16 px, bicubic")
     torch.save({"nothing": torch.zeros(1)}, tmp_path / "bad.pt")
     with pytest.raises(UserError, match="holds no weights of Small-8"):
-        make_space(f"Small-8={tmp_path / 'bad.pt'}")
+        make_space(f"Small-8:half={tmp_path / 'bad.pt'}")
 
 
 def test_unknown_spaces():
