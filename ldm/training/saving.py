@@ -49,17 +49,21 @@ class Saver:
         Raises UserError if weights are not finite: a NaN never reaches a checkpoint.
         """
         self.meters.share(self.accelerator)
+        self.check_finite(step)
+        why = self._write(step)
+        if why and self.accelerator.is_main_process:
+            last = (saved_steps(self.output) or ["none"])[-1]
+            self.warn(f"warning: no state of step {step}: {why}; the last good one is of step {last}")
+        return why
+
+    def check_finite(self, step: int) -> None:
+        """Raise UserError, on all processes, if weights or averages are not finite after `step`."""
         name = self.members.not_finite() if self.accelerator.is_main_process or self.members.sharded else ""
         if name := next((each for each in from_all(name, self.accelerator) if each), ""):
             raise UserError(
                 f"weights of {name} are not finite after step {step}; lower optimizer.rate or use "
                 f"loop.precision=fp32; the last good state is in {self.output / 'state'}"
             )
-        why = self._write(step)
-        if why and self.accelerator.is_main_process:
-            last = (saved_steps(self.output) or ["none"])[-1]
-            self.warn(f"warning: no state of step {step}: {why}; the last good one is of step {last}")
-        return why
 
     def _write(self, step: int) -> str:
         """Empty, or why the disk did not take it. Of sharded tensors each process writes its own share, then main."""
@@ -96,9 +100,7 @@ class Saver:
         step, state, wrong = -1, {}, ""
         if self.accelerator.is_main_process:
             try:
-                if most is not None:
-                    tidy(self.output, most)
-                if (found := load_state(self.output)) is not None:
+                if (found := load_state(self.output, most)) is not None:
                     step, state = found
                 tidy(self.output, max(step, 0))
             except UserError as error:
@@ -108,16 +110,34 @@ class Saver:
             raise UserError(wrong)
         if step < 0:
             return 0
-        if not self.accelerator.is_main_process:
-            state = read_part(self.output, step)
         try:
-            if count := state.get("shares"):
-                parts = [read_part(self.output, step, f".{rank}of{count}") for rank in range(count)]
+            self._load(step, state)
+        except UserError as error:
+            wrong = str(error)
+        if wrong := next((each for each in from_all(wrong, self.accelerator) if each), ""):
+            raise UserError(wrong)
+        return step
+
+    def _load(self, step: int, state: dict[str, Any]) -> None:
+        """Take the state of `step`, which the main process has read already; raises UserError if it does not fit."""
+        parts = []
+        try:
+            if not self.accelerator.is_main_process:
+                state = read_part(self.output, step, check=True)
+            count = state.get("shares", 0)
+            parts = [read_part(self.output, step, f".{rank}of{count}") for rank in range(count)]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"process {self.accelerator.process_index} cannot read the state of step {step} in "
+                f"{self.output / 'state'} ({_first_line(error)}); output must lie on storage that all nodes see"
+            ) from error
+        try:
+            if parts:
                 state = unpack(state, parts, self.members.mesh())
             self.members.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
-                f"the state in {self.output / 'state'} is of other networks ({str(error).splitlines()[0]}); go on with "
+                f"the state in {self.output / 'state'} is of other networks ({_first_line(error)}); go on with "
                 f"the settings in {self.output / 'config.json'}, or choose another output"
             ) from error
         self.batches.load_state_dict(state["batches"])
@@ -125,7 +145,6 @@ class Saver:
         self.skipped, self.in_a_row = state.get("bad", (0, 0))
         if self.guard is not None and state.get("guard"):
             self.guard.load_state_dict(state["guard"])
-        return step
 
     def go_back(self) -> int | None:
         """To the last state from before the reconstruction went wrong, with less weight on the discriminator.
@@ -156,6 +175,10 @@ class Saver:
             "bad": (self.skipped, self.in_a_row),
             "guard": self.guard.state_dict() if self.guard is not None else None,
         }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def warn(text: str) -> None:

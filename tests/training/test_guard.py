@@ -7,6 +7,7 @@ import torch
 
 from ldm.config import LoopConfig
 from ldm.errors import UserError
+from ldm.training import state
 from ldm.training.guard import Guard
 from ldm.training.stage_one import AutoencoderStage
 from ldm.training.state import load_state, saved_steps
@@ -69,6 +70,28 @@ def test_what_was_learnt_of_a_going_back_survives_a_kill(tmp_path):
     again = Spoiled(SHORT, 1.5, 5, 0.9)
     run(again, SHORT, tmp_path)
     assert again.steps[0] == 5 and (again.guard.weight, again.guard.times) == (0.5, 1)
+
+
+@pytest.mark.parametrize("where", ["file", "hash"])
+def test_a_kill_in_the_middle_of_going_back_leaves_a_state(tmp_path, monkeypatch, where):
+    """Later states are set aside and the one it went back to is being written anew: before its file is there, and
+    between its file and its hash."""
+    name = "write_part" if where == "file" else "atomic_write_text"
+    write = getattr(state, name)
+    stage = Spoiled(SHORT, 1.5, 5, 0.9)
+
+    def killed(*arguments):
+        if stage.guard.times == 1:
+            raise MemoryError  # any sudden end
+        return write(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(state, name, killed)
+        run(stage, SHORT, tmp_path)
+    again = Spoiled(SHORT, 1.5, 5, 0.9)
+    run(again, SHORT, tmp_path)
+    assert again.steps[0] == 5 and again.guard.weight == 0.5
+    assert not list((tmp_path / "state").glob("*.unused"))
 
 
 def test_the_state_it_needs_is_kept_when_others_go(tmp_path):

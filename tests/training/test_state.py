@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.training.state import KEPT, Keep, load_state, save_state, saved_steps, tidy
+from ldm.training.state import KEPT, Keep, load_state, save_state, saved_steps, tidy, write_part
 
 LARGE = {"weights": torch.arange(1_000_000, dtype=torch.float32)}
 
@@ -84,6 +84,36 @@ def test_half_files_go_and_states_of_another_branch_are_set_aside(tmp_path):
     tidy(tmp_path, 2)
     assert load_state(tmp_path) == (2, {"step": 2})
     assert "00000003.pt.unused" in files(tmp_path) and not any(name.endswith(".tmp") for name in files(tmp_path))
+
+
+def test_what_was_set_aside_goes_when_the_run_has_come_by_it_again(tmp_path):
+    for step in (1, 2, 3):
+        save_state(tmp_path, step, {"step": step}, Keep(last=9))
+    tidy(tmp_path, 1)
+    save_state(tmp_path, 2, {}, Keep(last=9))
+    assert [name for name in files(tmp_path) if "unused" in name] == ["00000003.pt.unused"]
+    save_state(tmp_path, 4, {}, Keep(last=9))
+    assert not [name for name in files(tmp_path) if "unused" in name]
+
+
+def test_a_state_that_is_written_anew_can_be_read_between_the_file_and_its_hash(tmp_path):
+    """The one that a run went back to, all later ones being set aside already, is the only one there is."""
+    for step in (5, 6):
+        save_state(tmp_path, step, {"weight": 1.0}, Keep(last=9))
+    tidy(tmp_path, 5)
+    write_part(tmp_path, 5, "", {"weight": 0.5})  # and no `finish`: it was killed
+    assert load_state(tmp_path) == (5, {"weight": 0.5})
+
+
+def test_snapshots_and_pictures_of_a_branch_that_was_given_up_go(tmp_path):
+    names = [f"ema/unet-0.1000-{step:08d}.safetensors" for step in (3, 6)] + ["ema/notes.safetensors"]
+    names += ["samples/00000003.png", "samples/00000006.png", "samples/mine.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    tidy(tmp_path, 3)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {name for name in names if "00000006" not in name}
 
 
 def test_nothing_there(tmp_path):
