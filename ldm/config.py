@@ -171,7 +171,7 @@ class LoopConfig:
     keep: int = 2  # states, the newest ones
     keep_every: int = 0  # states at multiples of it are kept for ever; 0: none
     bad_steps: int = 10  # skipped in a row, for a loss or gradient that is not finite, before the run gives up
-    max_minutes: float = 0.0  # 0: no limit; else save and stop when it has passed
+    max_minutes: float = 0.0  # since the process began; 0: no limit; else save and stop when it has passed
     compile: bool = False
     threads: int = 0  # CPU threads of each process; 0: the cores divided by the processes (launchers set 1)
     trackers: tuple[str, ...] = ()  # tensorboard, wandb (extra `track`)

@@ -39,6 +39,8 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] 
             value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)
             for name in key.split("."):
                 value = value[name]
+            if value is None and word == f"{key}=" and _holds(cls, key.split(".")) is str:
+                value = ""  # to YAML it is null
             _replace(plain, key.split("."), value)
     except UserError:
         raise
@@ -118,6 +120,15 @@ def _nested(cls: Any, name: str) -> Any:
         if dataclasses.is_dataclass(candidate):
             return candidate
     return None
+
+
+def _holds(cls: Any, key: Sequence[str]) -> Any:
+    """The type of the field at a nested key; None where there is none."""
+    import typing
+
+    for name in key[:-1]:
+        cls = _nested(cls, name) if cls and name in typing.get_type_hints(cls) else None
+    return typing.get_type_hints(cls).get(key[-1]) if cls else None
 
 
 def _refuse_interpolations(value: Any, where: str) -> None:

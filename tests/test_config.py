@@ -173,3 +173,11 @@ def test_a_word_replaces_what_the_file_says(tmp_path):
     assert (read.data.where, read.data.size) == ({}, 32)
     read = load(DiffusionTraining, tmp_path / "a.yaml", ["data.where.name=[sun]"])
     assert read.data.where == {"style": ["flat emoji"], "name": ["sun"]}
+
+
+def test_nothing_after_the_equals_sign_is_the_empty_text_where_a_text_is_wanted(tmp_path):
+    (tmp_path / "a.yaml").write_text("autoencoder: runs/ae\ndata: {validation: b.tar}\nloss: {level_mean: 1.0}\n")
+    made = load(DiffusionTraining, tmp_path / "a.yaml", ["autoencoder=", "data.validation=", "loss.level_mean="])
+    assert (made.autoencoder, made.data.validation, made.loss.level_mean) == ("", "", None)
+    with pytest.raises(UserError, match="unknown setting 'autoencode'"):
+        load(DiffusionTraining, None, ["autoencode="])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import dataclass
 
 from ldm.arguments import Parser
+
+BEGAN = time.monotonic()  # the scripts import this file before anything that takes its time
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ class Guard:
         """After going back, `before` being how this was before that: all is forgotten but how often that happened."""
         self.weight, self.times = FACTOR * before.weight, before.times + 1
 
+    def forget(self) -> None:
+        """Where there was nothing to go back to: what comes is held against what is, or each line would be too bad."""
+        self.best = float("inf")
+
     def state_dict(self) -> dict[str, Any]:
         return {"weight": self.weight, "times": self.times, "best": self.best, "good": self.good}
 

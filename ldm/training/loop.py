@@ -9,8 +9,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.files import atomic_write_text
 from ldm.training.backward import Gradients, accumulate
+from ldm.training.command import BEGAN
+from ldm.training.draws import generator
+from ldm.training.fetching import Fetcher
 from ldm.training.guard import MOST, Guard
 from ldm.training.members import Members
 from ldm.training.meters import Meters
@@ -30,7 +33,9 @@ from ldm.training.report import Report
 from ldm.training.saving import Saver, warn
 from ldm.training.stage import Stage
 
-DONE, BACK = -1, -2  # how `_Run.go` ends, beside the number of a signal
+DONE, BACK, LATE = -1, -2, -3  # how `_Run._until` ends, beside the number of a signal; LATE: the time is up
+POLL = 0.5  # seconds between looks at the clock and at signals, where a batch is waited for
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # of gloo and NCCL
 
 
 def prepare_output(output: str, resume: str) -> Path:
@@ -49,10 +54,18 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
     """Run `stage` until `loop.steps` optimizer steps are done, time is up, or a signal asks to stop.
 
     `everything` is the run's whole configuration; it is kept as `output/config.json`. Going on from a saved state
-    happens whenever `output` has one. Raises UserError when losses or gradients stay non-finite; raises
-    KeyboardInterrupt after saving on SIGINT.
+    happens whenever `output` has one. Raises UserError when losses or gradients stay non-finite, or another process
+    has gone; raises KeyboardInterrupt after saving on SIGINT.
     """
-    _Run(stage, loop, accelerator, output, everything).go_on()
+    try:
+        _Run(stage, loop, accelerator, output, everything).go_on()
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not any(sign in str(error) for sign in LOST):
+            raise
+        raise UserError(
+            f"process {accelerator.process_index} has lost another one of the run, which says why where it ran; "
+            "--resume auto goes on from the last state"
+        ) from error
 
 
 class _Run:
@@ -70,13 +83,15 @@ class _Run:
         self.step = self.saver.restore()
         check_order(batches, accelerator)
         self.lost: set[str] = set()  # shards in quarantine of which the log knows
-        self.began = time.monotonic()
         if self.main:
             atomic_write_text(output / "config.json", json.dumps(settings.to_dict(everything), indent=1) + "\n")
             _print_plan(stage, loop, self.division, accelerator, self.step)
         if loop.trackers:
             accelerator.init_trackers("ldm", _flat(settings.to_dict(everything)))
         self.report = Report(output, self.step, loop.steps) if self.main else None
+        buckets = getattr(batches, "buckets", None)
+        if self.report is not None and buckets and not self.step:
+            self.report.line(0, {"event": f"buckets {buckets.describe()}"})
 
     def go_on(self) -> None:
         with _signals() as asked:
@@ -86,7 +101,8 @@ class _Run:
         if how == DONE:
             self._finish()
         else:
-            self._say(f"stopped at step {self.step} as asked; --resume auto goes on from there")
+            why = ": the time is up" if how == LATE else " as asked"
+            self._say(f"stopped at step {self.step}{why}; --resume auto goes on from there")
         if self.report is not None:
             self.report.close()
         self.accelerator.wait_for_everyone()
@@ -95,59 +111,84 @@ class _Run:
             raise KeyboardInterrupt
 
     def _until(self, asked: list[int]) -> int:
-        """Steps until DONE, until a signal is to be heeded (its number), or BACK at an earlier step."""
-        loop = self.loop
+        """Steps until DONE, until a signal is to be heeded (its number), until LATE, or BACK at an earlier step."""
+        loop, end = self.loop, 0
         interval, counted, waiting = time.monotonic(), 0, 0.0
-        unsaved = ""
-        with _reading(self.stage.batches) as batches:
-            while self.step < loop.steps:
+        self.unsaved = ""
+        with closing(Fetcher(self.stage.batches)) as fetcher:
+            while self.step < loop.steps and not end:
                 before = time.monotonic()
-                batch = next(batches)
+                position = self.stage.batches.state_dict()
+                batch, end = self._next(fetcher, asked)
                 waiting += time.monotonic() - before
-                stop, over = self._step(batch, asked)
+                if end:  # while it waited: the state is that after the last step
+                    self.unsaved = self.saver.save(self.step, position)
+                    break
+                end = self._step(batch, asked)
                 counted += 1
                 step = self.step
-                back = False
                 if step % loop.log_every == 0 or step == loop.steps:
                     spent = time.monotonic() - interval
-                    back = self._log_means(counted * loop.global_batch / spent, waiting / spent)
+                    if self._log_means(counted * loop.global_batch / spent, waiting / spent):
+                        return BACK
                     counted, waiting, interval = 0, 0.0, time.monotonic()
-                if back:
-                    return BACK
                 validate = step % loop.validate_every == 0
                 draw = bool(loop.sample_every) and step % loop.sample_every == 0
                 if validate or draw:
+                    before = time.monotonic()
                     self._look(validate, draw)
-                    interval = time.monotonic()
-                if self.main and self.members.profiles and (step % loop.ema_snapshot_every == 0 or step == loop.steps):
-                    self._unless_full(lambda: self.members.snapshot(self.output, self.step))
+                    interval += time.monotonic() - before  # which is no part of the interval
+                if self.members.profiles and (step % loop.ema_snapshot_every == 0 or step == loop.steps):
+                    self._snapshot()
                 at_start = self.guard is not None and step == self.guard.start
-                if stop or over or step == loop.steps or step % loop.save_every == 0 or at_start:
-                    unsaved = self.saver.save(step)
-                if stop or over:
-                    break
-            else:
-                stop = 0
-        if unsaved and (stop or self.step < loop.steps):
-            raise UserError(f"the run ends at step {self.step} and its state is not saved: {unsaved}")
-        self.unsaved = unsaved
-        return stop or DONE
+                if end or step == loop.steps or step % loop.save_every == 0 or at_start:
+                    self.unsaved = self.saver.save(step)
+        if self.unsaved and end:
+            raise UserError(f"the run ends at step {self.step} and its state is not saved: {self.unsaved}")
+        return end or DONE
 
-    def _step(self, batch: Any, asked: list[int]) -> tuple[int, bool]:
-        """One optimizer step, or none if something is not finite; the signal that asks to stop, and if time is up."""
+    def _next(self, fetcher: Fetcher, asked: list[int]) -> tuple[Any, int]:
+        """A batch, or how to end: a store that hangs does not keep a run from saving in time.
+
+        All processes get theirs, or none does: who went ahead would wait in the middle of a step, where nothing
+        reaches it. Raises UserError if any process cannot have one.
+        """
+        fetcher.ask()
+        while True:
+            late = not fetcher.wait(POLL)
+            failed = not late and fetcher.failed()
+            signs = [late, failed, asked[0] if asked else 0, self._over()]
+            any_late, any_failed, signalled, over = agree([int(sign) for sign in signs], self.accelerator)
+            if failed:
+                fetcher.take()
+            if any_failed:
+                raise UserError("another process of the run could not read its data and says why where it ran")
+            if not any_late:
+                return fetcher.take(), 0
+            if signalled or over:
+                return None, signalled or LATE
+
+    def _over(self) -> bool:
+        """The queue that ends a job counts from its start, so imports and the opening of shards are counted too."""
+        return bool(self.loop.max_minutes) and time.monotonic() - BEGAN > 60 * self.loop.max_minutes
+
+    def _step(self, batch: Any, asked: list[int]) -> int:
+        """One optimizer step, or none if something is not finite; the signal that asks to stop, LATE, or 0."""
         loop, accelerator, members = self.loop, self.accelerator, self.members
-        index = self.step * accelerator.num_processes + accelerator.process_index
-        torch.manual_seed(loop.seed + index)  # for dropout
+        # For dropout, whose masks are for the rows as they come: no two steps, seeds or processes have the same.
+        address = ("dropout", loop.seed, self.step, accelerator.process_index)
+        torch.manual_seed(generator(*address).initial_seed())
         made = accumulate(self.stage, batch, self.division, members.networks, accelerator, loop.seed, self.step)
         norms = members.clip(made.played)
-        over = bool(loop.max_minutes) and time.monotonic() - self.began > 60 * loop.max_minutes
-        bad_loss, stop, over = agree([int(bool(made.bad)), asked[0] if asked else 0, int(over)], accelerator)
+        signs = [bool(made.bad), asked[0] if asked else 0, self._over()]
+        bad_loss, signalled, over = agree([int(sign) for sign in signs], accelerator)
         bad_norm = next((name for name, norm in norms.items() if not math.isfinite(norm)), "")
         if not bad_loss and not bad_norm:
             members.update(made.played, self.step)
             self.saver.in_a_row = 0
         members.forget(made.played)
         self.step += 1
+        self.saver.images += loop.global_batch
         if bad_loss or bad_norm:
             self._skipped(made, bad_norm)
         else:
@@ -157,7 +198,13 @@ class _Run:
                 self.meters.add_levels(made.each_loss, made.each_sigma)
         if self.report is not None:
             self.report.advance()
-        return stop, bool(over)
+        return signalled or (LATE if over else 0)
+
+    def _snapshot(self) -> None:
+        """The power-function averages as they are now. A NaN must not reach them either."""
+        self.saver.check_finite(self.step)
+        if self.main:
+            self._unless_full(lambda: self.members.snapshot(self.output, self.step))
 
     def _skipped(self, made: Gradients, bad_norm: str) -> None:
         """Count a step that was not taken, and say what it was made of; raises UserError when there are too many."""
@@ -184,7 +231,7 @@ class _Run:
         worse = self.guard.judge(self.step, means) if self.guard is not None else 0.0
         values = dict(means)
         values["rate"] = self.members.rate(next(iter(self.members.players)), self.step - 1)
-        values["images"] = self.step * loop.global_batch
+        values["images"] = self.saver.images
         values["images_per_s"] = images_per_s
         values["waiting"] = waiting
         if self.accelerator.device.type == "cuda":
@@ -246,7 +293,7 @@ class _Run:
         if self.unsaved:
             raise UserError(f"the run ends at step {self.step} and its state is not saved: {self.unsaved}")
         self._say(
-            f"finished at step {self.step} after {(time.monotonic() - self.began) / 60:.1f} minutes: {self.output}"
+            f"finished at step {self.step} after {(time.monotonic() - BEGAN) / 60:.1f} minutes: {self.output}"
         )
 
     def _log(self, values: Mapping[str, float]) -> None:
@@ -267,17 +314,6 @@ class _Run:
             if not isinstance(error.__cause__, OSError):
                 raise
             warn(f"warning: {error}")
-
-
-@contextmanager
-def _reading(batches: Any) -> Iterator[Iterator[Any]]:
-    """However the loop ends, its data readers end with it: they heed no signal, and the process would wait for them."""
-    iterator = iter(batches)
-    try:
-        yield iterator
-    finally:
-        if isinstance(iterator, Generator):
-            iterator.close()
 
 
 @contextmanager

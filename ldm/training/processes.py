@@ -14,12 +14,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor
 
 from ldm.config import LoopConfig
 from ldm.errors import UserError
-from ldm.training.rendezvous import join
+from ldm.training.rendezvous import PATIENCE, join
 from ldm.training.stage import Batches
 
 TRACKERS = ("tensorboard", "wandb")
@@ -68,7 +73,10 @@ def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(loop.trackers) or None,
         project_dir=output,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),  # where `join` has made no group yet
+        ],
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError(

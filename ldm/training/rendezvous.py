@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from uuid import uuid4
 
 import torch
 from torch import distributed
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
+
+# For one process to wait for another. Validation, pictures, the export and a slow store are work of one process alone,
+# during which NCCL's own limit of 10 minutes would end the run. A process that dies is noticed at once, by its launcher
+# and by the connection; the limit is for machines that vanish.
+PATIENCE = timedelta(hours=4)
 
 
 def join() -> None:
@@ -25,7 +31,7 @@ def join() -> None:
     store, rank, world = next(rendezvous("env://"))
     store = PrefixStore(agree_on_word(store, rank, world), store)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
 def agree_on_word(store: Store, rank: int, world: int) -> str:

@@ -40,17 +40,19 @@ class Saver:
     ) -> None:
         self.output, self.accelerator, self.members, self.batches = output, accelerator, members, batches
         self.meters, self.guard, self.warn = meters, guard, warn
-        self.keep = Keep(loop.keep, loop.keep_every)
+        self.keep, self.global_batch = Keep(loop.keep, loop.keep_every), loop.global_batch
         self.skipped = self.in_a_row = 0  # steps whose loss or gradient was not finite
+        self.images = 0  # that the run has seen; its global batch may have been another one at times
 
-    def save(self, step: int) -> str:
+    def save(self, step: int, position: dict[str, Any] | None = None) -> str:
         """Write the state after `step`; empty, or why the disk did not take it.
 
+        `position` is that of the batches after `step`, where a fetch that is under way may have moved them on.
         Raises UserError if weights are not finite: a NaN never reaches a checkpoint.
         """
         self.meters.share(self.accelerator)
         self.check_finite(step)
-        why = self._write(step)
+        why = self._write(step, position or self.batches.state_dict())
         if why and self.accelerator.is_main_process:
             last = (saved_steps(self.output) or ["none"])[-1]
             self.warn(f"warning: no state of step {step}: {why}; the last good one is of step {last}")
@@ -65,11 +67,11 @@ class Saver:
                 f"loop.precision=fp32; the last good state is in {self.output / 'state'}"
             )
 
-    def _write(self, step: int) -> str:
+    def _write(self, step: int, position: dict[str, Any]) -> str:
         """Empty, or why the disk did not take it. Of sharded tensors each process writes its own share, then main."""
         accelerator = self.accelerator
         shares: dict[str, Any] = {}
-        state = self._state() if accelerator.is_main_process or self.members.sharded else {}
+        state = self._state(position) if accelerator.is_main_process or self.members.sharded else {}
         if self.members.sharded:
             state = {**pack(state, shares), "shares": accelerator.num_processes}
         if self.members.sharded and (why := self._tried(lambda: write_part(self.output, step, self._part(), shares))):
@@ -143,6 +145,7 @@ class Saver:
         self.batches.load_state_dict(state["batches"])
         self.meters.load_state_dict(state.get("meters", {}))
         self.skipped, self.in_a_row = state.get("bad", (0, 0))
+        self.images = state.get("images", step * self.global_batch)  # states of before that was counted
         if self.guard is not None and state.get("guard"):
             self.guard.load_state_dict(state["guard"])
 
@@ -157,7 +160,9 @@ class Saver:
         if step is not None:
             step = self.restore(most=step)
         self.guard.turn_down(before)
-        if step is not None:
+        if step is None:
+            self.guard.forget()
+        else:
             self.save(step)  # so that a run that dies now does not forget it
         return step
 
@@ -167,11 +172,12 @@ class Saver:
             return 0
         return max((step for step in saved_steps(self.output) if step <= self.guard.good), default=0)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, position: dict[str, Any]) -> dict[str, Any]:
         return {
             **self.members.state_dict(),
-            "batches": self.batches.state_dict(),
+            "batches": position,
             "meters": self.meters.state_dict(),
+            "images": self.images,
             "bad": (self.skipped, self.in_a_row),
             "guard": self.guard.state_dict() if self.guard is not None else None,
         }

@@ -3,7 +3,10 @@
 In the folder tests:
 
 python -m training.crew kills OUTPUT KILLS       a run killed with -9 that often, each time gone on with
+python -m training.crew pair OUTPUT KILLS        the same with two processes, which die one after the other
 python -m training.crew worlds OUTPUT            the same global batch on 1, 2 and 4 processes
+python -m training.crew elastic OUTPUT           begun on 2 processes and gone on with on 1, and the other way round
+python -m training.crew trouble OUTPUT           2 processes of which the second has a trouble of its own
 python -m training.crew spread OUTPUT            FSDP2 on 2 processes, and on 2 and then 4
 python -m training.crew strangers OUTPUT         2 processes that see different shards
 """
@@ -27,8 +30,8 @@ import torch
 from accelerate import DistributedType
 
 from ldm.errors import UserError
-from ldm.training.loop import train
-from ldm.training.processes import make_accelerator
+from ldm.training.loop import _Run, train
+from ldm.training.processes import from_main, make_accelerator
 from ldm.training.stage_two import DiffusionStage
 
 from .test_combinations import PLAIN
@@ -61,8 +64,8 @@ def fork(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def crew(world: int, work: Callable[[int], None]) -> list[int]:
-    """Fork `world` processes that find each other as torchrun's do; their exit codes."""
+def begun(world: int, work: Callable[[int], None]) -> list[int]:
+    """Fork `world` processes that find each other as torchrun's do; their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,7 +79,15 @@ def crew(world: int, work: Callable[[int], None]) -> list[int]:
 
         return begin
 
-    children = [fork(member(rank)) for rank in range(world)]
+    return [fork(member(rank)) for rank in range(world)]
+
+
+def crew(world: int, work: Callable[[int], None]) -> list[int]:
+    """`begun`, and their exit codes when they have ended."""
+    return ended(begun(world, work))
+
+
+def ended(children: Sequence[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
@@ -136,13 +147,105 @@ class Shares(RowBatches):
             yield Rows(batch.x[own], batch.key[own], batch.epoch[own])
 
 
-def train_rows(output: Path, rank: int) -> None:
-    """In float64, where rounding cannot hide a wrong mean."""
+def train_rows(output: Path, rank: int, steps: int = WIDE.steps) -> None:
+    """In float64, where rounding cannot hide a wrong mean. Weights and averages of each process are kept."""
+    loop = replace(WIDE, steps=steps)
+    accelerator = make_accelerator(loop, output)
+    stage = ToyStage(loop, dtype=torch.float64)
+    stage.batches = Shares(loop.global_batch, rank, accelerator.num_processes)
+    run = _Run(stage, loop, accelerator, output, loop)
+    run.go_on()
+    torch.save([*stage.weights(), *run.members.averages["net"].average.values()], output / f"weights-{rank}.pt")
+
+
+def train_pair(output: Path, rank: int) -> None:
+    loop = replace(DIFFUSION.loop, steps=24, log_every=1)
+    config = replace(DIFFUSION, data=replace(DIFFUSION.data, workers=1), loop=loop)
+    accelerator = make_accelerator(loop, output)
+    stage = Marked(config, rank, accelerator.num_processes, CPU)
+    stage.mark = output.with_suffix(".began")
+    run = _Run(stage, loop, accelerator, output, config)
+    run.go_on()
+    averages = [*run.members.averages.values(), *run.members.profiles.values()]
+    torch.save([average.state_dict() for average in averages], output / f"averages-{rank}.pt")
+
+
+def pair(output: Path, count: int) -> None:
+    """Whole, and killed: each third time at a random moment of the start, else within the time of four steps."""
+    output.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    assert crew(2, lambda rank: train_pair(output / "whole", rank)) == [0, 0]
+    each = (time.monotonic() - began) / 24
+    mark, rng = output / "killed.began", random.Random(0)
+    for number in range(count):
+        mark.unlink(missing_ok=True)
+        children = begun(2, lambda rank: train_pair(output / "killed", rank))
+        while number % 3 and not mark.exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 4 * each))
+        for child in rng.sample(children, 2):
+            os.killpg(child, signal.SIGKILL)
+            time.sleep(rng.uniform(0, 0.01))
+        # The second may have seen the first one go, and have ended by itself before its turn.
+        assert -signal.SIGKILL in (codes := ended(children)) and 0 not in codes, codes
+        print(f"kill {number}: {codes} {sorted(p.name for p in (output / 'killed').glob('state/*.pt'))}", flush=True)
+    assert crew(2, lambda rank: train_pair(output / "killed", rank)) == [0, 0]
+    print(f"kills {count}")
+
+
+class Troubled(Shares):
+    """From the fifth batch on the second process has the `trouble` of its class."""
+
+    trouble: Callable[[], None]
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if self.rank and self.drawn > 4:
+                type(self).trouble()
+            yield batch
+
+
+def unreadable() -> None:
+    raise UserError("these data are bad")
+
+
+def dying() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stalling() -> None:
+    """A batch queue tells all processes of its end meanwhile."""
+    for process in (os.getpid(), int(os.environ["NEIGHBOUR"])):
+        os.kill(process, signal.SIGTERM)
+    time.sleep(60)
+
+
+def train_troubled(output: Path, rank: int, trouble: Callable[[], None], elsewhere: bool = False) -> None:
     accelerator = make_accelerator(WIDE, output)
-    stage = ToyStage(WIDE, dtype=torch.float64)
-    stage.batches = Shares(WIDE.global_batch, rank, accelerator.num_processes)
-    train(stage, WIDE, accelerator, output, WIDE)
-    torch.save([*stage.weights()], output / f"weights-{rank}.pt")
+    os.environ["NEIGHBOUR"] = str(from_main(os.getpid(), accelerator))
+    stage = ToyStage(WIDE)
+    kind = type("Mine", (Troubled,), {"trouble": staticmethod(trouble)})
+    stage.batches = kind(WIDE.global_batch, rank, accelerator.num_processes)
+    own = output.with_name("elsewhere") if elsewhere and rank else output
+    try:
+        train(stage, WIDE, accelerator, own, WIDE)
+        print(f"rank {rank}: ended\n", end="", flush=True)
+    except UserError as error:
+        print(f"rank {rank}: {error}\n", end="", flush=True)
+        raise
+
+
+def trouble(output: Path) -> None:
+    for name, what, codes in (
+        ("bad", unreadable, [1, 1]),
+        ("dead", dying, [1, -signal.SIGKILL]),
+        ("stalled", stalling, [0, 0]),
+    ):
+        print(name, flush=True)
+        found = crew(2, lambda rank: train_troubled(output / name, rank, what))  # noqa: B023
+        assert found == codes, (name, found)
+    print("elsewhere", flush=True)
+    assert crew(2, lambda rank: train_troubled(output / "stalled", rank, unreadable, True)) == [1, 1]
 
 
 class Spread:
@@ -190,6 +293,14 @@ def main(words: Sequence[str]) -> None:
     output = Path(words[1])
     if words[0] == "kills":
         kills(output, int(words[2]))
+    elif words[0] == "pair":
+        pair(output, int(words[2]))
+    elif words[0] == "trouble":
+        trouble(output)
+    elif words[0] == "elastic":
+        for name, parts in (("whole", ((1, 8),)), ("fewer", ((2, 3), (1, 8))), ("more", ((1, 3), (2, 8)))):
+            for world, steps in parts:
+                assert crew(world, lambda rank: train_rows(output / name, rank, steps)) == [0] * world  # noqa: B023
     elif words[0] == "spread":
         for name, world, steps, spread in (
             ("plain", 2, 8, False),

@@ -121,6 +121,20 @@ def test_a_reconstruction_that_cannot_be_saved_ends_the_run_in_a_sentence(tmp_pa
         run(Hopeless(SHORT, 1.5, 5, 0.0), SHORT, tmp_path)
 
 
+def test_without_a_state_to_go_back_to_each_line_of_the_log_does_not_cost_a_try(tmp_path):
+    class Steep(Spoiled):
+        def losses(self, batch, draws, step, networks):
+            for name, loss, logs in super().losses(batch, draws, step, networks):
+                yield name, loss, {**logs, "l1": torch.tensor(1.0 if step < 2 else 9.0)}
+
+    loop = replace(SHORT, save_every=100)
+    stage = Steep(loop, 1.5, 0, 0.0)
+    run(stage, loop, tmp_path)
+    assert stage.guard.times == 1
+    (event,) = [line["event"] for line in log_of(tmp_path) if "event" in line]
+    assert "no state from before it was kept" in event
+
+
 def test_the_stage_s_adversarial_weight_follows_the_guard():
     from .test_stage_one import first_losses
 

@@ -1,8 +1,11 @@
 """What the loop does whatever it trains: division, accumulation, averages, logs, resume, signals, bad gradients."""
 
+import json
 import math
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -18,7 +21,7 @@ from ldm.training.loop import prepare_output, train
 from ldm.training.processes import Division, divide, make_accelerator
 from ldm.training.state import load_state
 
-from .toys import LOOP, Rows, ToyStage, log_of, run
+from .toys import LOOP, RowBatches, Rows, ToyStage, log_of, run
 
 SMALL = st.integers(1, 9)
 
@@ -221,13 +224,142 @@ def test_a_sample_that_is_twice_in_a_batch_gets_two_draws(tmp_path):
     assert len(torch.unique(noise[0], dim=0)) == 8
 
 
-def test_time_is_up(tmp_path):
+def test_time_is_up(tmp_path, capsys):
+    """The run saves and ends at once: what a finished run does may take as long as the queue has left, and more."""
     loop = replace(LOOP, steps=10**6, max_minutes=1e-9)
     stage = ToyStage(loop)
     run(stage, loop, tmp_path)
-    assert [what for what, *_ in stage.seen] == ["validate", "draw", "export"]
+    assert stage.seen == []
     found = load_state(tmp_path)
     assert found is not None and found[0] == 1
+    out = capsys.readouterr().out
+    assert "stopped at step 1: the time is up; --resume auto goes on from there" in out and "finished" not in out
+
+
+def test_the_time_before_the_loop_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.training.loop.BEGAN", time.monotonic() - 3600)
+    stage = ToyStage(replace(LOOP, max_minutes=59.0))
+    run(stage, replace(LOOP, max_minutes=59.0), tmp_path)
+    found = load_state(tmp_path)
+    assert found is not None and found[0] == 1
+
+
+class Stalled(RowBatches):
+    """The batch after the first two does not come, until `go`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.go = threading.Event()
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if self.drawn > 2:
+                self.go.wait(60)
+            yield batch
+
+
+@pytest.mark.parametrize("why", ["signal", "time"])
+def test_a_store_that_hangs_does_not_keep_a_run_from_saving(tmp_path, monkeypatch, capsys, why):
+    loop = replace(LOOP, max_minutes=1.0)
+    stage = ToyStage(loop)
+    stage.batches = Stalled(loop.global_batch)
+
+    def stop() -> None:
+        if why == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            monkeypatch.setattr("ldm.training.loop.BEGAN", time.monotonic() - 61)
+
+    timer = threading.Timer(1.0, stop)
+    timer.start()
+    run(stage, loop, tmp_path)
+    stage.batches.go.set()
+    assert "stopped at step 2" in capsys.readouterr().out
+    found = load_state(tmp_path)
+    assert found is not None and found[0] == 2
+    assert found[1]["batches"]["drawn"] == 2  # though the third is under way
+    again, whole = ToyStage(LOOP), ToyStage(LOOP)
+    run(again, LOOP, tmp_path)
+    run(whole, LOOP, tmp_path / "whole")
+    assert same(again.weights(), whole.weights())
+
+
+def test_what_looking_takes_is_no_part_of_the_speed(tmp_path, monkeypatch):
+    """Validation between two lines of the log: neither its time nor the steps before it are lost."""
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    class Slow(ToyStage):
+        def losses(self, *arguments):
+            clock.now += 2
+            yield from super().losses(*arguments)
+
+        def validate(self):
+            clock.now += 1000
+            return {}
+
+    clock = Clock()
+    monkeypatch.setattr("ldm.training.loop.time", clock)
+    loop = replace(LOOP, steps=20, log_every=10, validate_every=9, save_every=100)
+    run(Slow(loop), loop, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["images_per_s"] for line in lines if "images_per_s" in line] == [loop.global_batch / 2] * 2
+    assert [line["waiting"] for line in lines if "waiting" in line] == [0, 0]
+
+
+def test_a_nan_does_not_reach_a_snapshot(tmp_path, monkeypatch):
+    from ldm.training.members import Members
+
+    update = Members.update
+
+    def spoilt(self, played, step):
+        update(self, played, step)
+        if step == 3:
+            next(iter(self.profiles.values())).average["0.weight"].fill_(math.nan)
+
+    monkeypatch.setattr(Members, "update", spoilt)
+    loop = replace(LOOP, save_every=100, ema_widths=(0.1,), ema_snapshot_every=2)
+    with pytest.raises(UserError, match="weights of net are not finite after step 4"):
+        run(ToyStage(loop), loop, tmp_path)
+    assert [path.name for path in (tmp_path / "ema").iterdir()] == ["net-0.1000-00000002.safetensors"]
+
+
+def test_the_histogram_of_buckets_is_in_the_log_once(tmp_path):
+    class Histogram:
+        def describe(self):
+            return "16x16: 3"
+
+    for steps in (3, 6):
+        stage = ToyStage()
+        stage.batches.buckets = Histogram()
+        run(stage, replace(LOOP, steps=steps), tmp_path)
+    assert [line for line in log_of(tmp_path) if "event" in line] == [{"step": 0, "event": "buckets 16x16: 3"}]
+
+
+def test_images_are_counted_whatever_the_global_batch_was(tmp_path):
+    for steps, size in ((3, 8), (6, 4)):
+        loop = replace(LOOP, steps=steps, global_batch=size)
+        run(ToyStage(loop), loop, tmp_path)
+    assert [line["images"] for line in log_of(tmp_path) if "images" in line] == [24, 36]
+
+
+def test_no_two_steps_seeds_or_processes_drop_the_same(tmp_path):
+    """Nor does the number of processes shift the seeds of others' steps."""
+    seeds = []
+
+    class Seen(ToyStage):
+        def losses(self, *arguments):
+            seeds.append(torch.initial_seed())
+            yield from super().losses(*arguments)
+
+    for seed in (0, 1):
+        loop = replace(LOOP, seed=seed)
+        run(Seen(loop), loop, tmp_path / str(seed))
+    assert len(set(seeds)) == 2 * LOOP.steps
 
 
 # ---------------------------------------------------------------- going on
