@@ -76,7 +76,7 @@ class UNetConfig:
     time_injection: str = "add"  # or scale_shift
     classes: int = 0  # > 0: class-conditional, embedding table of classes + 1 rows (the last is the null class)
     vector_width: int = 0  # > 0: takes a vector (B, vector_width) beside t
-    dropout: float = 0.0
+    dropout: float = 0.0  # with it, how a batch is divided among processes and micro-batches changes the masks
 
 
 @dataclass(frozen=True)

@@ -292,9 +292,7 @@ class _Run:
                     self.stage.export(self.output, finished=True)
         if self.unsaved:
             raise UserError(f"the run ends at step {self.step} and its state is not saved: {self.unsaved}")
-        self._say(
-            f"finished at step {self.step} after {(time.monotonic() - BEGAN) / 60:.1f} minutes: {self.output}"
-        )
+        self._say(f"finished at step {self.step} after {(time.monotonic() - BEGAN) / 60:.1f} minutes: {self.output}")
 
     def _log(self, values: Mapping[str, float]) -> None:
         if self.report is not None:
