@@ -226,7 +226,6 @@ class _Run:
 
     def _log_means(self, images_per_s: float, waiting: float) -> bool:
         """A line of the log; True if the guard makes the run go back, which it then has done."""
-        loop = self.loop
         means = self.meters.take(self.accelerator)
         worse = self.guard.judge(self.step, means) if self.guard is not None else 0.0
         values = dict(means)

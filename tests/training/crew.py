@@ -187,7 +187,8 @@ def pair(output: Path, count: int) -> None:
             os.killpg(child, signal.SIGKILL)
             time.sleep(rng.uniform(0, 0.01))
         # The second may have seen the first one go, and have ended by itself before its turn.
-        assert -signal.SIGKILL in (codes := ended(children)) and 0 not in codes, codes
+        codes = ended(children)
+        assert -signal.SIGKILL in codes and 0 not in codes, codes
         print(f"kill {number}: {codes} {sorted(p.name for p in (output / 'killed').glob('state/*.pt'))}", flush=True)
     assert crew(2, lambda rank: train_pair(output / "killed", rank)) == [0, 0]
     print(f"kills {count}")
