@@ -2,7 +2,7 @@
 
 What a `Feed` yields is a function of (shards, seed, position): every process gets global_batch / processes samples of
 each global batch, and the rows of a batch are the process' streams in turn. Whatever is random about a sample
-(caption, crop, flip) is drawn from (seed, its key, epoch), so it does not depend on who reads it.
+(caption, crop, flip) is drawn from (seed, its shard's name and key, epoch), so it does not depend on who reads it.
 
 A sample that turns out to be unusable when it is decoded is counted by reason, and its place is taken by another sample
 of the same epoch (streams.Order.substitutes). The places of all others stay what they were. Hence every process takes
@@ -37,7 +37,7 @@ B_co = TypeVar("B_co", covariant=True)
 
 @dataclass(frozen=True)
 class Fetched(Generic[Item]):
-    """One decoded sample on its way into a batch; `number` is its id in the set."""
+    """One decoded sample on its way into a batch; `number` is its id in the set, `key` its ShardSet.address."""
 
     number: int
     key: str
@@ -98,7 +98,7 @@ class Feed(Generic[Item, B]):
         self.samples_per_epoch = len(data)
         self.drawn = 0  # samples of the global order handed out so far, over all processes
         self.tally = Tally()
-        self.quarantined: set[str] = set(data.quarantine)  # shards that could not be had
+        self.quarantined = {lost.source for lost in data.quarantine.values()}  # shards that could not be had
         self.buckets = buckets
         self._assembler = assembler
         self._read = 0  # samples that this process has got
@@ -251,9 +251,10 @@ class SampleReader(Generic[Item]):
         self._reader = ShardReader(data.shards, data.store)
 
     def fetch(self, sample: int, epoch: int, seed: int, bucket: tuple[int, int] | None = None) -> Fetched[Item]:
-        """Read and decode; the randomness comes from (seed, key, epoch). Raises BadSample."""
-        record = self._reader.read(*self._data.locate(sample), bucket)
-        return Fetched(sample, record.key, epoch, self._decode(record, keyed_rng(seed, record.key, epoch)))
+        """Read and decode; the randomness comes from (seed, address, epoch). Raises BadSample."""
+        place = self._data.locate(sample)
+        record, key = self._reader.read(*place, bucket), self._data.address(*place)
+        return Fetched(sample, key, epoch, self._decode(record, keyed_rng(seed, key, epoch)))
 
     def name(self, sample: int) -> tuple[str, str]:
         """(key, shard), for messages."""

@@ -34,7 +34,7 @@ class SourceBatch:
     image: Tensor
     captions: list[list[str]]  # the K different captions of each, the .txt's first
     variants: list[list[int]]  # which of them the json's `captions` are
-    key: list[str]
+    key: list[str]  # with the shard's name, "train-0003/00017"
     meta: list[dict[str, Any]]
     sample: list[int]  # numbers in the set
 
@@ -126,7 +126,7 @@ class LatentWriter:
             raise ValueError("the writer was made for latents " + ("with" if flipped is None else "without") + " flips")
         for i, key in enumerate(batch.key):
             if key in self._waiting:
-                self._write()  # keys are unique within a source shard only: another one begins
+                self._write()  # a tar may not hold it twice
             tensors = {
                 "moments": moments[i].cpu().contiguous(),
                 "context": contexts[i].to("cpu", torch.float16).contiguous(),

@@ -1,15 +1,16 @@
 """Cached latents and contexts: shards of posterior moments and text features, with the fingerprint of their makers.
 
-A set is a folder of shards and a `latents.json`. A sample is `KEY.safetensors` with
+A set is a folder of shards and a `latents.json`. A sample is `SHARD/KEY.safetensors`, named by the shard and the key
+of its picture, with
 
     moments          (2C, h, w)   mean and log-variance of the posterior, unscaled
     moments_flipped  (2C, h, w)   of the mirrored picture, in sets made with it
     context          (K, L, D)    float16, one for each of the sample's K different captions, the .txt's first
     variants         (V,) int64   which of the K its json's `captions` are
 
-and `KEY.json`, the source's json with the K captions as `contexts`. Posteriors are kept, not draws from them, so each
-epoch still draws its own latent; flip and caption are drawn by the numbers that `Loader` would draw, so a run on cached
-latents sees what the same run on pictures sees.
+and `SHARD/KEY.json`, the source's json with the K captions as `contexts`. Posteriors are kept, not draws from them, so each
+epoch still draws its own latent; flip and caption are drawn by the numbers that `Loader` would draw for the picture's
+shard and key, and so are noise and levels: a run on cached latents sees what the same run on pictures sees.
 
 `latents.json` names the networks and the picture transform that made the set. `LatentLoader` refuses a set made by
 others than the caller's: latents of last week's autoencoder train without an error and sample as noise.
@@ -39,7 +40,7 @@ from ldm.data.shards import BadSample, Members, Record, ShardSet, expand, open_s
 from ldm.errors import UserError
 from ldm.files import read_text
 
-FORMAT = "ldm-latents-1"
+FORMAT = "ldm-latents-2"
 MANIFEST = "latents.json"
 
 
@@ -63,7 +64,7 @@ def latent_fingerprint(autoencoder: str, text: str, data: DataConfig) -> dict[st
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """`moments` float32 (B, 2C, h, w), unscaled; `context` float32 (B, L, D); key and epoch of each row."""
+    """`moments` float32 (B, 2C, h, w), unscaled; `context` float32 (B, L, D); key and epoch of each row, as in Batch."""
 
     moments: Tensor
     context: Tensor
@@ -132,7 +133,7 @@ class LatentLoader(Feed[tuple[Tensor, Tensor], LatentBatch]):
         if os.path.isdir(config.shards):
             config = replace(config, shards=os.path.join(glob.escape(config.shards), "*.tar"))
         count = _check_sets(expand(config.shards, "latents"), config, expected)
-        data = open_set(config.shards, "latents", _fault, config.where)
+        data = replace(open_set(config.shards, "latents", _fault, config.where, config), keys_are_addresses=True)
         _check_count(data, count)
         super().__init__(data, config, global_batch, rank, world, seed, _Latents(config.caption, config.flip))
 

@@ -32,7 +32,7 @@ Decode = Callable[[Record, random.Random], Decoded]
 
 @dataclass(frozen=True)
 class Batch:
-    """`image` float32 (B, 3, H, W) in [-1, 1]; caption, key and epoch of each row.
+    """`image` float32 (B, 3, H, W) in [-1, 1]; caption, key ("train-0003/00017") and epoch of each row.
 
     `size` int64 (B, 2) is the height and width of the pictures as they lie in the shards, `crop` int64 (B, 2) the top
     and left of what is seen of them, in pixels after the resize: what Podell et al. 2023 condition on.

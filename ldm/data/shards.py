@@ -68,6 +68,14 @@ class Unavailable(BadSample):
 
 
 @dataclass(frozen=True)
+class Lost:
+    """A shard that is not in a set."""
+
+    source: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Part:
     """Neighbouring shards of a mixture, and the share of all samples that are drawn from them."""
 
@@ -82,10 +90,11 @@ class ShardSet:
     shards: tuple[ShardIndex, ...]
     left_out: Counter[str]  # samples that the index already shows to be unusable, by reason
     filtered: int  # samples that `where` leaves out
-    quarantine: Mapping[str, str] = field(default_factory=dict)  # shards that could not be had -> why
+    names: tuple[str, ...]  # of the shards, each another one
+    quarantine: Mapping[str, Lost] = field(default_factory=dict)  # name -> a shard that could not be had
     store: Store = field(default_factory=lambda: Store.of(DataConfig()))
-
     mixture: tuple[Part, ...] = ()  # empty: it is none
+    keys_are_addresses: bool = False  # the keys name the shards that their samples first were in
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -102,6 +111,15 @@ class ShardSet:
         """(shard, number within it) of a sample id."""
         shard = bisect_right(self.firsts, sample) - 1
         return shard, sample - self.firsts[shard]
+
+    def address(self, shard: int, number: int) -> str:
+        """What names a sample in the whole set, "train-0003/00017": keys do so within their shard only.
+
+        Whatever is random about a sample is drawn from it, so that 00017 of two shards are two samples. It holds no
+        folder, for shards may move.
+        """
+        key = self.shards[shard].key(number)
+        return key if self.keys_are_addresses else f"{self.names[shard]}/{key}"
 
     @cached_property
     def firsts(self) -> list[int]:
@@ -131,20 +149,32 @@ def open_set(
     item). `config` says where copies of remote shards go and how much may be bad. Raises UserError when nothing is
     left, or more is bad than may be, with the reasons.
     """
-    config = config or DataConfig()
+    return _open(patterns, what, fault, where, config or DataConfig(), Counter())
+
+
+def _open(
+    patterns: str,
+    what: str,
+    fault: Callable[[Members], str | None],
+    where: Mapping[str, Sequence[str]] | None,
+    config: DataConfig,
+    named: Counter[str],
+) -> ShardSet:
+    """`open_set`; `named` counts the names that shards have already."""
     store = Store.of(config)
     sources = expand_sources(patterns, what, config.allow_pipe)
-    tally, filtered, shards = Tally(), 0, []
-    quarantine: dict[str, str] = {}
+    tally, filtered, shards, names = Tally(), 0, [], []
+    quarantine: dict[str, Lost] = {}
     for source, index in zip(sources, _indices(store, sources), strict=True):
+        name = _name(source, named)
         if isinstance(index, str):
-            quarantine[source] = index
+            quarantine[name] = Lost(source, index)
             logger.warning("shard in quarantine: %s (%s)", shown(source), index)
             if len(quarantine) > config.bad_limit * len(sources):
-                named = "; ".join(f"{name}: {why}" for name, why in list(quarantine.items())[:3])
+                told = "; ".join(f"{lost.source}: {lost.why}" for lost in list(quarantine.values())[:3])
                 raise UserError(
                     f"{len(quarantine)} of the {len(sources)} shards of {what} cannot be used, more than "
-                    f"data.bad_limit={config.bad_limit:g} ({named})"
+                    f"data.bad_limit={config.bad_limit:g} ({told})"
                 )
             continue
         kept: list[int] = []
@@ -159,7 +189,8 @@ def open_set(
                 else:
                     kept.append(i)
         shards.append(index.keep(kept))
-    made = ShardSet(tuple(shards), tally.counts, filtered, quarantine, store)
+        names.append(name)
+    made = ShardSet(tuple(shards), tally.counts, filtered, tuple(names), quarantine, store)
     if len(made) == 0 and filtered:
         raise UserError(f"none of the {filtered} samples of {what} matches data.where={dict(where or {})}")
     if len(made) == 0:
@@ -179,15 +210,24 @@ def open_data(config: DataConfig, fault: Callable[[Members], str | None]) -> Sha
     whole = sum(config.mixture.values())
     shards: list[ShardIndex] = []
     left_out: Counter[str] = Counter()
-    filtered, quarantine, parts = 0, {}, []
+    filtered, quarantine, parts, names = 0, {}, [], []
+    named: Counter[str] = Counter()
     for patterns, share in config.mixture.items():
-        found = open_set(patterns, "data.mixture", fault, config.where, config)
+        found = _open(patterns, "data.mixture", fault, config.where, config, named)
         parts.append(Part(range(len(shards), len(shards) + len(found.shards)), share / whole))
         shards += found.shards
+        names += found.names
         left_out += found.left_out
         filtered += found.filtered
         quarantine |= found.quarantine
-    return ShardSet(tuple(shards), left_out, filtered, quarantine, Store.of(config), tuple(parts))
+    return ShardSet(tuple(shards), left_out, filtered, tuple(names), quarantine, Store.of(config), tuple(parts))
+
+
+def _name(source: str, named: Counter[str]) -> str:
+    """A shard's name in its set: the file's; of a second one of that name, in another folder, "name~1"."""
+    name = base_name(source).removesuffix(".tar")
+    named[name] += 1
+    return name if named[name] == 1 else f"{name}~{named[name] - 1}"
 
 
 def check_share(tally: Tally, of: int, limit: float) -> None:

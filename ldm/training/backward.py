@@ -63,7 +63,7 @@ def accumulate(
         with ExitStack() as stack:
             for network in networks.values():
                 stack.enter_context(nullcontext() if last else accelerator.no_sync(network))
-            # With the epoch, for a sample may be twice in a batch that is larger than the data.
+            # A key holds its shard's name. With the epoch, for a sample may be twice in a batch larger than the data.
             names = [f"{key} {epoch}" for key, epoch in zip(micro.key, micro.epoch, strict=True)]
             first = accelerator.process_index * division.share + index * division.micro
             draws = Draws(seed, step, names, accelerator.device, first, division.processes * division.share)

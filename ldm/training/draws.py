@@ -1,7 +1,7 @@
 """Random numbers of a training step, addressed by name instead of drawn from a stream.
 
-Each sample's numbers are a function of (seed, step, the sample's key, what they are for). So they do not depend on
-which process, micro-batch or position the sample came in, and a resumed run needs no generator state.
+Each sample's numbers are a function of (seed, step, the sample's shard and key, what they are for). So they do not
+depend on which process, micro-batch or position the sample came in, and a resumed run needs no generator state.
 
 Stratified numbers cannot do without the position, for the strata belong to a whole global batch. It is the place in
 the global order of samples (data/streams.py), which does not depend on processes, workers or micro-batches either:

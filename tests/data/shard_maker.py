@@ -40,6 +40,11 @@ def sample(key: str, seed: int = 0, **meta: object) -> list[tuple[str, bytes]]:
     ]
 
 
+def bare(key: str) -> str:
+    """A batch's key without the name of the shard."""
+    return key.rpartition("/")[2]
+
+
 def text_shards(folder: Path, counts: Iterable[int]) -> str:
     """Shards of `counts` samples that are a text member each; returns their pattern. Keys are s<shard>-<number>."""
     folder.mkdir(parents=True, exist_ok=True)

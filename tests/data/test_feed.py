@@ -22,7 +22,7 @@ from ldm.data.feed import Feed, Fetched, in_order
 from ldm.data.shards import BadSample, Record, ShardSet, open_set
 from ldm.errors import UserError
 
-from .shard_maker import text_shards
+from .shard_maker import bare, text_shards
 
 Row = tuple[str, int, float]  # key, epoch, what the keyed rng drew
 
@@ -41,7 +41,7 @@ class Keys:
         return rng.random()
 
     def collate(self, samples: Sequence[Fetched[float]]) -> list[Row]:
-        return [(sample.key, sample.epoch, sample.item) for sample in samples]
+        return [(bare(sample.key), sample.epoch, sample.item) for sample in samples]
 
     def join(self, parts: Sequence[list[Row]]) -> list[Row]:
         return [row for part in parts for row in part]

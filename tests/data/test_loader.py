@@ -10,6 +10,7 @@ import torch
 from ldm.config import DataConfig
 from ldm.data.loader import Decoded, Loader, validation_batches
 from ldm.errors import UserError
+from ldm.training.draws import Draws
 
 from .shard_maker import sample, write_tar
 
@@ -27,7 +28,7 @@ def test_batches_keep_the_border():
     loader = Loader(CONFIG, 12, 0, 1, 0)
     assert loader.samples_per_epoch == 48
     batches = list(islice(loader, 4))
-    assert sorted(key for batch in batches for key in batch.key) == [f"{i:04d}" for i in range(48)]
+    assert sorted(key for batch in batches for key in batch.key) == [f"train-{i // 24:04d}/{i:04d}" for i in range(48)]
     for batch in batches:
         assert len(batch) == 12 and batch.image.shape == (12, 3, 32, 32) and batch.image.dtype == torch.float32
         assert -1 <= batch.image.min() < -0.5 and 0.5 < batch.image.max() <= 1
@@ -45,17 +46,40 @@ def test_augmentation_depends_on_seed_key_and_epoch_alone(tmp_path):
     assert len(alone) == 24 and alone.keys() == again.keys()
     for row in alone:
         assert torch.equal(alone[row][0], again[row][0]) and alone[row][1] == again[row][1]
-    assert any(not torch.equal(alone[f"k{i}", 0][0], alone[f"k{i}", 1][0]) for i in range(12))
+    assert any(not torch.equal(alone[f"x/k{i}", 0][0], alone[f"x/k{i}", 1][0]) for i in range(12))
     assert {caption for _, caption in alone.values()} == {"one", "two", "three"}
     reseeded = by_key(islice(Loader(config, 4, 0, 1, 6), 6))
     assert any(alone[row][1] != reseeded[row][1] for row in alone)
+
+
+def test_samples_of_two_shards_that_are_numbered_alike_are_not_alike(tmp_path):
+    """Same keys, same pictures: crop, flip, caption and noise are drawn for each by itself, whatever the folder."""
+    shards = []
+    for folder, name in (("a", "0.tar"), ("a", "1.tar"), ("b", "1.tar")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        members = [each for i in range(16) for each in sample(f"{i:05d}", i, captions=["one", "two", "three"])]
+        shards.append(str(write_tar(tmp_path / folder / name, members)))
+    config = DataConfig(shards=" ".join(shards), size=16, flip=True, crop="random", caption="variants", streams=4)
+    batch = next(iter(Loader(replace(config, workers=0), 48)))
+    keys = [f"{name}/{i:05d}" for name in ("0", "1", "1~1") for i in range(16)]
+    assert sorted(batch.key) == keys
+    order = [batch.key.index(key) for key in keys]
+    noise = Draws(0, 0, batch.key).normal("noise", (4,))
+    assert len(noise.unique(dim=0)) == 48
+    views = [(batch.caption[i], batch.image[i]) for i in order]
+    for first, second in ((0, 16), (16, 32), (0, 32)):
+        pairs = list(zip(views[first : first + 16], views[second : second + 16], strict=True))
+        assert 3 < sum(one[0] != two[0] for one, two in pairs) < 16
+        assert 3 < sum(not torch.equal(one[1], two[1]) for one, two in pairs) < 16
+    mixture = replace(config, shards="", mixture={shards[0]: 1, shards[1]: 1, shards[2]: 1}, workers=0)
+    assert set(next(iter(Loader(mixture, 48))).key) == set(keys)
 
 
 def test_validation_is_one_plain_pass_in_order():
     config = replace(CONFIG, flip=True, crop="random", caption="variants")
     batches = list(validation_batches(config, 5))
     assert [len(batch) for batch in batches] == [5, 5, 2]
-    assert [key for batch in batches for key in batch.key] == [f"{i:04d}" for i in range(48, 60)]
+    assert [key for batch in batches for key in batch.key] == [f"val-0000/{i:04d}" for i in range(48, 60)]
     plain = by_key(validation_batches(CONFIG, 12))
     assert all(torch.equal(image, plain[row][0]) for row, (image, _) in by_key(batches).items())
     assert list(validation_batches(replace(CONFIG, validation=""), 5)) == []
@@ -79,7 +103,7 @@ def test_a_broken_picture_is_left_out_with_its_reason(tmp_path, caplog):
     config = DataConfig(shards=str(write_tar(tmp_path / "x.tar", members)), size=8, streams=1)
     loader = Loader(config, 3, 0, 1, 0)
     batches = list(islice(loader, 2))
-    assert {key for batch in batches for key in batch.key} == {"a", "b"}
+    assert {key for batch in batches for key in batch.key} == {"x/a", "x/b"}
     assert loader.tally.counts == {"the picture does not decode": 1}
     assert caplog.text.count("the picture does not decode (the first is 'broken' in") == 1
 

@@ -25,7 +25,7 @@ from ldm.data.shards import open_set
 from ldm.data.transforms import prepare
 from ldm.errors import UserError
 
-from .shard_maker import picture, sample, write_tar
+from .shard_maker import bare, picture, sample, write_tar
 
 WEIGHTS = st.lists(st.integers(1, 10**6), min_size=1, max_size=7)
 
@@ -72,7 +72,7 @@ BUCKETS = DataConfig(size=8, buckets=2, streams=4, shuffle=8, workers=0)
 
 def rows(loader: Loader, batches: int) -> list[list[tuple[str, int, torch.Size]]]:
     return [
-        [(key, epoch, batch.image.shape[2:]) for key, epoch in zip(batch.key, batch.epoch, strict=True)]
+        [(bare(key), epoch, batch.image.shape[2:]) for key, epoch in zip(batch.key, batch.epoch, strict=True)]
         for batch in islice(loader, batches)
     ]
 
