@@ -14,10 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ldm.data import samples
-from ldm.data.shards import BadSample, ShardReader, ShardSet, Tally
+from ldm.data.shards import BadSample, ShardReader, ShardSet, Tally, Unavailable
 from ldm.errors import UserError
 
 Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Picture i of a set is of the height and width `kinds[of[i]]`."""
+
+    kinds: list[Size]
+    of: array[int]
 
 
 @dataclass(frozen=True)
@@ -26,11 +34,25 @@ class Buckets:
 
     sizes: tuple[Size, ...]
     of: array[int]
+    shapes: Shapes
+    wanted: tuple[Size, ...]  # `sizes` before small ones were given up
+    least: int
+
+    def histogram(self) -> dict[str, int]:
+        """The samples of each bucket, by "width x height", the widest last."""
+        counts = Counter(self.of)
+        return {f"{w}x{h}": counts[i] for i, (h, w) in enumerate(self.sizes)}
 
     def describe(self) -> str:
-        """A histogram: each width x height with its share of the samples, the widest last."""
-        counts = Counter(self.of)
-        return ", ".join(f"{w}x{h}: {counts[i]}" for i, (h, w) in enumerate(self.sizes))
+        """The histogram as text."""
+        return ", ".join(f"{name}: {count}" for name, count in self.histogram().items())
+
+    def keep(self, samples: Sequence[range]) -> Buckets:
+        """The buckets of a set of these samples alone."""
+        of: array[int] = array("I")
+        for each in samples:
+            of.extend(self.shapes.of[each.start : each.stop])
+        return fill(Shapes(self.shapes.kinds, of), self.wanted, self.least)
 
 
 def bucket_sizes(size: int, step: int, aspect: float) -> list[Size]:
@@ -61,37 +83,55 @@ def _shape(size: Size) -> float:
 
 
 def assign(data: ShardSet, sizes: Sequence[Size], least: int) -> tuple[ShardSet, Buckets]:
-    """Put the samples of a set into buckets; those whose size cannot be read are left out of it.
+    """Put the samples of a set into buckets; those whose size cannot be read are left out of it."""
+    data, shapes = measure(data)
+    return data, fill(shapes, sizes, least)
+
+
+def measure(data: ShardSet) -> tuple[ShardSet, Shapes]:
+    """Read the shapes of all pictures; samples whose shape cannot be read, and shards that go, are left out."""
+    tally = Tally()
+    place: dict[Size, int] = {}
+    of: array[int] = array("I")
+    shards, gone = [], set()
+    with ShardReader(data.shards, data.store) as reader:
+        for shard, index in enumerate(data.shards):
+            kept, before = [], len(of)
+            for number in range(len(index)):
+                try:
+                    size = samples.picture_size(reader, shard, number)
+                except Unavailable:
+                    gone.add(data.names[shard])
+                    del of[before:]
+                    break
+                except BadSample as error:
+                    tally.note(str(error), index.key(number), index.path)
+                    continue
+                of.append(place.setdefault(size, len(place)))
+                kept.append(number)
+            shards.append(index.keep(kept))
+    data = replace(data, shards=tuple(shards), left_out=data.left_out + tally.counts)
+    if gone:
+        data = data.without(gone, "it cannot be had")
+    if not of:
+        raise UserError(f"none of the samples of data.shards has a picture whose size can be read ({tally})")
+    return data, Shapes(list(place), of)
+
+
+def fill(shapes: Shapes, sizes: Sequence[Size], least: int) -> Buckets:
+    """Each picture's bucket.
 
     Buckets of less than `least` samples (a global batch) are given up, the smallest first, and their pictures go to
     the nearest that is left.
     """
-    tally = Tally()
-    shapes: Counter[Size] = Counter()
-    found: list[Size] = []
-    shards = []
-    with ShardReader(data.shards, data.store) as reader:
-        for shard, index in enumerate(data.shards):
-            kept = []
-            for number in range(len(index)):
-                try:
-                    found.append(samples.picture_size(reader, shard, number))
-                    kept.append(number)
-                except BadSample as error:
-                    tally.note(str(error), index.key(number), index.path)
-            shards.append(index.keep(kept))
-    if not found:
-        raise UserError(f"none of the samples of data.shards has a picture whose size can be read ({tally})")
-    shapes.update(found)
-    left = list(sizes)
+    samples_of, left = Counter(shapes.of), list(sizes)
     while True:
-        place = {shape: nearest(left, shape) for shape in shapes}
+        place = [nearest(left, shape) for shape in shapes.kinds]
         counts = Counter({i: 0 for i in range(len(left))})
-        for shape, count in shapes.items():
-            counts[place[shape]] += count
+        for kind, count in samples_of.items():
+            counts[place[kind]] += count
         smallest = min(counts, key=lambda i: (counts[i], i))
         if counts[smallest] >= least or len(left) == 1:
             break
         del left[smallest]
-    of = array("H", (place[shape] for shape in found))
-    return replace(data, shards=tuple(shards), left_out=data.left_out + tally.counts), Buckets(tuple(left), of)
+    return Buckets(tuple(left), array("H", (place[kind] for kind in shapes.of)), shapes, tuple(sizes), least)

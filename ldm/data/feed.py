@@ -112,13 +112,30 @@ class Feed(Generic[Item, B]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands; the same on every process, and after how many batches each took."""
-        return {"samples": self.drawn, "seed": self.seed, "order": self._order_name()}
+        return {
+            "samples": self.drawn,
+            "seed": self.seed,
+            "quarantine": sorted(self.data.quarantine),  # when the run began: not in the order
+            "order": self._order_name(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, with any number of processes and workers, and without reading what it skips.
 
-        Raises UserError when the state belongs to other shards, another seed, or another number of streams.
+        What was in quarantine when the run began stays out of the order, whether it can be had now or not. Raises
+        UserError when the state belongs to other shards, another seed, or another number of streams, and when a shard
+        of its order cannot be had: what it holds is not known then.
         """
+        began_without = set(state.get("quarantine", self.data.quarantine))
+        lost = [shard for name, shard in self.data.quarantine.items() if name not in began_without]
+        if lost:
+            raise UserError(
+                f"the run goes through {lost[0].source}, which cannot be had now ({lost[0].why})"
+                + (f", nor {len(lost) - 1} others" if len(lost) > 1 else "")
+                + "; resume when it can"
+            )
+        if came_back := began_without & set(self.data.names):
+            self._leave_out(came_back)
         here = self._order_name()
         if state["order"] != here or state["seed"] != self.seed:
             ours, theirs = {**here, "seed": self.seed}, {**state["order"], "seed": state["seed"]}
@@ -148,6 +165,18 @@ class Feed(Generic[Item, B]):
         if self.buckets:
             lines.append("buckets " + self.buckets.describe())
         return "\n            ".join(lines)
+
+    def _leave_out(self, names: set[str]) -> None:
+        if names == set(self.data.names):
+            raise UserError("every shard was in quarantine when the run began; start a new one")
+        data = self.data
+        stays = [i for i, name in enumerate(data.names) if name not in names]
+        self.data = data.without(names, "it could not be had when the run began")
+        if self.buckets:
+            first = data.firsts
+            self.buckets = self.buckets.keep([range(first[i], first[i] + data.counts[i]) for i in stays])
+        self.samples_per_epoch = len(self.data)
+        self.quarantined |= {data.shards[i].path for i, name in enumerate(data.names) if name in names}
 
     def _order_name(self) -> dict[str, Any]:
         name: dict[str, Any] = {

@@ -8,9 +8,9 @@ of its picture, with
     context          (K, L, D)    float16, one for each of the sample's K different captions, the .txt's first
     variants         (V,) int64   which of the K its json's `captions` are
 
-and `SHARD/KEY.json`, the source's json with the K captions as `contexts`. Posteriors are kept, not draws from them, so each
-epoch still draws its own latent; flip and caption are drawn by the numbers that `Loader` would draw for the picture's
-shard and key, and so are noise and levels: a run on cached latents sees what the same run on pictures sees.
+and `SHARD/KEY.json`, the source's json with the K captions as `contexts`. Posteriors are kept, not draws from them, so
+each epoch still draws its own latent; flip and caption are drawn by the numbers that `Loader` would draw for the
+picture's shard and key, and so are noise and levels: a run on cached latents sees what the same run on pictures sees.
 
 `latents.json` names the networks and the picture transform that made the set. `LatentLoader` refuses a set made by
 others than the caller's: latents of last week's autoencoder train without an error and sample as noise.
@@ -64,7 +64,7 @@ def latent_fingerprint(autoencoder: str, text: str, data: DataConfig) -> dict[st
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """`moments` float32 (B, 2C, h, w), unscaled; `context` float32 (B, L, D); key and epoch of each row, as in Batch."""
+    """`moments` float32 (B, 2C, h, w), unscaled; `context` float32 (B, L, D); each row's key and epoch as in Batch."""
 
     moments: Tensor
     context: Tensor

@@ -13,7 +13,7 @@ from ldm.config import DataConfig
 from ldm.data import samples, transforms
 from ldm.data.buckets import assign, bucket_sizes
 from ldm.data.feed import Feed, Fetched, in_order
-from ldm.data.shards import Record, open_data, open_set
+from ldm.data.shards import Record, check_quarantine, open_data, open_set
 from ldm.errors import UserError
 
 
@@ -113,6 +113,7 @@ class Loader(Feed[Decoded, Batch]):
         data, buckets = open_data(config, samples.fault), None
         if config.buckets:
             data, buckets = assign(data, bucket_sizes(config.size, config.buckets, config.bucket_aspect), global_batch)
+            check_quarantine(data.quarantine, len(data.shards) + len(data.quarantine), config.bad_limit)
         pictures = _Pictures(decode or PictureDecode(config))
         super().__init__(data, config, global_batch, rank, world, seed, pictures, buckets)
 

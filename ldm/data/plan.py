@@ -110,6 +110,8 @@ class Plan:
 
 def _members(data: ShardSet, buckets: Buckets | None, bucket: int, shards: range) -> tuple[Sequence[int], list[int]]:
     """The numbers of the samples of `shards` that are in a bucket, and how many each shard has of them."""
+    if not shards:
+        return shards, []
     counts = [data.counts[shard] for shard in shards]
     first = data.firsts[shards.start]
     everything = range(first, first + sum(counts))

@@ -9,8 +9,8 @@ webdataset library does, since order and resumption are ours: with an index, the
 (seed, position) alone (streams.py), a run resumes anywhere without reading what it skips, and what is incomplete is
 known before training begins. The library reads our shards all the same.
 
-A shard that cannot be had is in quarantine: named, counted, and left out (when the run begins) or stood in for by
-others (later; it is tried again after a while).
+A shard that cannot be had is in quarantine: named, counted, and left out (when the run begins, and then for all of the
+run, however often it is resumed) or stood in for by others (later; it is tried again after a while).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import os
 import time
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import BinaryIO
@@ -121,6 +121,23 @@ class ShardSet:
         key = self.shards[shard].key(number)
         return key if self.keys_are_addresses else f"{self.names[shard]}/{key}"
 
+    def without(self, names: Collection[str], why: str) -> ShardSet:
+        """This set with these shards in quarantine."""
+        left = [i for i, name in enumerate(self.names) if name not in names]
+        lost = {name: Lost(self.shards[i].path, why) for i, name in enumerate(self.names) if name in names}
+        parts, first = [], 0
+        for part in self.mixture:
+            count = sum(i in part.shards for i in left)
+            parts.append(Part(range(first, first + count), part.share))
+            first += count
+        return replace(
+            self,
+            shards=tuple(self.shards[i] for i in left),
+            names=tuple(self.names[i] for i in left),
+            quarantine={**self.quarantine, **lost},
+            mixture=tuple(parts),
+        )
+
     @cached_property
     def firsts(self) -> list[int]:
         """The id of each shard's first sample (of an empty shard: of the next one's)."""
@@ -167,29 +184,20 @@ def _open(
     quarantine: dict[str, Lost] = {}
     for source, index in zip(sources, _indices(store, sources), strict=True):
         name = _name(source, named)
-        if isinstance(index, str):
-            quarantine[name] = Lost(source, index)
-            logger.warning("shard in quarantine: %s (%s)", shown(source), index)
-            if len(quarantine) > config.bad_limit * len(sources):
-                told = "; ".join(f"{lost.source}: {lost.why}" for lost in list(quarantine.values())[:3])
-                raise UserError(
-                    f"{len(quarantine)} of the {len(sources)} shards of {what} cannot be used, more than "
-                    f"data.bad_limit={config.bad_limit:g} ({told})"
-                )
-            continue
-        kept: list[int] = []
-        with ShardReader([index], store) as reader:
-            for i in range(len(index)):
-                members = index.places(i)
-                reason = fault(members) or _too_large(members)
-                if reason is not None:
-                    tally.note(reason, index.key(i), source)
-                elif where and not _matches(reader.member(0, i, "json"), where):
-                    filtered += 1
-                else:
-                    kept.append(i)
-        shards.append(index.keep(kept))
-        names.append(name)
+        found = index
+        if isinstance(index, ShardIndex):
+            try:
+                found, others = _usable(index, store, fault, where, tally)
+            except Unavailable as error:  # its index was known, so it was not asked for before
+                found = str(error)
+            else:
+                filtered += others
+                shards.append(found)
+                names.append(name)
+        if isinstance(found, str):
+            quarantine[name] = Lost(source, found)
+            logger.warning("shard in quarantine: %s (%s)", shown(source), found)
+            check_quarantine(quarantine, len(sources), config.bad_limit, what)
     made = ShardSet(tuple(shards), tally.counts, filtered, tuple(names), quarantine, store)
     if len(made) == 0 and filtered:
         raise UserError(f"none of the {filtered} samples of {what} matches data.where={dict(where or {})}")
@@ -197,6 +205,35 @@ def _open(
         raise UserError(f"{what} ({patterns}) has no sample that can be used ({str(tally) or 'the shards are empty'})")
     check_share(tally, len(made) + filtered + tally.total, config.bad_limit)
     return made
+
+
+def _usable(
+    index: ShardIndex,
+    store: Store,
+    fault: Callable[[Members], str | None],
+    where: Mapping[str, Sequence[str]] | None,
+    tally: Tally,
+) -> tuple[ShardIndex, int]:
+    """The index of the samples that can be used and match, and how many do not match. Raises Unavailable."""
+    kept: list[int] = []
+    filtered = 0
+    with ShardReader([index], store) as reader:
+        for i in range(len(index)):
+            members = index.places(i)
+            reason = fault(members) or _too_large(members)
+            if reason is not None:
+                tally.note(reason, index.key(i), index.path)
+                continue
+            try:
+                if where and not _matches(reader.member(0, i, "json"), where):
+                    filtered += 1
+                else:
+                    kept.append(i)
+            except Unavailable:
+                raise
+            except BadSample as error:
+                tally.note(str(error), index.key(i), index.path)
+    return index.keep(kept), filtered
 
 
 def open_data(config: DataConfig, fault: Callable[[Members], str | None]) -> ShardSet:
@@ -228,6 +265,15 @@ def _name(source: str, named: Counter[str]) -> str:
     name = base_name(source).removesuffix(".tar")
     named[name] += 1
     return name if named[name] == 1 else f"{name}~{named[name] - 1}"
+
+
+def check_quarantine(quarantine: Mapping[str, Lost], of: int, limit: float, what: str = "data.shards") -> None:
+    """Raises UserError, with the first names and reasons, when more than `limit` of so many shards are lost."""
+    if len(quarantine) > limit * of:
+        told = "; ".join(f"{lost.source}: {lost.why}" for lost in list(quarantine.values())[:3])
+        raise UserError(
+            f"{len(quarantine)} of the {of} shards of {what} cannot be used, more than data.bad_limit={limit:g} ({told})"
+        )
 
 
 def check_share(tally: Tally, of: int, limit: float) -> None:

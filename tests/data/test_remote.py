@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from ldm.data.loader import Loader
 from ldm.data.sources import expand, expand_sources
 from ldm.errors import UserError
 
-from .shard_maker import bare, sample, write_tar
+from .shard_maker import bare, picture, sample, write_tar
 
 
 @dataclass
@@ -165,6 +166,68 @@ def test_a_shard_that_stays_bad_is_in_quarantine_by_name_and_the_run_goes_on(tmp
     server.faults = {"1.tar": list(fault)}
     with pytest.raises(UserError, match=r"1 of the 3 shards of data.shards cannot be used.*1\.tar: "):
         Loader(replace(config, bad_limit=0.2), 4)
+
+
+QUARANTINE = [{}, {"where": {"kind": ["a", "b"]}}, {"size": 16, "buckets": 8}, {"mixture": True}]
+
+
+@pytest.mark.parametrize("changes", QUARANTINE)
+def test_what_was_in_quarantine_at_the_start_stays_out_when_it_is_back(tmp_path, server, changes):
+    for shard in range(4):
+        sizes = [(24, 24), (24, 48)]
+        members = []
+        for i in range(8):
+            meta = json.dumps({"kind": "abc"[i % 3]}).encode()
+            members += [(f"{i}.png", picture(9 * shard + i, sizes[i % 2])), (f"{i}.txt", b"x"), (f"{i}.json", meta)]
+        write_tar(server.folder / f"{shard}.tar", members)
+    config = settings(tmp_path, server.url("{0..3}.tar"), bad_limit=0.5, **{**changes, "mixture": {}})
+    if "mixture" in changes:
+        config = replace(config, shards="", mixture={server.url("{0..1}.tar"): 1, server.url("{2..3}.tar"): 3})
+    server.faults = {"1.tar": ["404"]}
+    first = Loader(config, 4)
+    batches = iter(first)
+    begun = [key for batch in islice(batches, 3) for key in batch.key]
+    state = json.loads(json.dumps(first.state_dict()))
+    whole = begun + [key for batch in islice(batches, 9) for key in batch.key]
+    assert state["quarantine"] == ["1"] and not any(key.startswith("1/") for key in whole)
+
+    back = Loader(config, 4)
+    assert not back.data.quarantine
+    back.load_state_dict(state)
+    assert back.state_dict() == state and back.quarantined == {server.url("1.tar")}
+    assert "1 shards in quarantine" in back.describe() and back.samples_per_epoch == first.samples_per_epoch
+    assert begun + [key for batch in islice(back, 9) for key in batch.key] == whole
+
+    clear(tmp_path)  # another machine, which cannot have another shard
+    server.faults = {"2.tar": ["404"], "1.tar": ["404"]}
+    with pytest.raises(UserError, match=r"goes through http.*/2.tar, which cannot be had now \(the server answers 404"):
+        Loader(config, 4).load_state_dict(state)
+    server.faults = {"1.tar": ["404"]}
+    third = Loader(config, 4)
+    third.load_state_dict(state)
+    assert begun + [key for batch in islice(third, 9) for key in batch.key] == whole
+
+
+@pytest.mark.parametrize("changes", QUARANTINE[1:3])
+def test_a_shard_that_goes_while_it_is_looked_into_is_in_quarantine(tmp_path, server, changes):
+    fill(server.folder)
+    config = settings(tmp_path, server.url("{0..2}.tar"), bad_limit=0.4, **{**changes, "where": {}})
+    Loader(replace(config, buckets=0), 4)  # the indices are known now
+    for path in copies(tmp_path):
+        path.unlink()
+    server.faults = {"1.tar": ["404"] * 3}
+    loader = Loader(replace(config, where={"kind": ["null"]} if "where" in changes else {}), 4)
+    assert list(loader.data.quarantine) == ["1"] and loader.samples_per_epoch == 16
+    for path in copies(tmp_path):
+        path.unlink()
+    server.faults = {"1.tar": ["404"] * 3, "2.tar": ["404"] * 3}
+    with pytest.raises(UserError, match=r"2 of the 3 shards of data.shards cannot be used"):
+        Loader(replace(config, where={"kind": ["null"]} if "where" in changes else {}), 4)
+
+
+def clear(tmp_path: Path) -> None:
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
 
 
 def test_a_shard_that_goes_later_is_stood_in_for_and_comes_back(tmp_path, server, caplog, monkeypatch):
