@@ -272,7 +272,8 @@ def check_quarantine(quarantine: Mapping[str, Lost], of: int, limit: float, what
     if len(quarantine) > limit * of:
         told = "; ".join(f"{lost.source}: {lost.why}" for lost in list(quarantine.values())[:3])
         raise UserError(
-            f"{len(quarantine)} of the {of} shards of {what} cannot be used, more than data.bad_limit={limit:g} ({told})"
+            f"{len(quarantine)} of the {of} shards of {what} cannot be used, more than "
+            f"data.bad_limit={limit:g} ({told})"
         )
 
 

@@ -30,7 +30,8 @@ from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.config import ClipTraining, DataConfig, ImageTowerConfig, ModelConfig, TextConfig
 from ldm.data import samples
 from ldm.data.loader import Batch, Loader, validation_batches
-from ldm.data.shards import ShardReader, open_set
+from ldm.data.records import BadSample, Tally
+from ldm.data.shards import ShardReader, check_share, open_data
 from ldm.errors import UserError
 from ldm.training.draws import Draws
 from ldm.training.processes import divide
@@ -185,24 +186,26 @@ class Words:
 
 
 def used_words(data: DataConfig, text: TextConfig) -> Words:
-    """The tokens of all captions that training may show: of the shards' samples that `data.where` keeps.
+    """The tokens of all captions that training may show: of the sets' samples that `data.where` keeps.
 
     With `data.caption` "variants" that is the json's variants and the .txt, else the .txt alone. A function of the
     set of captions: the order of shards and the number of processes do not matter. Raises UserError where the loader
-    would. A sample that the loader leaves out (its picture does not decode) may add tokens, which does no harm.
+    would. A sample that the loader leaves out (its picture does not decode) may add tokens, which does no harm; one
+    that cannot be read adds none, and its words share a row should it come back.
     """
-    shards = open_set(data.shards, "data.shards", samples.fault, data.where)
-    reader = ShardReader(shards.shards)
+    opened, tally = open_data(data, samples.fault), Tally()
     captions: set[str] = set()
-    for shard, index in enumerate(shards.shards):
-        for number in range(len(index)):
-            meta = _object(reader.member(shard, number, "json"))
-            plain = reader.member(shard, number, "txt")
-            found = [meta.get("caption") if plain is None else plain.decode("utf-8-sig", "replace")]
-            if data.caption == "variants" and isinstance(meta.get("captions"), list):
-                found += meta["captions"]
-            captions.update(caption.strip() for caption in found if isinstance(caption, str))
-    reader.close()
+    with ShardReader(opened.shards, opened.store) as reader:
+        for shard, index in enumerate(opened.shards):
+            for number in range(len(index)):
+                try:
+                    meta = _object(reader.member(shard, number, "json"))
+                    plain = reader.member(shard, number, "txt")
+                except BadSample as error:
+                    tally.note(str(error), index.key(number), index.path)
+                    continue
+                captions.update(_captions(meta, plain, data.caption))
+    check_share(tally, len(opened), data.bad_limit)
     tokenizer = clip_tokenizer()
     used = {START, END, PADDING[text.padding]}
     cut = 0
@@ -211,6 +214,14 @@ def used_words(data: DataConfig, text: TextConfig) -> Words:
         cut += len(pieces) > text.context_length - 2
         used.update(pieces[: text.context_length - 2])
     return Words(tuple(sorted(used)), len(captions), cut)
+
+
+def _captions(meta: dict[str, Any], plain: bytes | None, caption: str) -> Iterator[str]:
+    """What training may show of a sample with this json and .txt."""
+    found = [meta.get("caption") if plain is None else plain.decode("utf-8-sig", "replace")]
+    if caption == "variants" and isinstance(meta.get("captions"), list):
+        found += meta["captions"]
+    yield from (text.strip() for text in found if isinstance(text, str))
 
 
 def _object(content: bytes | None) -> dict[str, Any]:

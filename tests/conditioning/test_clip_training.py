@@ -94,6 +94,23 @@ def test_rows_follow_what_training_shows(tmp_path: Path):
     assert 0 not in padded.token_ids
 
 
+def test_rows_are_of_all_that_the_settings_let_training_read(tmp_path: Path, monkeypatch):
+    """Commands, mixtures, and a shard that is gone when its captions are read: all as the loader has it."""
+    shards(tmp_path, [["a red heart"], ["a kite"], ["a whale"]])
+    command = DataConfig(shards=f"pipe:cat {tmp_path}/{{0..1}}.tar", cache=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"allow_pipe=true"):
+        used_words(command, TEXT)
+    command = dataclasses.replace(command, allow_pipe=True, bad_limit=0.5)
+    assert set(used_words(command, TEXT).token_ids) == {0, START, END} | pieces("a red heart kite")
+    mixture = DataConfig(mixture={f"{tmp_path}/0.tar": 1, f"{tmp_path}/2.tar": 2})
+    assert set(used_words(mixture, TEXT).token_ids) == {0, START, END} | pieces("a red heart whale")
+    monkeypatch.setattr("ldm.data.fetch.FIRST_PAUSE", 0.001)
+    (tmp_path / "0.tar").unlink()
+    for copy in (tmp_path / "cache").glob("*0.tar"):  # its index is known still
+        copy.unlink()
+    assert set(used_words(command, TEXT).token_ids) == {0, START, END} | pieces("a kite")
+
+
 # ---------------------------------------------------------------- retrieval
 
 
