@@ -3,7 +3,10 @@
 A copy is made under a lock, so that of several readers one transfers and the others wait. Who reads holds a shared
 lock on the open copy; when room is needed, the copies that were used longest ago and that nobody reads go first. If
 all are being read, the oldest goes all the same: its readers keep it until they close it, so the run goes on, and the
-disk holds that much more for a while.
+disk holds that much more for a while. So it does when the transfers under way are by themselves more than the size.
+
+Who transfers holds a lock on the half-made copy, so one whose maker died is known by that, and no clock is asked. A
+copy is on the disk before it has its name: after a power loss it is whole or not there.
 
 A copy is taken for what its source holds for as long as it is there: shards that change keep no name.
 """
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ldm.config import DataConfig
-from ldm.data.fetch import Unreachable, fetch
+from ldm.data.fetch import Unreachable, fetch, resize
 from ldm.data.index import ShardIndex, dump, index_file, parse
 from ldm.data.records import shown
 from ldm.data.sources import PIPE, base_name, is_file
@@ -33,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 LOCKS = 64  # files that serialise transfers; two sources that share one merely wait for each other
 INDEX_LIMIT = 2**28  # bytes of an index beside a shard: millions of samples
-STALE = 3600.0  # seconds after which a half-made copy belongs to nobody
 
 
 @dataclass(frozen=True)
@@ -121,44 +123,54 @@ class Store:
                 if path.exists():
                     return  # another process made it while this one waited
                 part = path.with_name(f".{path.name}.part")
-                try:
-                    fetch(source, part, lambda size: self._make_room(size, part))
+                with _owned(part) as file:
+                    fetch(source, part, lambda least, wish: self._reserve(part, least, wish))
+                    os.fsync(file)
                     os.replace(part, path)
-                finally:
-                    part.unlink(missing_ok=True)
         except OSError as error:
             raise explain_os_error(error, f"copying a shard into {self.folder}") from error
 
-    def _make_room(self, size: int, part: Path) -> None:
-        if size > self.limit:
+    def _reserve(self, part: Path, least: int, wish: int) -> int:
+        """Make a half-made copy `wish` bytes long (`least`, where the cache is no larger) and room for it."""
+        if least > self.limit:
             raise Unreachable(
-                f"its {size / 1e9:.3g} GB are more than the cache of {self.limit / 1e9:.3g} GB; raise data.cache_gb"
+                f"its {least / 1e9:.3g} GB are more than the cache of {self.limit / 1e9:.3g} GB; raise data.cache_gb"
             )
+        size = min(wish, self.limit)
         with _locked(self.folder / ".lock-room"):
-            copies, taken = [], 0
-            for path in self.folder.iterdir():
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
+            self._make_room(size, part)
+            resize(part, size)  # before the next one looks what is taken
+        return size
+
+    def _make_room(self, size: int, part: Path) -> None:
+        copies, taken = [], 0
+        for path in self.folder.iterdir():
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            half_made = path.name.endswith(".part")
+            if path == part:
+                continue
+            if half_made and not _is_held(path):  # its maker died
+                path.unlink(missing_ok=True)
+                continue
+            taken += status.st_size
+            if not half_made and not path.name.startswith("."):
+                copies.append((status.st_mtime, status.st_size, path))
+        for only_idle in (True, False):
+            for entry in sorted(copies):
+                if taken + size <= self.limit:
+                    return
+                if not only_idle:
+                    _warn_once(self.folder)
+                elif _is_held(entry[2]):
                     continue
-                half_made = path.name.endswith(".part")
-                if half_made and path != part and time.time() - status.st_mtime > STALE:
-                    path.unlink(missing_ok=True)
-                    continue
-                taken += status.st_size
-                if not half_made and not path.name.startswith("."):
-                    copies.append((status.st_mtime, status.st_size, path))
-            for only_idle in (True, False):
-                for entry in sorted(copies):
-                    if taken + size <= self.limit:
-                        return
-                    if not only_idle:
-                        _warn_once(self.folder)
-                    elif _is_read(entry[2]):
-                        continue
-                    entry[2].unlink(missing_ok=True)
-                    copies.remove(entry)
-                    taken -= entry[1]
+                entry[2].unlink(missing_ok=True)
+                copies.remove(entry)
+                taken -= entry[1]
+        if taken + size > self.limit:
+            _warn_once(self.folder)
 
 
 def _home() -> str:
@@ -182,13 +194,34 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _lock(file: int, shared: bool = False) -> None:
-    import fcntl  # not on every system; who reads files alone needs it nowhere
+@contextmanager
+def _owned(part: Path) -> Iterator[int]:
+    """Make a file that is locked for as long as the block takes, and gone after it unless it has another name then."""
+    while True:
+        with open(part, "ab") as file:
+            _lock(file.fileno())
+            try:
+                if not os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                    continue  # it was taken for a dead one's before it was locked
+            except FileNotFoundError:
+                continue
+            try:
+                yield file.fileno()
+            finally:
+                part.unlink(missing_ok=True)
+            return
 
+
+def _lock(file: int, shared: bool = False) -> None:
+    try:
+        import fcntl
+    except ImportError as error:
+        raise UserError("this system has no file locks, which copies of remote shards need; copy them here") from error
     fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
 
 
-def _is_read(path: Path) -> bool:
+def _is_held(path: Path) -> bool:
+    """Whether a copy is being read, or made."""
     import fcntl
 
     try:

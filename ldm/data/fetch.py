@@ -3,12 +3,16 @@
 A transfer that breaks off goes on at the byte where it broke where the server can (HTTP ranges, fsspec's seek), and
 from the beginning where it cannot. Each attempt that brings nothing new waits twice as long as the one before, with
 some randomness, so that a thousand readers of a store that stumbled do not all come back at once.
+
+What did not say how long it would be, and ends before its tar does, is asked for once more: only if it ends there again
+is it what the source holds.
 """
 
 from __future__ import annotations
 
 import http.client
 import random
+import shutil
 import subprocess
 import time
 import urllib.error
@@ -20,12 +24,14 @@ from pathlib import Path
 from typing import IO
 
 from ldm.data.sources import PIPE, file_system, first_line
+from ldm.data.tars import NotATar, read_headers
 from ldm.errors import explain_os_error
 
 ATTEMPTS = 8  # in a row that bring nothing new
 FIRST_PAUSE = 0.5  # seconds; the seventh is 32
 TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 2**20
+AHEAD = 2**26  # bytes that are reserved at once, at most, for what does not say how long it is
 
 _PASSING = (408, 425, 429)  # of the 4xx; every other one will say the same again
 
@@ -46,27 +52,30 @@ class _Opened:
     tag: str = ""  # names the version of what is read
 
 
-def fetch(source: str, target: Path, room: Callable[[int], None]) -> None:
-    """Copy `source` to `target`. `room(n)` is called before the next n bytes are written, and with the whole size as
-    soon as it is known. Raises Unreachable, and UserError if the disk does not take it.
+def fetch(source: str, target: Path, reserve: Callable[[int, int], int]) -> None:
+    """Copy `source` to `target`, a file that is there. Raises Unreachable, and UserError if the disk does not take it.
+
+    `reserve(least, wish)` makes the target `wish` bytes long, or `least` if these are all there may be, and returns how
+    long; it is called before anything is written, with the whole size as soon as it is known.
     """
-    tag, written, furthest, failures = "", 0, 0, 0
+    tag, written, furthest, failures, ended = "", 0, 0, 0, -1
     while True:
         try:
             with _open(source, written, tag) as opened:
                 tag, written = opened.tag, opened.begin
-                if opened.total is not None:
-                    room(opened.total - written)
-                    _resize(target, opened.total)
-                else:
-                    _resize(target, written)
+                reserved = 0 if opened.total is None else reserve(opened.total, opened.total)
                 for chunk in _chunks(opened):
-                    if opened.total is None:
-                        room(len(chunk))
+                    end = written + len(chunk)
+                    if end > reserved:
+                        reserved = reserve(end, end + min(written, AHEAD))
                     _write(target, chunk, written)
                     written += len(chunk)
                 if opened.total is not None and written != opened.total:  # http.client does not say so
                     raise ConnectionError(f"it broke off at byte {written} of {opened.total}")
+            resize(target, written)
+            if opened.total is None and written != ended and _is_torn(target):
+                ended, written, tag = written, 0, ""
+                raise ConnectionError(f"it ended at byte {ended}, before its tar did")
             return
         except _Refused as error:
             raise Unreachable(str(error)) from error
@@ -78,7 +87,16 @@ def fetch(source: str, target: Path, room: Callable[[int], None]) -> None:
             time.sleep(FIRST_PAUSE * 2 ** (failures - 1) * random.uniform(0.5, 1))
 
 
-def _resize(target: Path, size: int) -> None:
+def _is_torn(target: Path) -> bool:
+    """Whether it begins as a tar does and does not end as one."""
+    with open(target, "rb", buffering=0) as file:
+        try:
+            return read_headers(file.fileno(), target.stat().st_size).torn
+        except NotATar:
+            return False
+
+
+def resize(target: Path, size: int) -> None:
     """Make the file as large as it will be, so that others who look for room see what is still to come."""
     try:
         with open(target, "ab") as file:
@@ -157,7 +175,9 @@ def _store(source: str, offset: int) -> Iterator[_Opened]:
 
 @contextmanager
 def _command(command: str) -> Iterator[_Opened]:
-    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    bash = shutil.which("bash")  # of `a | b`, a plain shell says how b ended and not that a failed
+    words = [bash, "-o", "pipefail", "-c", command] if bash else ["sh", "-c", command]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     assert process.stdout is not None
     try:
         yield _Opened(process.stdout, 0, None)

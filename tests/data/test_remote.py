@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -338,6 +339,20 @@ def test_a_command_that_fails_or_is_torn_is_no_shard(tmp_path):
     assert not [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".lock")]
 
 
+def test_a_pipe_whose_first_part_fails_is_no_shard_and_a_short_one_is_asked_for_again(tmp_path):
+    fill(tmp_path, 1)
+    shard, whole = tmp_path / "0.tar", (tmp_path / "0.tar").read_bytes()
+    store = Store(tmp_path / "cache", 10**9, allow_pipe=True)
+    words = f"pipe:(head -c 9000 {shard}; exit 3) | cat"
+    with pytest.raises(fetch.Unreachable, match=r"exit code 3, 8 times in a row"):
+        store.open(words)
+    once = f"pipe:if test -e {tmp_path}/again; then cat {shard}; else touch {tmp_path}/again; head -c 9000 {shard}; fi"
+    with store.open(once) as copy:
+        assert copy.read() == whole
+    with store.open(f"pipe:head -c 9000 {shard}") as copy:  # always: so it is torn, and used as files are
+        assert copy.read() == whole[:9000]
+
+
 def test_a_set_with_indices_is_opened_without_its_shards(tmp_path, server):
     fill(server.folder)
     for i in range(3):
@@ -413,6 +428,74 @@ def test_what_is_being_read_goes_last_and_stays_readable(tmp_path, server, caplo
         assert first.read() == (server.folder / "0.tar").read_bytes()
         assert second.read() == (server.folder / "1.tar").read_bytes()
     assert len(copies(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("jump", [-1e6, 1e6])
+def test_a_clock_that_jumps_ends_no_transfer_and_the_dead_are_known(tmp_path, server, monkeypatch, jump):
+    """Another process looks for room while a copy is under way, and its clock is days off."""
+    fill(server.folder, 2)
+    store, write, seen = Store(tmp_path / "cache", 10**9), fetch._write, []
+    store.folder.mkdir()
+    dead = store.folder / ".dead.part"
+
+    def other() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("time.time", lambda: 1.8e9 + jump)
+            patch.setattr("time.time_ns", lambda: int((1.8e9 + jump) * 1e9))
+            store.open(server.url("1.tar")).close()
+
+    def slow(target: Path, chunk: bytes, offset: int) -> None:
+        write(target, chunk, offset)
+        if "0.tar" in target.name:
+            dead.write_bytes(b"half")
+            os.utime(target, (0, 0))
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            seen.append((target.exists(), dead.exists()))
+
+    monkeypatch.setattr(fetch, "_write", slow)
+    with store.open(server.url("0.tar")) as copy:
+        assert copy.read() == (server.folder / "0.tar").read_bytes()
+    assert seen == [(True, False)] and {path.name[-5:] for path in copies(tmp_path)} == {"0.tar", "1.tar"}
+    assert not list(store.folder.glob(".*.part"))
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name(tmp_path, server, monkeypatch):
+    fill(server.folder, 1)
+    done, sync, replace_ = [], os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda file: (done.append(("fsync", os.fstat(file).st_ino)), sync(file)))
+    monkeypatch.setattr("os.replace", lambda a, b: (done.append(("named", os.stat(a).st_ino)), replace_(a, b)))
+    store = Store(tmp_path / "cache", 10**9)
+    with store.open(server.url("0.tar")) as copy:
+        inode = os.fstat(copy.fileno()).st_ino
+    assert done == [("fsync", inode), ("named", inode)]
+
+
+def test_transfers_at_a_time_see_what_each_other_will_take(tmp_path, server, monkeypatch):
+    """Room is kept before the first byte is written, whether the source says its size or not."""
+    fill(server.folder, 4)
+    size = (server.folder / "0.tar").stat().st_size
+    store, write, most = Store(tmp_path / "cache", int(3.2 * size)), fetch._write, []
+    monkeypatch.setattr(fetch, "CHUNK", 4096)
+
+    def watched(target: Path, chunk: bytes, offset: int) -> None:
+        write(target, chunk, offset)
+        most.append(sum(path.stat().st_size for path in store.folder.iterdir() if path.exists()))
+
+    monkeypatch.setattr(fetch, "_write", watched)
+    piped = replace(store, allow_pipe=True)
+    sources = [server.url("0.tar"), server.url("1.tar"), *(f"pipe:cat {server.folder}/{i}.tar" for i in (2, 3))]
+    for _ in range(2):
+        threads = [threading.Thread(target=lambda each: piped.open(each).close(), args=(each,)) for each in sources[:3]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        piped.open(sources[3]).close()
+    assert max(most) <= store.limit
+    with piped.open(sources[3]) as copy:  # reserved by steps, and cut to what it was
+        assert copy.read() == (server.folder / "3.tar").read_bytes()
 
 
 def test_a_shard_larger_than_the_cache_is_named(tmp_path, server):
