@@ -41,7 +41,7 @@ from ldm.data.latent_writing import (
     part_folder,
 )
 from ldm.data.latents import MANIFEST, latent_fingerprint
-from ldm.device import choose_device, choose_precision
+from ldm.device import choose_device, choose_precision, precision_name
 from ldm.errors import UserError, run
 from ldm.options import WHERE_HELP, where_of
 
@@ -66,7 +66,13 @@ def main() -> None:
     first, stop = (len(sources) * edge // parts for edge in (part, part + 1))
     folder = config.latents if arguments.part is None else part_folder(config.latents, part, parts)
     writer = LatentWriter(
-        folder, fingerprint, sources.fingerprint, config.data.flip, arguments.shard_samples, first=first
+        folder,
+        fingerprint,
+        sources.fingerprint,
+        config.data.flip,
+        arguments.shard_samples,
+        first=first,
+        precision=precision_name(dtype),
     )
     if writer.complete:
         print(f"{folder} is complete already")

@@ -97,6 +97,16 @@ class Store:
         atomic_write_bytes(kept, dump(index))
         return index
 
+    def read(self, source: str) -> bytes:
+        """The content of a small source as it is now, of which no copy is kept. Raises like `open`."""
+        if not is_file(source):
+            self.forget(source)
+        with self.open(source) as file:
+            content = file.read(INDEX_LIMIT)
+        if not is_file(source):
+            self.forget(source)
+        return content
+
     def forget(self, source: str) -> None:
         """Remove the copy of a source and its index: they are not what was expected."""
         path = self.path(source)
@@ -108,11 +118,9 @@ class Store:
             return None
         url, mark, query = source.partition("?")
         try:
-            with self.open(f"{url}.index{mark}{query}") as file:
-                content = file.read(INDEX_LIMIT)
+            content = self.read(f"{url}.index{mark}{query}")
         except Unreachable:
             return None
-        self.forget(f"{url}.index{mark}{query}")  # it is kept under another name
         return parse(content, source)
 
     def _copy(self, source: str, path: Path) -> None:

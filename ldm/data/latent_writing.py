@@ -37,6 +37,8 @@ class SourceBatch:
     key: list[str]  # with the shard's name, "train-0003/00017"
     meta: list[dict[str, Any]]
     sample: list[int]  # numbers in the set
+    size: Tensor  # int64 (B, 2), of the picture in its shard
+    crop: Tensor  # int64 (B, 2, 2), of the picture and of its mirror image
 
 
 class LatentSources:
@@ -58,20 +60,36 @@ class LatentSources:
 
 
 @dataclass(frozen=True)
+class _Source:
+    made: transforms.Prepared
+    captions: list[str]
+    variants: list[int]
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class _Sources:
     size: int
 
-    def decode(self, record: Record, rng: random.Random) -> tuple[Tensor, list[str], list[int], dict[str, Any]]:
+    def decode(self, record: Record, rng: random.Random) -> _Source:
         sample = samples.decode(record, "txt", rng)
-        image = transforms.prepare(sample.picture, self.size, "center", False, rng).image
+        made = transforms.prepare(sample.picture, self.size, "center", False, rng)
         given = samples.caption_variants(sample.meta)
         captions = list(dict.fromkeys([sample.caption, *given]))
-        return image, captions, [captions.index(text) for text in given], sample.meta
+        return _Source(made, captions, [captions.index(text) for text in given], sample.meta)
 
-    def collate(self, samples: Sequence[Fetched[tuple[Tensor, list[str], list[int], dict[str, Any]]]]) -> SourceBatch:
-        images, captions, variants, metas = zip(*(sample.item for sample in samples), strict=True)
-        keys, numbers = [sample.key for sample in samples], [sample.number for sample in samples]
-        return SourceBatch(torch.stack(images), list(captions), list(variants), keys, list(metas), numbers)
+    def collate(self, samples: Sequence[Fetched[_Source]]) -> SourceBatch:
+        items = [sample.item for sample in samples]
+        return SourceBatch(
+            torch.stack([item.made.image for item in items]),
+            [item.captions for item in items],
+            [item.variants for item in items],
+            [sample.key for sample in samples],
+            [item.meta for item in items],
+            [sample.number for sample in samples],
+            torch.tensor([item.made.size for item in items]),
+            torch.tensor([[item.made.crop, item.made.crop_other_way] for item in items]),
+        )
 
 
 # ---------------------------------------------------------------- latents out
@@ -82,7 +100,7 @@ class LatentWriter:
 
     Each shard appears whole, then the manifest names it. A writer on a folder that an earlier one left unfinished goes
     on after its last whole shard: begin the batches at `start`, which is `first` on a new folder. Raises UserError when
-    the folder holds latents of other networks or other pictures.
+    the folder holds latents of other networks, another precision or other pictures.
     """
 
     def __init__(
@@ -93,9 +111,11 @@ class LatentWriter:
         flipped: bool,
         per_shard: int = 1024,
         first: int = 0,
+        precision: str = "fp32",
     ) -> None:
         self._folder, self._per_shard, self._first = Path(folder), per_shard, first
         head = {"format": FORMAT, "fingerprint": dict(fingerprint), "source": source, "flipped": flipped}
+        head["precision"] = precision  # of the networks
         self._manifest: dict[str, Any] = {**head, "per_shard": per_shard, "complete": False, "shards": []}
         if (self._folder / MANIFEST).exists():
             found = read_manifest(self._folder)
@@ -131,6 +151,8 @@ class LatentWriter:
                 "moments": moments[i].cpu().contiguous(),
                 "context": contexts[i].to("cpu", torch.float16).contiguous(),
                 "variants": torch.tensor(batch.variants[i], dtype=torch.int64),
+                "size": batch.size[i].contiguous(),
+                "crop": batch.crop[i].contiguous(),
             }
             if flipped is not None:
                 tensors["moments_flipped"] = flipped[i].cpu().contiguous()

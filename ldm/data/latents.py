@@ -7,21 +7,28 @@ of its picture, with
     moments_flipped  (2C, h, w)   of the mirrored picture, in sets made with it
     context          (K, L, D)    float16, one for each of the sample's K different captions, the .txt's first
     variants         (V,) int64   which of the K its json's `captions` are
+    size             (2,) int64   height and width of the picture in its shard
+    crop             (2, 2) int64 top and left of what is seen of it, and of its mirror image; as in loader.Batch
 
 and `SHARD/KEY.json`, the source's json with the K captions as `contexts`. Posteriors are kept, not draws from them, so
 each epoch still draws its own latent; flip and caption are drawn by the numbers that `Loader` would draw for the
 picture's shard and key, and so are noise and levels: a run on cached latents sees what the same run on pictures sees.
 
-`latents.json` names the networks and the picture transform that made the set. `LatentLoader` refuses a set made by
-others than the caller's: latents of last week's autoencoder train without an error and sample as noise.
+`latents.json` names the networks, the picture transform and the shards of pictures that made the set. `LatentLoader`
+refuses a set made of others than the caller's: latents of last week's autoencoder train without an error and sample as
+noise. It also says in what precision the networks ran, which is told and not refused: on the fly it would be float32.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
+import logging
 import os
 import random
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,20 +42,27 @@ from torch import Tensor
 from ldm.checkpoints import native
 from ldm.config import DataConfig
 from ldm.data import samples, transforms
+from ldm.data.cache import Store
 from ldm.data.feed import Feed, Fetched
-from ldm.data.shards import BadSample, Members, Record, ShardSet, expand, open_set
-from ldm.errors import UserError
-from ldm.files import read_text
+from ldm.data.fetch import Unreachable
+from ldm.data.shards import BadSample, Members, Record, ShardSet, name_of, open_set
+from ldm.data.sources import PIPE, base_name, expand_sources, is_file
+from ldm.errors import UserError, explain_os_error
 
 FORMAT = "ldm-latents-2"
 MANIFEST = "latents.json"
+SHARDS = "set of pictures"  # the part of a fingerprint that names them
+
+logger = logging.getLogger(__name__)
 
 
 def latent_fingerprint(autoencoder: str, text: str, data: DataConfig) -> dict[str, str]:
-    """What cached latents depend on: weights, how the text tower is read, and the picture transform.
+    """What cached latents depend on: weights, how the text tower is read, picture transform, and shards of pictures.
 
     `autoencoder` and `text` are checkpoints; empty means the identity codec, and no text. The codec's shift and scale
-    are not part of it, since moments are kept unscaled.
+    are not part of it, since moments are kept unscaled. The shards are known by their names and, where they are files,
+    their sizes; they are left out where `data.shards` is empty or names nothing that is there, as on a machine that
+    has the latents alone.
     """
     made = {"autoencoder": "identity", "text": "none", "pictures": f"{data.size} pixels, center crop"}
     if autoencoder and "autoencoder" in native.part_names(native.read_config(autoencoder)):
@@ -59,20 +73,41 @@ def latent_fingerprint(autoencoder: str, text: str, data: DataConfig) -> dict[st
             raise UserError(f"{text} has no text tower; name a checkpoint that train_clip.py wrote")
         weights = native.fingerprint(native.read_part(text, "text"))
         made["text"] = f"{weights} {json.dumps(asdict(settings), sort_keys=True)}"
+    if data.shards.strip():
+        try:
+            made[SHARDS] = _shards_print(expand_sources(data.shards, allow_pipe=data.allow_pipe))
+        except UserError as error:
+            logger.warning("whether latents are of these pictures cannot be told: %s", error)
     return made
+
+
+def _shards_print(sources: Sequence[str]) -> str:
+    named: Counter[str] = Counter()
+    known = [[name_of(source, named), os.path.getsize(source) if is_file(source) else None] for source in sources]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """`moments` float32 (B, 2C, h, w), unscaled; `context` float32 (B, L, D); each row's key and epoch as in Batch."""
+    """`moments` float32 (B, 2C, h, w), unscaled; `context` float32 (B, L, D); the rest as in loader.Batch."""
 
     moments: Tensor
     context: Tensor
     key: list[str]
     epoch: list[int]
+    size: Tensor
+    crop: Tensor
 
     def __len__(self) -> int:
         return len(self.key)
+
+
+@dataclass(frozen=True)
+class _Latent:
+    moments: Tensor
+    context: Tensor
+    size: Tensor
+    crop: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,26 +117,30 @@ class _Latents:
     caption: str
     flip: bool
 
-    def decode(self, record: Record, rng: random.Random) -> tuple[Tensor, Tensor]:
+    def decode(self, record: Record, rng: random.Random) -> _Latent:
         try:
             tensors = load(record.fields["safetensors"])
             moments, contexts, variants = tensors["moments"], tensors["context"], tensors["variants"]
+            size, crops = tensors["size"], tensors["crop"]
         except (SafetensorError, KeyError) as error:
             raise BadSample("the latents do not parse") from error
         caption, _, mirror = rng.random(), rng.random(), rng.random()
         chosen = 0
         if self.caption == "variants" and len(variants):
             chosen = int(variants[int(caption * len(variants))])
-        if self.flip and mirror < 0.5:
+        flipped = self.flip and mirror < 0.5
+        if flipped:
             moments = tensors["moments_flipped"]
-        return moments.float(), contexts[chosen].float()
+        return _Latent(moments.float(), contexts[chosen].float(), size, crops[int(flipped)])
 
-    def collate(self, samples: Sequence[Fetched[tuple[Tensor, Tensor]]]) -> LatentBatch:
+    def collate(self, samples: Sequence[Fetched[_Latent]]) -> LatentBatch:
         return LatentBatch(
-            torch.stack([sample.item[0] for sample in samples]),
-            torch.stack([sample.item[1] for sample in samples]),
+            torch.stack([sample.item.moments for sample in samples]),
+            torch.stack([sample.item.context for sample in samples]),
             [sample.key for sample in samples],
             [sample.epoch for sample in samples],
+            torch.stack([sample.item.size for sample in samples]),
+            torch.stack([sample.item.crop for sample in samples]),
         )
 
     def join(self, parts: Sequence[LatentBatch]) -> LatentBatch:
@@ -112,11 +151,15 @@ class _Latents:
             torch.cat([part.context for part in parts]),
             [key for part in parts for key in part.key],
             [epoch for part in parts for epoch in part.epoch],
+            torch.cat([part.size for part in parts]),
+            torch.cat([part.crop for part in parts]),
         )
 
 
-class LatentLoader(Feed[tuple[Tensor, Tensor], LatentBatch]):
+class LatentLoader(Feed[_Latent, LatentBatch]):
     """Endless batches of cached latents; `config.shards` names the folder of a set, or shards in it.
+
+    Both may be wherever shards of pictures may be (sources.py), commands excepted.
 
     `expected` is the caller's `latent_fingerprint`. Raises UserError for a set that others made, one that is not
     complete or damaged, and settings it cannot serve (random crops; flips when it has none).
@@ -132,9 +175,15 @@ class LatentLoader(Feed[tuple[Tensor, Tensor], LatentBatch]):
             raise UserError(f"cached latents are of center crops, data.crop is '{config.crop}'; set data.crop=center")
         if os.path.isdir(config.shards):
             config = replace(config, shards=os.path.join(glob.escape(config.shards), "*.tar"))
-        count = _check_sets(expand(config.shards, "latents"), config, expected)
+        elif _is_remote_folder(config.shards):
+            folder = config.shards.strip().rstrip("/")
+            names = [shard["name"] for shard in read_manifest(folder, Store.of(config))["shards"]]
+            config = replace(config, shards="\n".join(f"{folder}/{name}" for name in names))
+        sources = expand_sources(config.shards, "latents", config.allow_pipe)
+        counts = _check_sets(sources, config, expected)
         data = replace(open_set(config.shards, "latents", _fault, config.where, config), keys_are_addresses=True)
-        _check_count(data, count)
+        lost = {shard.source for shard in data.quarantine.values()}
+        _check_count(data, sum(count for source, count in zip(sources, counts, strict=True) if source not in lost))
         super().__init__(data, config, global_batch, rank, world, seed, _Latents(config.caption, config.flip))
 
 
@@ -151,13 +200,19 @@ def _fault(members: Members) -> str | None:
     return None if members.get("safetensors", (0, 0))[1] else "no latents"
 
 
-def _check_sets(shards: Sequence[Path], config: DataConfig, expected: Mapping[str, str]) -> int:
-    """Check the manifests of the sets that `shards` belong to; returns how many samples the shards should have."""
-    count = 0
-    for folder in dict.fromkeys(path.parent for path in shards):
-        manifest = read_manifest(folder)
+def _is_remote_folder(shards: str) -> bool:
+    plain = shards.strip()
+    return not is_file(plain) and not plain.startswith(PIPE) and not re.search(r"[\s?{*]|\.tar$", plain)
+
+
+def _check_sets(sources: Sequence[str], config: DataConfig, expected: Mapping[str, str]) -> list[int]:
+    """Check the manifests of the sets that shards belong to; returns how many samples each shard should have."""
+    store, made_of = Store.of(config), {}
+    for folder, query in dict.fromkeys(map(_folder, sources)):
+        manifest = read_manifest(folder, store, query)
         made = manifest["fingerprint"]
-        stale = [name for name in {**expected, **made} if expected.get(name) != made.get(name)]
+        names = [name for name in {**expected, **made} if name != SHARDS or {name} <= expected.keys() & made.keys()]
+        stale = [name for name in names if expected.get(name) != made.get(name)]
         if stale:
             raise UserError(
                 f"the latents in {folder} are stale: they were made with another {' and another '.join(stale)}; "
@@ -167,12 +222,27 @@ def _check_sets(shards: Sequence[Path], config: DataConfig, expected: Mapping[st
             raise UserError(f"the latents in {folder} are not complete; run tools/precompute_latents.py to its end")
         if config.flip and not manifest["flipped"]:
             raise UserError(f"the latents in {folder} have no flipped copies; set data.flip=false or make them again")
-        names = {path.name for path in shards if path.parent == folder}
-        known = {shard["name"]: shard["samples"] for shard in manifest["shards"]}
-        if not names <= known.keys():
-            raise UserError(f"{folder}/{MANIFEST} does not know {', '.join(sorted(names - known.keys()))}; remove them")
-        count += sum(known[name] for name in names)
-    return count
+        if manifest["precision"] != "fp32":
+            logger.warning(
+                "the latents in %s were encoded in %s, so losses differ a little from those of pictures encoded on "
+                "the fly, in fp32", folder, manifest["precision"],
+            )  # fmt: skip
+        made_of[folder, query] = {shard["name"]: shard["samples"] for shard in manifest["shards"]}
+    known = [made_of[_folder(source)].get(base_name(source)) for source in sources]
+    unknown = sorted(source for source, count in zip(sources, known, strict=True) if count is None)
+    if unknown:
+        raise UserError(
+            f"{_folder(unknown[0])[0]}/{MANIFEST} does not know {', '.join(map(base_name, unknown))}; remove them"
+        )
+    return [count for count in known if count is not None]
+
+
+def _folder(source: str) -> tuple[str, str]:
+    """Where a shard lies, and what its address has after a question mark."""
+    if source.startswith(PIPE):
+        raise UserError(f"latents cannot come from a command ('{source}'), which has no {MANIFEST} beside it")
+    url, mark, query = (source, "", "") if is_file(source) else source.partition("?")
+    return os.path.dirname(url) or ".", mark + query
 
 
 def _check_count(data: ShardSet, count: int) -> None:
@@ -181,13 +251,20 @@ def _check_count(data: ShardSet, count: int) -> None:
         raise UserError(f"the latent shards hold {found} samples where {MANIFEST} counts {count}; make them again")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path, store: Store | None = None, query: str = "") -> dict[str, Any]:
     """What `latents.json` says; raises UserError if it is not there or cannot be read."""
-    path = folder / MANIFEST
-    if not path.exists():
-        raise UserError(f"{folder} has no {MANIFEST}, so it is no set of latents; make one with precompute_latents.py")
+    path = f"{folder}/{MANIFEST}"
     try:
-        manifest = json.loads(read_text(path))
+        content = (store or Store.of(DataConfig())).read(path + query)
+    except (FileNotFoundError, Unreachable) as error:
+        why = f" ({error})" if isinstance(error, Unreachable) else ""
+        raise UserError(
+            f"{folder} has no {MANIFEST}{why}, so it is no set of latents; make one with precompute_latents.py"
+        ) from error
+    except OSError as error:
+        raise explain_os_error(error, f"reading {path}") from error
+    try:
+        manifest = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} does not parse ({error}); make the latents again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

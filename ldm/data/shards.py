@@ -183,7 +183,7 @@ def _open(
     tally, filtered, shards, names = Tally(), 0, [], []
     quarantine: dict[str, Lost] = {}
     for source, index in zip(sources, _indices(store, sources), strict=True):
-        name = _name(source, named)
+        name = name_of(source, named)
         found = index
         if isinstance(index, ShardIndex):
             try:
@@ -260,8 +260,11 @@ def open_data(config: DataConfig, fault: Callable[[Members], str | None]) -> Sha
     return ShardSet(tuple(shards), left_out, filtered, tuple(names), quarantine, Store.of(config), tuple(parts))
 
 
-def _name(source: str, named: Counter[str]) -> str:
-    """A shard's name in its set: the file's; of a second one of that name, in another folder, "name~1"."""
+def name_of(source: str, named: Counter[str]) -> str:
+    """A shard's name in its set: the file's; of a second one of that name, in another folder, "name~1".
+
+    `named` counts the names that others have, and then this one.
+    """
     name = base_name(source).removesuffix(".tar")
     named[name] += 1
     return name if named[name] == 1 else f"{name}~{named[name] - 1}"

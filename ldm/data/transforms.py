@@ -23,6 +23,7 @@ class Prepared:
     image: Tensor
     size: tuple[int, int]
     crop: tuple[int, int]
+    crop_other_way: tuple[int, int]  # of the same part in the mirror image
 
 
 def prepare(picture: Image.Image, size: int | tuple[int, int], crop: str, flip: bool, rng: random.Random) -> Prepared:
@@ -38,12 +39,13 @@ def prepare(picture: Image.Image, size: int | tuple[int, int], crop: str, flip: 
     original = picture.height, picture.width
     left, top, right, bottom = _part(picture.size, height, width, place if crop == "random" else 0.5)
     scale = height / (bottom - top)
-    corner = [round(top * scale), round(left * scale)]
+    corner = round(top * scale), round(left * scale)
+    other = corner[0], round((original[1] - right) * scale)
     picture = _cut(picture, height, width, (left, top, right, bottom))
     if flip and mirror < 0.5:
         picture = ImageOps.mirror(picture)
-        corner[1] = round((original[1] - right) * scale)
-    return Prepared(to_tensor(picture), original, (corner[0], corner[1]))
+        corner, other = other, corner
+    return Prepared(to_tensor(picture), original, corner, other)
 
 
 def square(picture: Image.Image, size: int, place: float = 0.5) -> Image.Image:

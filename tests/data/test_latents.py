@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from ldm.config import DataConfig, ModelConfig
+from ldm.config import DataConfig, DiffusionLossConfig, DiffusionTraining, LoopConfig, ModelConfig
 from ldm.data.latent_writing import LatentSources, LatentWriter, merge_parts, part_folder
 from ldm.data.latents import LatentLoader, latent_fingerprint
 from ldm.data.loader import Loader
 from ldm.errors import UserError
+from ldm.training.backward import accumulate
+from ldm.training.processes import Division
+from ldm.training.stage_two import DiffusionStage
 
-from .shard_maker import bare, sample, write_tar
+from .shard_maker import bare, picture, sample, write_tar
 
 PRINT = {"autoencoder": "a1", "text": "t1", "pictures": "8 pixels, center crop"}
 
@@ -41,10 +45,12 @@ def source(tmp_path) -> DataConfig:
     return replace(config, flip=True, caption="variants")
 
 
-def fill(folder: Path, source: DataConfig, stop: int | None = None, flipped: bool = True, prints=PRINT, per_shard=4):
+def fill(
+    folder: Path, source: DataConfig, stop: int | None = None, flipped=True, prints=PRINT, per_shard=4, precision="fp32"
+):
     """Write (the first `stop` batches of) the set as precompute_latents.py would; returns where it began."""
     sources = LatentSources(source)
-    writer = LatentWriter(folder, prints, sources.fingerprint, flipped, per_shard)
+    writer = LatentWriter(folder, prints, sources.fingerprint, flipped, per_shard, precision=precision)
     start = writer.start
     for batch in islice(sources.batches(3, start), stop):
         mirrored = moments(batch.image.flip(-1)).half() if flipped else None
@@ -77,6 +83,106 @@ def test_cached_latents_are_what_the_pictures_would_have_given(tmp_path, source)
                 torch.testing.assert_close(batch.moments[row], wanted[key][0], atol=1e-3, rtol=1e-3)
                 assert torch.equal(batch.context[row], wanted[key][1])
     assert shared > 30
+
+
+def test_crop_and_size_are_what_the_pictures_path_records(tmp_path):
+    """In the same order, mirrored or not: wide and tall pictures."""
+    members = []
+    for i in range(12):
+        members += [(f"k{i}.png", picture(i, (24 + 5 * (i % 3), 24 + 7 * (i % 2)))), (f"k{i}.txt", b"x")]
+    path = str(write_tar(tmp_path / "x.tar", members))
+    config = DataConfig(shards=path, size=8, streams=2, workers=0, flip=True, shuffle=0)
+    fill(tmp_path / "set", config)
+    seen = set()
+    for ours, theirs in zip(islice(load(tmp_path / "set", config), 9), Loader(config, 4, 0, 1, 2), strict=False):
+        assert (ours.key, ours.epoch) == (theirs.key, theirs.epoch)
+        assert torch.equal(ours.size, theirs.size) and torch.equal(ours.crop, theirs.crop)
+        seen |= set(map(tuple, ours.crop.tolist()))
+    assert len(seen) > 3
+
+
+def test_another_set_of_pictures_is_noticed_where_they_are_at_hand(tmp_path, source, caplog):
+    made = {**PRINT, **{k: v for k, v in latent_fingerprint("", "", source).items() if k == "set of pictures"}}
+    fill(tmp_path / "set", source, prints=made)
+    again = replace(source, shards=str(tmp_path / "set"))
+    LatentLoader(again, 4, 0, 1, 0, made)
+    gone = latent_fingerprint("", "", replace(source, shards=str(tmp_path / "away.tar")))
+    assert "set of pictures" not in gone and "whether latents are of these pictures cannot be told" in caplog.text
+    LatentLoader(again, 4, 0, 1, 0, PRINT)  # only the latents are at hand
+    write_tar(tmp_path / "x.tar", [member for i in range(40) for member in sample(f"k{i}", i)])
+    other = latent_fingerprint("", "", source)["set of pictures"]
+    with pytest.raises(UserError, match=r"are stale: they were made with another set of pictures; make them again"):
+        LatentLoader(again, 4, 0, 1, 0, {**PRINT, "set of pictures": other})
+
+
+def test_the_precision_of_the_networks_is_told_and_not_mixed(tmp_path, source, caplog):
+    fill(tmp_path / "set", source, stop=2, precision="bf16")
+    with pytest.raises(UserError, match=r"holds latents with another precision; remove the folder"):
+        fill(tmp_path / "set", source)
+    fill(tmp_path / "set", source, precision="bf16")
+    load(tmp_path / "set", source)
+    assert "were encoded in bf16, so losses differ a little" in caplog.text
+
+
+def test_latents_are_read_from_a_store_as_pictures_are(tmp_path, source):
+    import fsspec
+
+    fill(tmp_path / "set", source)
+    memory = fsspec.filesystem("memory")
+    for path in (tmp_path / "set").iterdir():
+        memory.pipe(f"/latents-of-a-test/{path.name}", path.read_bytes())
+    local = [batch.key for batch in islice(load(tmp_path / "set", source), 6)]
+    cache = {"cache": str(tmp_path / "cache"), "seed": 2}
+    for name in ("memory://latents-of-a-test", "memory://latents-of-a-test/latents-*.tar"):
+        loader = load(name, source, **cache)
+        assert [batch.key for batch in islice(loader, 6)] == local
+    with pytest.raises(UserError, match=r"memory://elsewhere has no latents.json \(FileNotFoundError"):
+        load("memory://elsewhere", source, **cache)
+    with pytest.raises(UserError, match=r"latents cannot come from a command"):
+        load(f"pipe:cat {tmp_path}/set/latents-00000.tar", source, allow_pipe=True)
+    manifest = json.loads((tmp_path / "set" / "latents.json").read_text())
+    memory.pipe("/latents-of-a-test/latents.json", json.dumps({**manifest, "fingerprint": {}}).encode())
+    with pytest.raises(UserError, match=r"are stale"):  # the manifest is read anew, however long its shards are kept
+        load("memory://latents-of-a-test", source, **cache)
+
+
+def test_a_training_step_has_the_loss_that_it_has_on_the_fly(tmp_path, tiny_checkpoint, tiny_model):
+    """The same samples, captions, flips, noise, levels and dropout; contexts and moments were rounded on the way."""
+    members = [each for i in range(24) for each in sample(f"{i:05d}", i, captions=["a cat", "a red dog", "kites"])]
+    half = len(members) // 2
+    for name, part in (("0", members[:half]), ("1", members[:half])):  # numbered alike
+        write_tar(tmp_path / f"{name}.tar", part)
+    data = DataConfig(shards=f"{tmp_path}/*.tar", size=32, streams=4, workers=0, shuffle=0, flip=True)
+    data = replace(data, caption="variants")
+    config = DiffusionTraining(
+        autoencoder=str(tiny_checkpoint),
+        text=str(tiny_checkpoint),
+        model=tiny_model.unet.config,
+        data=data,
+        loss=DiffusionLossConfig(caption_dropout=0.3),
+        loop=LoopConfig(steps=1, global_batch=8, seed=2),
+    )
+    prints = latent_fingerprint(config.autoencoder, config.text, data)
+    sources = LatentSources(data)
+    writer = LatentWriter(tmp_path / "set", prints, sources.fingerprint, True, 7)
+    with torch.inference_mode():
+        for batch in sources.batches(5):
+            posteriors = [tiny_model.codec.posterior(image).moments() for image in (batch.image, batch.image.flip(-1))]
+            writer.add(batch, *posteriors, [tiny_model.text.encode(texts) for texts in batch.captions])
+    writer.finish()
+    found = []
+    for each in (config, replace(config, latents=str(tmp_path / "set"))):
+        stage = DiffusionStage(each, 0, 1, torch.device("cpu"))
+        losses = []
+        for step, batch in enumerate(islice(stage.batches, 4)):
+            made = accumulate(stage, batch, Division(1, 2, 4), {"unet": stage.unet}, Accelerator(cpu=True), 2, step)
+            losses.append(torch.tensor(made.each_loss))
+        found.append((torch.stack(losses), [p.grad for p in stage.unet.parameters() if p.grad is not None]))
+    (fly, fly_gradients), (cached, cached_gradients) = found
+    assert fly.shape == (4, 8) and float(fly.std()) > 0.01
+    torch.testing.assert_close(cached, fly, rtol=2e-3, atol=2e-3)
+    for ours, theirs in zip(cached_gradients, fly_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2 * float(theirs.abs().max()) + 1e-6)
 
 
 def test_plain_settings_take_the_plain_picture_and_the_first_caption(tmp_path, source):
@@ -171,7 +277,7 @@ def test_damage_to_a_set_is_noticed(tmp_path, source):
     fill(folder, source)
     shard, manifest = folder / "latents-00001.tar", folder / "latents.json"
     content, text = shard.read_bytes(), manifest.read_text()
-    shard.write_bytes(content[: len(content) // 2])
+    shard.write_bytes(content[: len(content) // 4])
     with pytest.raises(UserError, match=r"hold \d+ samples where latents.json counts 11"):
         load(folder, source)
     shard.write_bytes(content)

@@ -19,7 +19,7 @@ from ldm.data import cache, fetch
 from ldm.data.cache import Store
 from ldm.data.index import dump, index_shard, parse
 from ldm.data.loader import Loader
-from ldm.data.sources import expand, expand_sources
+from ldm.data.sources import expand_sources
 from ldm.errors import UserError
 
 from .shard_maker import bare, picture, sample, write_tar
@@ -390,11 +390,6 @@ def test_an_index_that_cannot_be_is_none(tmp_path, change):
     elif change == "offset":
         change = content.replace(b"[512,", b"[-512,")
     assert change != content and parse(change, "x") is None
-
-
-def test_latents_are_of_files(tmp_path):
-    with pytest.raises(UserError, match=r"'http://x/a.tar' is not a file"):
-        expand("http://x/a.tar")
 
 
 # ---------------------------------------------------------------- the cache
