@@ -166,6 +166,10 @@ class Feed(Generic[Item, B]):
             lines.append("buckets " + self.buckets.describe())
         return "\n            ".join(lines)
 
+    def histogram(self) -> dict[str, int]:
+        """The samples in each bucket, by "width x height" without blanks; empty where pictures have no buckets."""
+        return self.buckets.histogram() if self.buckets else {}
+
     def _leave_out(self, names: set[str]) -> None:
         if names == set(self.data.names):
             raise UserError("every shard was in quarantine when the run began; start a new one")

@@ -1,4 +1,5 @@
-"""What a shard holds: the keys of its samples and where their members lie, in about 80 bytes for each sample.
+"""What a shard holds: the keys of its samples and where their members lie: for a sample of three members the
+letters of its key and some 33 bytes.
 
 The arrays are shared by all readers that a process forks, since nothing in them counts references.
 """
@@ -15,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ldm.data.records import shown
-from ldm.data.tars import NotATar, read_headers
+from ldm.data.tars import BLOCK, NotATar, read_headers
 from ldm.errors import UserError, explain_os_error
 
 logger = logging.getLogger(__name__)
@@ -32,23 +33,29 @@ class ShardIndex:
         self.path, self.torn, self.size = path, torn, size  # size: bytes of the tar
         self._kept: array[int] | None = None  # the samples that are used; None: all
         self._names = b"".join(key.encode("utf-8", "surrogateescape") for key in samples)
-        self._name_ends: array[int] = array("Q")
+        ends: array[int] = array("Q")
         self._extensions: list[tuple[str, ...]] = []  # what members a sample may have; `_kind` says which sample has
-        self._kind: array[int] = array("I")
-        self._first: array[int] = array("Q")  # where a sample's members begin in `_places`
-        self._places: array[int] = array("Q")  # offset, size, offset, size, ...
+        kind_of: array[int] = array("Q")
+        first: array[int] = array("Q")
+        offsets: array[int] = array("Q")
+        sizes: array[int] = array("Q")
         kinds: dict[tuple[str, ...], int] = {}
         end = 0
         for key, members in samples.items():
             end += len(key.encode("utf-8", "surrogateescape"))
-            self._name_ends.append(end)
+            ends.append(end)
             kind = kinds.setdefault(tuple(members), len(kinds))
             if kind == len(self._extensions):
                 self._extensions.append(tuple(members))
-            self._kind.append(kind)
-            self._first.append(len(self._places))
-            for place in members.values():
-                self._places.extend(place)
+            kind_of.append(kind)
+            first.append(len(offsets))
+            for offset, length in members.values():
+                offsets.append(offset)
+                sizes.append(length)
+        self._unit = 1 if any(offset % BLOCK for offset in offsets) else BLOCK  # a tar's members begin at whole blocks
+        self._name_ends, self._kind = _narrow(ends), _narrow(kind_of)
+        self._first = _narrow(first)  # where a sample's members begin in the two that follow
+        self._offsets, self._sizes = _narrow(array("Q", (offset // self._unit for offset in offsets))), _narrow(sizes)
 
     def __len__(self) -> int:
         return len(self._kind) if self._kept is None else len(self._kept)
@@ -64,7 +71,7 @@ class ShardIndex:
         first = self._first[at]
         extensions = self._extensions[self._kind[at]]
         return {
-            extension: (self._places[first + 2 * i], self._places[first + 2 * i + 1])
+            extension: (self._offsets[first + i] * self._unit, self._sizes[first + i])
             for i, extension in enumerate(extensions)
         }
 
@@ -88,6 +95,12 @@ class ShardIndex:
         if not 0 <= number < len(self):
             raise IndexError(number)
         return number if self._kept is None else self._kept[number]
+
+
+def _narrow(values: array[int]) -> array[int]:
+    """The same numbers in the fewest bytes each."""
+    largest = max(values, default=0)
+    return array(next(code for code in "BHIQ" if largest < 256 ** array(code).itemsize), values)
 
 
 def index_shard(path: Path) -> ShardIndex:

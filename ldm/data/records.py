@@ -33,9 +33,9 @@ class Tally:
         self.counts: Counter[str] = Counter()
 
     def note(self, reason: str, key: str, shard: str) -> None:
+        if reason not in self.counts and len(self.counts) >= KINDS:
+            reason = "other reasons"
         if reason not in self.counts:
-            if len(self.counts) >= KINDS:
-                reason = "other reasons"
             logger.warning("leaving out samples: %s (the first is '%s' in %s)", reason, shown(key), shown(shard))
         self.counts[reason] += 1
 

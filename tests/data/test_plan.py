@@ -132,6 +132,8 @@ def test_the_histogram_is_in_the_plan_and_small_buckets_are_given_up(mixed):
     assert sum(counts.values()) == 37 and min(counts.values()) >= 4
     for place, (height, width) in enumerate(loader.buckets.sizes):
         assert f"{width}x{height}: {counts[place]}" in loader.describe()
+        assert loader.histogram()[f"{width}x{height}"] == counts[place]
+    assert Loader(replace(BUCKETS, shards=mixed, buckets=0), 4).histogram() == {}
     one = Loader(replace(BUCKETS, shards=mixed), 28)
     assert one.buckets is not None and len(one.buckets.sizes) == 1
 

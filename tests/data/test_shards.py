@@ -3,11 +3,13 @@
 import io
 import json
 import tarfile
+from array import array
+from collections import OrderedDict
 
 import pytest
 
 from ldm.data import samples
-from ldm.data.shards import BadSample, ShardReader, expand, index_shard, open_set
+from ldm.data.shards import BadSample, ShardIndex, ShardReader, Tally, expand, index_shard, open_set
 from ldm.data.writing import write_shard
 from ldm.errors import UserError
 
@@ -184,6 +186,26 @@ def test_a_set_without_samples_is_an_error(tmp_path):
         open_set(str(path), "data.shards", samples.fault)
     with pytest.raises(UserError, match="the shards are empty"):
         open_set(str(write_tar(tmp_path / "y.tar", [])), "data.shards", samples.fault)
+
+
+def test_an_index_takes_few_bytes_for_a_sample():
+    places = {"jpg": 60_000, "txt": 80, "json": 500}
+    members = {}
+    for i in range(2000):
+        members[f"{i:09d}"] = {name: ((3 * i + n) * 61_440, size) for n, (name, size) in enumerate(places.items())}
+    index = ShardIndex("x", OrderedDict(members))
+    assert index.members == tuple(members.values())
+    kept = [each for each in vars(index).values() if isinstance(each, array | bytes)]
+    assert sum(memoryview(each).nbytes for each in kept) < 45 * len(index)
+    odd = OrderedDict(a={"txt": (2**41 + 1, 2**33)}, b={"txt": (7, 0), "png": (512, 300)})
+    assert ShardIndex("x", odd).members == tuple(odd.values())
+
+
+def test_reasons_beyond_a_hundred_are_one(caplog):
+    tally = Tally()
+    for i in range(300):
+        tally.note(f"reason {i}", "key", "shard")
+    assert len(caplog.records) == 101 and tally.total == 300 and tally.counts["other reasons"] == 200
 
 
 def test_the_fingerprint_names_samples_not_folders(tmp_path):
