@@ -1,21 +1,27 @@
 """Buckets: pictures keep their shape, and each batch is of one shape (Novel AI's aspect ratio bucketing, 2022).
 
 A bucket is a height and a width, multiples of `step` and together about size x size pixels; a picture belongs to the
-one nearest to it in log(width / height). The shapes of all pictures are read once, from their headers, when the set is
-opened: so which bucket a sample is in, and with it the whole order, is known before the first step.
+one nearest to it in log(width / height). The shapes of all pictures are read from their headers when the set is
+opened (of remote shards once: the cache keeps them), so which bucket a sample is in, and with it the whole order, is
+known before the first step.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import struct
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ldm.data import samples
-from ldm.data.shards import BadSample, ShardReader, ShardSet, Tally, Unavailable
+from ldm.data.shards import BadSample, ShardIndex, ShardReader, ShardSet, Store, Tally, Unavailable
+from ldm.data.sources import is_file
 from ldm.errors import UserError
+from ldm.files import atomic_write_bytes
 
 Size = tuple[int, int]  # height, width
 
@@ -92,14 +98,16 @@ def measure(data: ShardSet) -> tuple[ShardSet, Shapes]:
     """Read the shapes of all pictures; samples whose shape cannot be read, and shards that go, are left out."""
     tally = Tally()
     place: dict[Size, int] = {}
+    sizes: list[Size] = []
     of: array[int] = array("I")
     shards, gone = [], set()
     with ShardReader(data.shards, data.store) as reader:
         for shard, index in enumerate(data.shards):
             kept, before = [], len(of)
+            known = _known(data.store, index)
             for number in range(len(index)):
                 try:
-                    size = samples.picture_size(reader, shard, number)
+                    size = known[number] if known else samples.picture_size(reader, shard, number)
                 except Unavailable:
                     gone.add(data.names[shard])
                     del of[before:]
@@ -108,14 +116,41 @@ def measure(data: ShardSet) -> tuple[ShardSet, Shapes]:
                     tally.note(str(error), index.key(number), index.path)
                     continue
                 of.append(place.setdefault(size, len(place)))
+                if len(place) > len(sizes):
+                    sizes.append(size)
                 kept.append(number)
             shards.append(index.keep(kept))
+            if not known and len(kept) == len(index):  # what is bad is looked at again, and told again
+                _remember(data.store, index, [sizes[i] for i in of[before:]])
     data = replace(data, shards=tuple(shards), left_out=data.left_out + tally.counts)
     if gone:
         data = data.without(gone, "it cannot be had")
     if not of:
         raise UserError(f"none of the samples of data.shards has a picture whose size can be read ({tally})")
-    return data, Shapes(list(place), of)
+    return data, Shapes(sizes, of)
+
+
+def _known(store: Store, index: ShardIndex) -> list[Size]:
+    """The shapes that an earlier start found in a remote shard, which then need not be had again; [] if none did."""
+    path = store.beside(index.path, "shapes")
+    if is_file(index.path) or not path.exists():
+        return []
+    content = path.read_bytes()
+    digest = _digest(index)
+    if not content.startswith(digest) or len(content) != len(digest) + 8 * len(index):
+        return []
+    return list(struct.iter_unpack("<II", content[len(digest) :]))
+
+
+def _remember(store: Store, index: ShardIndex, shapes: Sequence[Size]) -> None:
+    if not is_file(index.path):
+        packed = b"".join(struct.pack("<II", *shape) for shape in shapes)
+        atomic_write_bytes(store.beside(index.path, "shapes"), _digest(index) + packed)
+
+
+def _digest(index: ShardIndex) -> bytes:
+    """Names the samples that the shapes are of."""
+    return hashlib.sha256(json.dumps([index.size, index.keys]).encode()).digest()
 
 
 def fill(shapes: Shapes, sizes: Sequence[Size], least: int) -> Buckets:

@@ -60,6 +60,10 @@ class Store:
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", base_name(source))[-60:]
         return self.folder / f"{hashlib.sha256(source.encode()).hexdigest()[:24]}-{name}"
 
+    def beside(self, source: str, what: str) -> Path:
+        """Where what is known of a remote source is kept, whether its copy is there or not."""
+        return self.folder / f".{what}-{self.path(source).name}"
+
     def open(self, source: str) -> BinaryIO:
         """The source or a whole copy of it, for reading at any offset.
 
@@ -86,7 +90,7 @@ class Store:
         The index that an earlier run kept is taken, then one that lies beside the source (`x.tar.index`, which
         tools/check_shards.py --index makes), else the source is copied and indexed. Raises like `open`, and NotATar.
         """
-        kept = self.folder / f".index-{self.path(source).name}"
+        kept = self.beside(source, "index")
         if kept.exists() and (index := parse(kept.read_bytes(), source)):
             return index
         index = self._beside(source)
@@ -108,9 +112,8 @@ class Store:
         return content
 
     def forget(self, source: str) -> None:
-        """Remove the copy of a source and its index: they are not what was expected."""
-        path = self.path(source)
-        for each in (path, self.folder / f".index-{path.name}"):
+        """Remove the copy of a source and what is kept of it: they are not what was expected."""
+        for each in (self.path(source), self.beside(source, "index"), self.beside(source, "shapes")):
             each.unlink(missing_ok=True)
 
     def _beside(self, source: str) -> ShardIndex | None:

@@ -219,11 +219,25 @@ def test_a_shard_that_goes_while_it_is_looked_into_is_in_quarantine(tmp_path, se
     server.faults = {"1.tar": ["404"] * 3}
     loader = Loader(replace(config, where={"kind": ["null"]} if "where" in changes else {}), 4)
     assert list(loader.data.quarantine) == ["1"] and loader.samples_per_epoch == 16
-    for path in copies(tmp_path):
+    for path in [*copies(tmp_path), *(tmp_path / "cache").glob(".shapes-*")]:
         path.unlink()
     server.faults = {"1.tar": ["404"] * 3, "2.tar": ["404"] * 3}
     with pytest.raises(UserError, match=r"2 of the 3 shards of data.shards cannot be used"):
         Loader(replace(config, where={"kind": ["null"]} if "where" in changes else {}), 4)
+
+
+def test_the_shapes_of_remote_pictures_are_read_once(tmp_path, server):
+    fill(server.folder)
+    config = settings(tmp_path, server.url("{0..2}.tar"), size=16, buckets=8)
+    first = keys(Loader(config, 4), 6)
+    for path in copies(tmp_path):
+        path.unlink()
+    server.asked.clear()
+    again = Loader(config, 4)
+    assert not server.asked and keys(again, 6) == first
+    one = next((tmp_path / "cache").glob(".shapes-*-0.tar"))
+    one.write_bytes(one.read_bytes()[:-1])
+    assert keys(Loader(config, 4), 6) == first
 
 
 def clear(tmp_path: Path) -> None:
