@@ -142,18 +142,17 @@ class Store:
             raise explain_os_error(error, f"copying a shard into {self.folder}") from error
 
     def _reserve(self, part: Path, least: int, wish: int) -> int:
-        """Make a half-made copy `wish` bytes long (`least`, where the cache is no larger) and room for it."""
+        """Make a half-made copy `wish` bytes long, or as long as there is room for and `least` at least."""
         if least > self.limit:
             raise Unreachable(
                 f"its {least / 1e9:.3g} GB are more than the cache of {self.limit / 1e9:.3g} GB; raise data.cache_gb"
             )
-        size = min(wish, self.limit)
         with _locked(self.folder / ".lock-room"):
-            self._make_room(size, part)
+            size = self._make_room(part, least, wish)
             resize(part, size)  # before the next one looks what is taken
         return size
 
-    def _make_room(self, size: int, part: Path) -> None:
+    def _make_room(self, part: Path, least: int, wish: int) -> int:
         copies, taken = [], 0
         for path in self.folder.iterdir():
             try:
@@ -169,10 +168,10 @@ class Store:
             taken += status.st_size
             if not half_made and not path.name.startswith("."):
                 copies.append((status.st_mtime, status.st_size, path))
-        for only_idle in (True, False):
+        for only_idle, size in ((True, wish), (False, least)):
             for entry in sorted(copies):
                 if taken + size <= self.limit:
-                    return
+                    break
                 if not only_idle:
                     _warn_once(self.folder)
                 elif _is_held(entry[2]):
@@ -180,8 +179,9 @@ class Store:
                 entry[2].unlink(missing_ok=True)
                 copies.remove(entry)
                 taken -= entry[1]
-        if taken + size > self.limit:
+        if taken + least > self.limit:
             _warn_once(self.folder)
+        return max(least, min(wish, self.limit - taken))
 
 
 def _home() -> str:
