@@ -216,9 +216,12 @@ def test_theirs_draw_here_as_there(tmp_path: Path, text: TextTower, kind: str) -
     targets = EVERYWHERE if kind == "adapter" else PROJECTIONS
     alpha = 8 if kind in ("adapter", "kohya", "original") else 4  # diffusers' own layout takes the rank for alpha
     there.add_adapter(peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights=False))
-    their_text.add_adapter(
-        peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "fc1"], init_lora_weights=False)
+    text_targets = peft.LoraConfig(
+        r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "fc1"], init_lora_weights=False
     )
+    peft.inject_adapter_in_model(
+        text_targets, their_text
+    )  # transformers' add_adapter asks for versions ahead of peft's
     layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(there))
     text_layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(their_text))
     if kind == "adapter":

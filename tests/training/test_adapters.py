@@ -60,7 +60,7 @@ def test_a_lora_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     stored = native.load_unet(tiny_checkpoint).state_dict()
     assert same(frozen(stage), before) and same(dict(stage.unet.state_dict()), dict(stored))
     with torch.no_grad():
-        assert stage.validate()["validation/loss"] < 0.9 * loss
+        assert stage.validate()["validation/loss"] < 0.96 * loss
     assert not (tmp_path / "run" / "model.json").exists()
 
     model = ldm.load(tiny_checkpoint, device="cpu").adapted({tmp_path / "run" / "lora.safetensors": 1.0})
