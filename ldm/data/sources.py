@@ -115,7 +115,7 @@ def file_system(source: str):
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
-        raise UserError(f"reading {source} needs fsspec; pip install 'ldm[remote]'") from error
+        raise UserError(f"reading {source} needs fsspec; pip install -e '.[remote]'") from error
     try:
         return url_to_fs(source)
     except ImportError as error:

@@ -114,7 +114,7 @@ def _check(loop: LoopConfig) -> None:
         if name not in TRACKERS:
             raise UserError(f"unknown tracker '{name}' in loop.trackers; use one of {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:  # accelerate would track nothing and say nothing
-            raise UserError(f"loop.trackers names {name}, which is not installed; pip install 'ldm[track]'")
+            raise UserError(f"loop.trackers names {name}, which is not installed; pip install -e '.[track]'")
 
 
 def _cores() -> int:

@@ -109,7 +109,7 @@ def _figure(columns: int, rows: int) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("plots need the package matplotlib; install it with pip install 'ldm[plot]'") from error
+        raise UserError("plots need the package matplotlib; install it with pip install -e '.[plot]'") from error
     return Figure((2.6 * columns, 2.7 * rows), dpi=100, layout="constrained")
 
 
