@@ -8,7 +8,7 @@ from ldm.errors import UserError
 
 WHERE_HELP = (
     "keep samples whose json field has one of the values: --where 'style=noto emoji,flat emoji' mode=plain; "
-    "@RECIPE: those of a training recipe's data.where"
+    "@RECIPE: that of a training recipe"
 )
 
 

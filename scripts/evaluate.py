@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from ldm.metrics.generation import Against
 
 SETTINGS = ("cfg", "cfg_rescale", "steps", "sampler", "spacing", "eta")
-DRAWS = (*SETTINGS, "model", "weights", "seed", "count", "sweep", "out")  # what only a model's pictures depend on
+# What only a model's pictures depend on.
+DRAWS = (*SETTINGS, "model", "weights", "precision", "seed", "count", "batch_size", "sweep", "out")
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
 
         print(compare(tuple(arguments.compare), split_list(arguments.besides)))
         return
-    if arguments.batch_size < 1:
+    if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     commands = {
         "generation": generation,
@@ -85,7 +86,8 @@ def generation(arguments: argparse.Namespace) -> None:
         document = evaluate_pictures(drawn, arguments.size, against, crew)
     else:
         drawing, out, weights = what_to_draw(arguments, captions), Path(arguments.out), arguments.weights or "auto"
-        model = ldm.load(arguments.model or "icons", arguments.device, arguments.precision, weights=weights)
+        precision = arguments.precision or "auto"
+        model = ldm.load(arguments.model or "icons", arguments.device, precision, weights=weights)
         if axes:
             rows = sweep(model, drawing, axes, against, out, crew, weights)
             if crew.main:
@@ -133,7 +135,8 @@ def what_to_draw(arguments: argparse.Namespace, captions: tuple[str, ...]) -> Dr
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     settings = Settings(width=arguments.size, height=arguments.size, **given)
     count = len(captions) if arguments.count is None else arguments.count
-    return Drawing(captions, settings, count, arguments.seed or 0, arguments.batch_size, arguments.captions).check()
+    batch_size = arguments.batch_size or Drawing.batch_size
+    return Drawing(captions, settings, count, arguments.seed or 0, batch_size, arguments.captions).check()
 
 
 def autoencoder(arguments: argparse.Namespace) -> None:
@@ -284,7 +287,8 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add("--allow-few", action="store_true", help="Frechet distances of fewer pictures than dimensions")
     add("--cache", help="folder of the real pictures' features (default ~/.cache/ldm/features)")
     add_common(command)
-    command.set_defaults(model=None)  # as all that concerns drawing, to tell whether it was given
+    # As all that concerns drawing, to tell whether they were given.
+    command.set_defaults(model=None, precision=None, batch_size=None)
 
 
 def add_autoencoder(command: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MARGIN = 12  # of the words, where the names of the protocol's parts stand
+MARGIN = 13  # of the words, where the names of the protocol's parts stand
 WIDTH = 120
 LISTED = 4  # longer lists are only counted
 HASH = 8  # characters of a hash that are printed; the JSON has it whole
@@ -21,6 +21,8 @@ def brief(document: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     made, sources = dict(document["protocol"]), document.get("sources", {})
     if made.get("drawing"):
         made["drawing"] = {name: value for name, value in made["drawing"].items() if name not in without}
+    if made.get("seeds"):  # the first and the last
+        made["seeds"] = " to ".join(map(str, made["seeds"]))
     subject = {name: value for name, value in document["subject"].items() if name != "notices"}
     lines = ["", "measured so:"]
     for name, value in {"subject": subject, **made, "sources": sources}.items():

@@ -111,7 +111,7 @@ def evaluations(folder: Path) -> float:
     path = folder / "cost.json"
     try:
         return float(json.loads(read_text(path))["evaluations"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged; remove it, and the first batch will be drawn again") from error
 
 
@@ -123,7 +123,7 @@ def settle(path: Path, document: dict[str, Any]) -> None:
         return
     try:
         found = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}), so nobody knows what these pictures are; remove them") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} does not say how its pictures were made; choose another folder")

@@ -86,7 +86,7 @@ def make_space(name: str, device: str = "cpu") -> FeatureSpace:
     inception-legacy=FILE         the same, resized as FIDs were before 2022: bilinear, not antialiased
     clip=FOLDER                   our own two towers, as scripts/train_clip.py leaves them
     ViT-B-32=FILE                 an open_clip architecture with a checkpoint of its weights
-    ViT-L-14:openai=FILE          the same, where weights were published that take pictures differently: of this name
+    ViT-L-14:dfn2b_s39b=FILE      the same, where weights were published that take pictures differently: of this name
 
     Raises UserError for a name that is none of these, and for weights that are missing or wrong.
     """

@@ -14,7 +14,7 @@ from ldm.data.samples import decode, fault
 from ldm.data.shards import BadSample, ShardReader, Tally, open_set
 from ldm.data.transforms import square, to_tensor
 from ldm.errors import UserError
-from ldm.files import read_text
+from ldm.plain import read_yaml_text
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,7 @@ def read_concepts(path: str | Path) -> tuple[str, ...]:
     """The concept names of a YAML file: a list of different words. Raises UserError."""
     import yaml
 
-    try:
-        names = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]})") from error
+    names = yaml.safe_load(read_yaml_text(path))
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} must be a list of concept names, a line each: - red heart")
     if len(set(names)) != len(names):

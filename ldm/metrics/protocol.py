@@ -19,9 +19,10 @@ import torch
 
 import ldm
 from ldm.errors import UserError
-from ldm.files import atomic_write_text, read_text
+from ldm.files import atomic_write_text
 from ldm.metrics.figures import tables
 from ldm.model import LatentDiffusion
+from ldm.plain import read_json
 
 PACKAGES = ("torch-fidelity", "torchmetrics", "open_clip_torch", "pillow", "numpy")
 
@@ -70,12 +71,8 @@ def write(document: Mapping[str, Any], path: str | Path) -> None:
 
 def read(path: str | Path) -> dict[str, Any]:
     """A document that `write` wrote; raises UserError for anything else."""
-    try:
-        document = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    parts = ("figures", "subject", "protocol")
-    if not isinstance(document, dict) or not all(isinstance(document.get(part), dict) for part in parts):
+    document, parts = read_json(path), ("figures", "subject", "protocol")
+    if not all(isinstance(document.get(part), dict) for part in parts):
         raise UserError(f"{path} holds no figures with their protocol; scripts/evaluate.py --output writes such")
     return document
 
@@ -119,13 +116,17 @@ def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}, "c": [2]} -> {"a.b": 1, "c": [2]}; a list of mappings with names is a mapping."""
     flat: dict[str, Any] = {}
     for key, value in plain.items():
-        if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
+        if isinstance(value, list) and value and all(map(_named, value)):
             value = {item["name"]: item for item in value}
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _named(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("name"), str)
 
 
 def _told(value: Any) -> str:

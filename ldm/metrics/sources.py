@@ -140,12 +140,18 @@ def read_captions(name: str, where: Mapping[str, Sequence[str]] | None = None) -
                 "on and no negative prompts; give a file of prompts alone"
             )
         return tuple(request.prompt for request in requests)
-    source = open_source(name, "--captions", where)
+    return captions_of(open_source(name, "--captions", where))
+
+
+def captions_of(source: Source) -> tuple[str, ...]:
+    """Captions of the pictures in the order of their files' names or their place in shards, as `read_captions` does."""
     found = tuple(item.caption for item in sorted(source.items, key=lambda item: item.place) if item.caption)  # type: ignore[arg-type, return-value]
     if not found:
-        raise UserError(f"none of the pictures of {name} has a caption")
+        raise UserError(f"none of the pictures of {source.name} has a caption")
     if len(found) < len(source):
-        logger.warning("%d of the %d pictures of %s have no caption", len(source) - len(found), len(source), name)
+        logger.warning(
+            "%d of the %d pictures of %s have no caption", len(source) - len(found), len(source), source.name
+        )
     return found
 
 
@@ -169,7 +175,7 @@ def _caption(record: Record) -> str:
     try:
         meta = json.loads(record.fields.get("json", b"{}"))
         return choose_caption(record, meta if isinstance(meta, dict) else {}, "txt", random.Random(0))
-    except (BadSample, ValueError):
+    except (BadSample, ValueError, RecursionError):
         return ""
 
 

@@ -15,7 +15,7 @@ from ldm.metrics.extraction import CACHE, extract
 from ldm.metrics.features import FeatureSpace, make_space
 from ldm.metrics.figures import Measures
 from ldm.metrics.generation import Against
-from ldm.metrics.sources import open_source, read_captions
+from ldm.metrics.sources import Source, captions_of, open_source
 from ldm.model import LatentDiffusion
 
 SUBSET = 1000  # of the kernel distance, or as many pictures as there are
@@ -25,16 +25,15 @@ def watch(model: LatentDiffusion, config: FiguresConfig, data: DataConfig, sampl
     """Kernel distance, precision, recall, density and coverage of `config.pictures` pictures of the model, by name.
 
     They have the captions of the real pictures in turn and the seeds 0, 1, ..., the same at every call, so that a run's
-    figures compare with each other; with those of another count they do not. The real pictures' features are kept
-    for the next call. Raises UserError for settings that cannot work.
+    figures compare with each other; with those of another count they do not. The real pictures are read once, and their
+    features kept for the next call. Raises UserError for settings that cannot work.
     """
     shards = config.reference or data.validation
     if not shards:
         raise UserError("figures.pictures asks for real ones to compare with; set figures.reference or data.validation")
     space = _space(config.space, model.device.type)
-    real = open_source(shards, "figures.reference", data.where)
-    captions = read_captions(shards, data.where)
-    drawing = Drawing(captions, Settings(sample.cfg, sample.steps), config.pictures).check()
+    real = _reference(shards, tuple((field, tuple(values)) for field, values in data.where.items()))
+    drawing = Drawing(captions_of(real), Settings(sample.cfg, sample.steps), config.pictures).check()
     crew = Crew()
     decoded = len(extract(real, data.size, space, CACHE, crew))
     kinds = ("kernel", "neighbours", *(("captions",) if space.text is not None else ()))
@@ -50,3 +49,9 @@ def watch(model: LatentDiffusion, config: FiguresConfig, data: DataConfig, sampl
 def _space(name: str, device: str) -> FeatureSpace:
     """Built once in a run."""
     return make_space(name, device)
+
+
+@functools.lru_cache(maxsize=1)
+def _reference(shards: str, where: tuple[tuple[str, tuple[str, ...]], ...]) -> Source:
+    """Opened once in a run: to know its pictures each is read, and their contents hashed."""
+    return open_source(shards, "figures.reference", dict(where))

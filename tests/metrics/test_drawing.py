@@ -73,14 +73,18 @@ def test_pictures_drawn_otherwise_are_refused(tiny_model, tmp_path):
 def test_damaged_files_beside_the_pictures_are_named(tiny_model, tmp_path):
     one = Drawing(CAPTIONS, DRAWING.settings, 1)
     draw(tiny_model, one, tmp_path, Crew())
-    for content in ("", "{}", "[]", '{"evaluations": null}'):
+    for content in ("", "{}", "[]", "[" * 10**5, '{"evaluations": null}'):
         (tmp_path / "cost.json").write_text(content)
         with pytest.raises(UserError, match=r"cost\.json is damaged; remove it"):
             evaluations(tmp_path)
     (tmp_path / "cost.json").unlink()
     draw(tiny_model, one, tmp_path, Crew())
     assert evaluations(tmp_path) == 4
-    for content, said in (('{"model"', "is damaged"), ("[]", "does not say how its pictures were made")):
+    for content, said in (
+        ('{"model"', "is damaged"),
+        ("[" * 10**5, "is damaged"),
+        ("[]", "does not say how its pictures were made"),
+    ):
         (tmp_path / "drawing.json").write_text(content)
         with pytest.raises(UserError, match=said):
             draw(tiny_model, one, tmp_path, Crew())

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from ldm.metrics.features import FeatureSpace
 from ldm.metrics.figures import Measures
 from ldm.metrics.generation import Against
 from ldm.metrics.sources import open_source
-from ldm.metrics.sweep import cells, parse_axes, plot, sweep
+from ldm.metrics.sweep import KINDS, cells, parse_axes, plot, sweep
 
 from .pictures_maker import toy_shard
 
@@ -157,6 +158,7 @@ def test_a_line_of_the_curves_follows_the_last_axis_alone(monkeypatch):
 
 
 def test_axes():
+    assert set(KINDS) <= {field.name for field in fields(Settings)}
     axes = parse_axes(["cfg=1,2.5", "eta=0", "sampler=ddim,euler"])
     assert axes == {"cfg": [1.0, 2.5], "eta": [0.0], "sampler": ["ddim", "euler"]}
     drawing = Drawing(("a red heart",), Settings(cfg_rescale=0.5), 4)
@@ -182,6 +184,9 @@ def test_mistakes_end_in_one_sentence(evaluate, words, tmp_path):
         ((*words, "--out", tmp_path / "x", "--figures", "kernel,captions"), "captions need a space"),
         ((*words, "--out", tmp_path / "x", "--figures", "score"), "class logits"),
         ((*words, "--out", tmp_path / "x", "--seed", -5), "the first seed is -5"),
+        ((*words, "--out", tmp_path / "x", "--size", -3), "the width is -3 pixels"),
+        ((*words, "--out", tmp_path / "x", "--batch-size", 0), "--batch-size is 0"),
+        ((*words, "--out", tmp_path / "x", "--sweep", "steps=,"), "--sweep takes"),
         ((*words, "--out", tmp_path / "x", "--sweep", "cfg=1", "--output", "y.json"), "leave --output out"),
         ((*words, "--out", tmp_path / "x", "--sweep", "steps=0"), "0 steps"),
         (("--reference", tmp_path / "toy.tar", "--pictures", tmp_path / "none", "--size", 8), "no file matches"),
@@ -201,6 +206,8 @@ def test_pictures_that_are_there_are_not_drawn(evaluate, tmp_path):
         (("--size", 32, "--seed", 0), "--seed is of"),
         (("--size", 32, "--count", 9), "--count is of"),
         (("--size", 32, "--weights", "auto"), "--weights is of"),
+        (("--size", 32, "--precision", "bf16"), "--precision is of"),
+        (("--size", 32, "--batch-size", 16), "--batch-size is of"),
         (("--size", 32, "--out", tmp_path / "x"), "--out is of"),
         (("--size", 32, "--sweep", "cfg=1"), "--sweep is of"),
     ):

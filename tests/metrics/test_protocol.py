@@ -97,23 +97,30 @@ def test_few_lines_tell_how_it_was_measured():
         **DOCUMENT["protocol"],
         "reference": {"pictures": 9, "hash": "ab" * 32},
         "prompts": ["a"] * 9,
+        "seeds": [5, 13],
     }
     lines = brief(document, without=["steps"]).split("\n")
     assert lines == [
         "",
         "measured so:",
-        "  subject   model one, hash 1",
-        "  pictures  100",
-        "  drawing   cfg 3, sampler ddim",
-        "  spaces    name toy, hash a, resize 224 px; name inception, hash 6726",
-        "  reference pictures 9, hash abababab",
-        "  prompts   9 of them",
-        "  sources   reference real/*.tar",
+        "  subject    model one, hash 1",
+        "  pictures   100",
+        "  drawing    cfg 3, sampler ddim",
+        "  spaces     name toy, hash a, resize 224 px; name inception, hash 6726",
+        "  reference  pictures 9, hash abababab",
+        "  prompts    9 of them",
+        "  seeds      5 to 13",
+        "  sources    reference real/*.tar",
     ]
 
 
 def test_other_files_are_no_results(tmp_path):
-    for text, said in (("{", "not valid JSON"), ("{}", "no figures with their protocol"), ("[]", "no figures")):
+    for text, said in (
+        ("{", "not hold valid JSON"),
+        ("[" * 10**5, "not hold valid JSON"),
+        ("{}", "no figures with their protocol"),
+        ("[]", "holds a list"),
+    ):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(UserError, match=said):
             protocol.read(tmp_path / "a.json")

@@ -8,6 +8,7 @@ from PIL import Image
 from ldm.data.transforms import square, to_tensor
 from ldm.errors import UserError
 from ldm.metrics.sources import of_files, open_source, read_captions, recaption
+from ldm.options import where_of
 
 from .pictures_maker import COLOURS, STYLES, toy_shard
 
@@ -88,6 +89,16 @@ def test_pictures_without_a_caption_are_told(tmp_path, caplog):
     (folder / "q.txt").unlink()
     assert read_captions(str(folder)) == ("picture 0", "picture 2")
     assert "1 of the 3 pictures" in caplog.text and "have no caption" in caplog.text
+
+
+def test_the_choice_of_a_training_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data:\n  where:\n    style: [twemoji]\n    name: [red heart, blue fish]\n")
+    wanted = {"mode": ["plain"], "style": ["twemoji"], "name": ["red heart", "blue fish"]}
+    assert where_of(["mode=plain", f"@{recipe}"]) == wanted
+    assert len(open_source(toy_shard(tmp_path / "toy.tar"), "--reference", wanted)) == 2
+    with pytest.raises(UserError, match="no such file"):
+        where_of([f"@{tmp_path / 'none.yaml'}"])
 
 
 def test_captions_given_apart_go_to_the_pictures_by_name(tmp_path):

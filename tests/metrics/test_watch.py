@@ -34,10 +34,12 @@ def shard(tmp_path, monkeypatch):
         return FeatureSpace("toy", 12, lambda image: torch.nn.functional.adaptive_avg_pool2d(image, 2).flatten(1))
 
     monkeypatch.setattr(watching, "make_space", toy_space)
-    watching._space.cache_clear()
+    for kept in (watching._space, watching._reference):
+        kept.cache_clear()
     monkeypatch.setattr(watching, "CACHE", tmp_path / "cache")
     yield toy_shard(tmp_path / "toy.tar")
-    watching._space.cache_clear()
+    for kept in (watching._space, watching._reference):
+        kept.cache_clear()
 
 
 def test_the_figures_are_those_of_evaluation(tiny_model, shard, tmp_path):
@@ -49,12 +51,13 @@ def test_the_figures_are_those_of_evaluation(tiny_model, shard, tmp_path):
     assert found == evaluate_pictures(drawn, 32, against, Crew())["figures"]
 
 
-def test_the_network_of_the_features_is_built_once(tiny_model, shard, monkeypatch):
-    built, make = [], watching.make_space
+def test_the_network_is_built_and_the_reference_read_once(tiny_model, shard, monkeypatch):
+    built, make, read = [], watching.make_space, watching.open_source
     monkeypatch.setattr(watching, "make_space", lambda name, device: (built.append(name), make(name, device))[1])
+    monkeypatch.setattr(watching, "open_source", lambda name, *more: (built.append(name), read(name, *more))[1])
     for _ in range(2):
         watch(tiny_model, FiguresConfig(pictures=6), DataConfig(validation=shard, size=32), SAMPLE)
-    assert built == ["efficientnet-lite0"]
+    assert built == ["efficientnet-lite0", shard]
 
 
 def test_the_same_at_every_call(tiny_model, shard):
