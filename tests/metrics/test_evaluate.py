@@ -93,12 +93,17 @@ def test_a_classifier_is_trained_and_judges_prompts(command, tiny_checkpoint, to
     assert made["sources"] == {"reference": shards}
     assert sheet.exists()
 
-    code, _, err = command(
-        "scripts/evaluate.py", "prompts", "--model", tiny_checkpoint, "--shards", shards, "--classifier", classifier,
-        "--concepts", concepts, "--left-out", "flat emoji",
-    )  # fmt: skip
-    assert code == 1
-    assert "was trained on the style 'flat emoji'" in err
+    for given, complaint in (
+        (("--left-out", "flat emoji"), "was trained on the style 'flat emoji'"),
+        (("--seed", -5), "the first seed is -5"),
+        (("--n", 0), "0 pictures in batches of 16"),
+        (("--steps", 0), "0 steps were asked for"),
+    ):
+        code, _, err = command(
+            "scripts/evaluate.py", "prompts", "--model", tiny_checkpoint, "--shards", shards,
+            "--classifier", classifier, "--concepts", concepts, *given,
+        )  # fmt: skip
+        assert code == 1 and complaint in err and err.count("\n") == 1
 
 
 def test_mistakes_end_in_one_sentence(command, toy, tmp_path):

@@ -219,7 +219,7 @@ def test_pictures_that_are_there_are_not_drawn(evaluate, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_figures(tiny_checkpoint, tmp_path):
-    """By accelerate-launch: the same pictures, byte for byte, and the same figures."""
+    """By accelerate-launch, which is that module: the same pictures, byte for byte, and the same figures."""
     shard = toy_shard(tmp_path / "toy.tar")
     made = []
     for processes in (1, 2):
@@ -228,7 +228,8 @@ def test_two_processes_give_the_same_figures(tiny_checkpoint, tmp_path):
         told = ["generation", "--model", tiny_checkpoint, "--captions", shard, "--steps", 2, "--batch-size", 2]
         told += ["--count", 9, "--reference", shard, *SMALL, "--figures", "kernel,neighbours", "--out", out]
         told += ["--device", "cpu", "--cache", tmp_path / f"cache{processes}"]
-        command = ["accelerate-launch", "--quiet", *launch, str(ROOT / "scripts" / "evaluate.py"), *map(str, told)]
+        script = str(ROOT / "scripts" / "evaluate.py")
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch, script, *map(str, told)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("9 pictures against 9 real ones") == 1

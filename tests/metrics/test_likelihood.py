@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm.autoencoder.codec import Codec
 from ldm.config import AutoencoderConfig, DataConfig, UNetConfig
 from ldm.data.loader import Batch, validation_batches
+from ldm.data.writing import write_shard
 from ldm.errors import UserError
 from ldm.metrics import likelihood
+from ldm.metrics.bits import Method, evaluate_likelihood
 from ldm.model import LatentDiffusion, assemble
 from ldm.unet import UNet
 
@@ -77,6 +81,21 @@ def test_both_methods_as_a_user_runs_them(command, tiny_checkpoint, tiny_model, 
     ):
         code, _, err = command(*words, *mistake)
         assert code == 1 and complaint in err and err.count("\n") == 1
+
+
+def test_the_protocol_knows_pictures_and_captions(tiny_model, tmp_path):
+    """A picture that is another by one level, and a caption by one letter, are other pictures."""
+
+    def known(level: int, caption: str) -> str:
+        content = io.BytesIO()
+        Image.new("RGB", (32, 32), (level, 0, 0)).save(content, "PNG")
+        write_shard(tmp_path / "one.tar", [("0", {"png": content.getvalue(), "txt": caption.encode()})])
+        method = Method("bound", variance="beta", strata=1, draws=1)
+        made = evaluate_likelihood(tiny_model, str(tmp_path / "one.tar"), {}, method, count=1)
+        return made["protocol"]["pictures"]["hash"]
+
+    assert known(100, "a cat") == known(100, "a cat")
+    assert len({known(100, "a cat"), known(101, "a cat"), known(100, "a bat")}) == 3
 
 
 def test_the_caption_counts(tiny_model):

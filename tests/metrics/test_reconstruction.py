@@ -11,7 +11,8 @@ from ldm.config import AutoencoderConfig
 from ldm.errors import UserError
 from ldm.metrics import reconstruction
 from ldm.metrics.features import FeatureSpace
-from ldm.metrics.reconstruction import autoencoder_table, evaluate_autoencoder
+from ldm.metrics.moments import Moments
+from ldm.metrics.reconstruction import autoencoder_table, evaluate_autoencoder, latent_statistics
 from ldm.metrics.sources import Source, of_files
 
 SHIFT, SCALE = (0.1, -0.2, 0.3), (2.0, 1.0, 0.5)
@@ -73,6 +74,14 @@ def test_the_statistics_of_latents(colours):
     off_diagonal = np.corrcoef(latents.T) - np.eye(3)
     assert found["correlation"] == pytest.approx(np.abs(off_diagonal).max(), abs=1e-4)
     assert found["furthest"] == pytest.approx(np.abs(latents).max(), abs=1e-3)
+
+
+def test_the_largest_correlation_may_be_negative():
+    """Of t and s - t, where s and t are 1 and -1 in all pairs: -1 / sqrt 2. Of t and -t: -1."""
+    t, s = torch.tensor([1.0, 1, -1, -1]), torch.tensor([1.0, -1, 1, -1])
+    for channels, wanted in (([t, s - t], 0.5**0.5), ([t, -t, s], 1.0)):
+        found = latent_statistics(Moments.of(torch.stack(channels, dim=1)), 1.0)
+        assert found["correlation"] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_perceptual_distance_is_said_by_its_weights(colours, monkeypatch):
