@@ -103,7 +103,7 @@ def test_deepspeed_is_refused_and_not_half_used(tmp_path, monkeypatch):
 
 def test_a_tracker_that_is_not_installed_is_an_error_and_not_silence(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.training.processes.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"names wandb, which is not installed; pip install 'ldm\[track\]'"):
+    with pytest.raises(UserError, match=r"names wandb, which is not installed; pip install -e '\.\[track\]'"):
         make_accelerator(replace(LOOP, trackers=("wandb",)), tmp_path)
 
 
