@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ldm.config import DataConfig
 from ldm.data.buckets import Buckets
 from ldm.data.plan import Group, Plan
-from ldm.data.shards import QUARANTINED, BadSample, Record, ShardReader, ShardSet, Tally, Unavailable, check_share
+from ldm.data.reader import QUARANTINED
+from ldm.data.shards import BadSample, Record, ShardReader, ShardSet, Tally, Unavailable, check_share
 from ldm.data.streams import keyed_rng
 from ldm.errors import UserError
 

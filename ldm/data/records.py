@@ -26,6 +26,10 @@ class BadSample(Exception):
     """This sample cannot be used; the message is the reason, the same words for the same kind of fault."""
 
 
+class Unavailable(BadSample):
+    """The sample's shard cannot be had at this time; it may be later."""
+
+
 class Tally:
     """Counts the samples that could not be used, by reason; the first of each reason is logged with its key."""
 

@@ -1,11 +1,11 @@
-"""Shards: what those that a configuration names hold, and how one sample is read out of them.
+"""Shards: what those that a configuration names hold.
 
 A shard is a plain tar in WebDataset's naming: members that share a name up to the last dot are one sample, the rest
 of the name says what the member is (`000017.webp`, `000017.txt`, `000017.json`). Members of a sample need not be
 neighbours, and a name may hold dots (`photo.v1.2.webp` has the key `photo.v1.2`).
 
-Each tar is indexed once, from its headers, and samples are then read by offset. We do not iterate tars as the
-webdataset library does, since order and resumption are ours: with an index, the order of samples is a function of
+Each tar is indexed once, from its headers, and samples are then read by offset (reader.py). We do not iterate tars as
+the webdataset library does, since order and resumption are ours: with an index, the order of samples is a function of
 (seed, position) alone (streams.py), a run resumes anywhere without reading what it skips, and what is incomplete is
 known before training begins. The library reads our shards all the same.
 
@@ -18,22 +18,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import time
 from bisect import bisect_right
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import BinaryIO
 
 from ldm.config import DataConfig
 from ldm.data.cache import Store
 from ldm.data.fetch import Unreachable
 from ldm.data.index import Members, ShardIndex, index_shard
-from ldm.data.records import BadSample, Record, Tally, shown
+from ldm.data.reader import ShardReader
+from ldm.data.records import BadSample, Record, Tally, Unavailable, shown
 from ldm.data.sources import base_name, expand, expand_sources, is_file
 from ldm.data.tars import NotATar
 from ldm.errors import UserError
@@ -47,6 +45,7 @@ __all__ = [
     "ShardSet",
     "Store",
     "Tally",
+    "Unavailable",
     "expand",
     "index_shard",
     "open_data",
@@ -55,16 +54,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-OPEN_FILES = 32  # shards a reader keeps open
 TRANSFERS = 8  # remote shards that are fetched at once when a set is opened
-QUARANTINE = 1800.0  # seconds until a shard that could not be had is tried again
-QUARANTINED = "its shard is in quarantine"
 SAMPLE_LIMIT = 2**28  # bytes of a sample; each reader holds one at a time
 FEW = 100  # a share of bad samples is taken of as many at least: of three, one may be bad
-
-
-class Unavailable(BadSample):
-    """The sample's shard cannot be had at this time; it may be later."""
 
 
 @dataclass(frozen=True)
@@ -328,76 +320,3 @@ def _matches(content: bytes | None, where: Mapping[str, Sequence[str]]) -> bool:
 def _spelled(value: object) -> set[str]:
     items = value if isinstance(value, list) else [value]
     return {item if isinstance(item, str) else json.dumps(item) for item in items}
-
-
-class ShardReader:
-    """Reads samples by (shard, number). Each process makes its own: open files must not be shared across a fork."""
-
-    def __init__(self, shards: Sequence[ShardIndex], store: Store | None = None) -> None:
-        self._shards, self._store = shards, store or Store.of(DataConfig())
-        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
-        self._quarantine: dict[int, float] = {}  # shard -> when it may be tried again
-
-    def __enter__(self) -> ShardReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def read(self, shard: int, number: int, bucket: tuple[int, int] | None = None) -> Record:
-        """All members of a sample. Raises BadSample when the shard has changed or vanished since it was indexed."""
-        index = self._shards[shard]
-        fields = {name: self._bytes(shard, *place) for name, place in index.places(number).items()}
-        return Record(index.key(number), index.path, fields, bucket)
-
-    def member(self, shard: int, number: int, extension: str) -> bytes | None:
-        """One member of a sample, None where it has none."""
-        place = self._shards[shard].places(number).get(extension)
-        return None if place is None else self._bytes(shard, *place)
-
-    def places(self, shard: int, number: int) -> Members:
-        """Where a sample's members lie."""
-        return self._shards[shard].places(number)
-
-    def head(self, shard: int, number: int, extension: str, size: int) -> bytes:
-        """The first `size` bytes of a member that the sample has, or all if there are less."""
-        offset, whole = self._shards[shard].places(number)[extension]
-        return self._bytes(shard, offset, min(whole, size))
-
-    def close(self) -> None:
-        while self._files:
-            self._files.popitem()[1].close()
-
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        try:
-            content = os.pread(self._file(shard).fileno(), size, offset)
-        except OSError as error:
-            raise Unavailable(f"its shard cannot be read ({error.strerror})") from error
-        if len(content) != size:
-            raise BadSample("its shard was cut short after the run began")
-        return content
-
-    def _file(self, shard: int) -> BinaryIO:
-        file = self._files.get(shard)
-        if file is not None:
-            self._files.move_to_end(shard)
-            return file
-        if time.monotonic() < self._quarantine.get(shard, 0.0):
-            raise Unavailable(QUARANTINED)
-        while len(self._files) >= OPEN_FILES:
-            self._files.popitem(last=False)[1].close()
-        source = self._shards[shard].path
-        try:
-            file = self._store.open(source)
-        except Unreachable as error:
-            self._quarantine[shard] = time.monotonic() + QUARANTINE
-            logger.warning("shard in quarantine: %s (%s)", shown(source), error)
-            raise Unavailable(QUARANTINED) from error
-        if not is_file(source) and os.fstat(file.fileno()).st_size != self._shards[shard].size:
-            file.close()
-            self._store.forget(source)
-            self._quarantine[shard] = time.monotonic() + QUARANTINE
-            logger.warning("shard in quarantine: %s (it is not what its index says; start again)", shown(source))
-            raise Unavailable(QUARANTINED)
-        self._files[shard] = file
-        return file

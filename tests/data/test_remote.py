@@ -254,7 +254,7 @@ def test_a_shard_that_goes_later_is_stood_in_for_and_comes_back(tmp_path, server
         path.unlink()
     server.faults = {"1.tar": ["404"]}
     clock = [0.0]
-    monkeypatch.setattr("ldm.data.shards.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("ldm.data.reader.time.monotonic", lambda: clock[0])
     batches = iter(loader)
     first = [bare(key) for batch in islice(batches, 6) for key in batch.key]
     assert all(got == key or (key[:2] == "s1" and got[:2] != "s1") for got, key in zip(first, whole, strict=False))
