@@ -71,7 +71,7 @@ class DiffusionStage:
         self.text = self._text_tower() if began is None else began.text
         size = config.data.size
         self.latent_shape = self.codec.latent_shape(size, size)
-        self._check_widths()
+        self._check_fits()
         self.unet = UNet(config.model) if began is None else began.unet
         self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.unet.gradient_checkpointing = config.gradient_checkpointing
@@ -150,7 +150,7 @@ class DiffusionStage:
         return {"validation/loss": loss / count, "validation/error": error / count} | self._figures()
 
     def _figures(self) -> dict[str, float]:
-        if not self.config.figures.pictures or self.text is None:
+        if not self.config.figures.pictures or self.text is None:  # the latter is refused at the start
             return {}
         from ldm.metrics.watch import watch
 
@@ -229,7 +229,7 @@ class DiffusionStage:
             raise UserError("model.context_width asks for captions but no text tower is named; say text=runs/clip")
         return native.load_text(self.config.text, self.device)
 
-    def _check_widths(self) -> None:
+    def _check_fits(self) -> None:
         model, channels = self.config.model, self.latent_shape[0]
         for name in ("classes", "vector_width"):
             if getattr(model, name):
@@ -243,6 +243,11 @@ class DiffusionStage:
             raise UserError(
                 f"the U-Net has {model.in_channels} input and {model.out_channels} output channels but latents have "
                 f"{channels}{why}; set model.in_channels={channels} model.out_channels={wanted}"
+            )
+        if self.text is None and self.config.figures.pictures:
+            raise UserError(
+                "figures.pictures asks for pictures of captions, and a model without a text tower draws none; "
+                "set figures.pictures=0"
             )
         if self.text is not None and self.text.config.width != model.context_width:
             raise UserError(

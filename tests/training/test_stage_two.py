@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ldm
 from ldm.checkpoints import native
-from ldm.config import DiffusionTraining, ModelConfig, TextConfig
+from ldm.config import DiffusionTraining, FiguresConfig, ModelConfig, TextConfig
 from ldm.errors import UserError
 from ldm.training.draws import Draws
 from ldm.training.stage_two import DiffusionStage
@@ -212,6 +212,12 @@ def test_an_attention_that_is_not_there(pixels):
     assert DiffusionStage(pixels, 0, 1, CPU).unet.attention_backend == "sdpa"
     with pytest.raises(UserError, match="'xformers' is not available here"):
         DiffusionStage(replace(pixels, attention="xformers"), 0, 1, CPU)
+
+
+def test_figures_of_a_model_without_captions_are_refused_before_it_is_trained():
+    config = replace(PIXELS, model=replace(PIXELS.model, context_width=0), figures=FiguresConfig(pictures=64))
+    with pytest.raises(UserError, match=r"without a text tower draws none; set figures\.pictures=0"):
+        DiffusionStage(config, 0, 1, CPU)
 
 
 def test_captions_need_a_text_tower():
