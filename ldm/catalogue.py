@@ -21,7 +21,8 @@ class SamplerInfo:
     """What is known of a sampler without its code.
 
     `noise`: a path (one Brownian path for each picture, whatever the number of steps: more steps refine the same
-    picture), a stream (fresh normals at each call), or none. `options`: what its factory takes, with the defaults.
+    picture), a stream (fresh normals at each call, for what draws several at a level or renews them all), or none.
+    `options`: what its factory takes, with the defaults.
     """
 
     line: str
@@ -55,7 +56,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
         "UniPC (Zhao 2023), predictor and corrector at one evaluation a step; variant: bh1 or bh2",
         options={"order": 2, "variant": "bh2"},
     ),
-    "lcm": SamplerInfo("multistep consistency sampling (Song 2023), for consistency models", "path"),
+    "lcm": SamplerInfo("multistep consistency sampling (Song 2023), for consistency models", "stream"),
     "langevin": SamplerInfo(
         "annealed Langevin dynamics (Song & Ermon 2019): moves at each level",
         "stream",
@@ -66,7 +67,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
         "stream",
         {"snr": 0.16, "moves": 1},
     ),
-    "euler_maruyama": SamplerInfo("Euler-Maruyama on the reverse SDE in the model's own time; many steps", "path"),
+    "euler_maruyama": SamplerInfo("Euler-Maruyama on the reverse SDE in the model's own time, for many steps", "path"),
     "ode": SamplerInfo(
         "the probability flow by an adaptive solver, each picture by itself", options={"rtol": 1e-5, "atol": 1e-5}
     ),
@@ -81,25 +82,35 @@ GRIDS: dict[str, str] = {
     "logsnr": "even in log sigma, ending at the smallest level",
 }
 
-_SPELLINGS = {"eulerancestral": "euler_a", "kdpm2": "dpm_2", "dpm2": "dpm_2", "pndm": "plms", "odedopri5": "ode"}
+_SPELLINGS = {
+    "eulerancestral": "euler_a",
+    "kdpm2": "dpm_2",
+    "dpm2": "dpm_2",
+    "pndm": "plms",
+    "odedopri5": "ode",
+    "unipcbh2": "unipc",
+    "dpmpp2msdeheun": "dpmpp_2m_sde",
+}
+_SPELLED_OPTIONS: dict[str, dict[str, Value]] = {"dpmpp2msdeheun": {"solver": "heun"}}
 _SPELLED_GRIDS = {"karras": "karras", "exponential": "exponential", "sgmuniform": "trailing"}
 
 
-def resolve(sampler: str) -> tuple[str, str | None]:
-    """A sampler's name and the grid that its spelling asks for, if any: "DPM++ 2M Karras" -> (dpmpp_2m, karras).
+def resolve(sampler: str) -> tuple[str, str | None, dict[str, Value]]:
+    """A sampler's name, and the grid and options that its spelling asks for.
 
-    Case, spaces, hyphens and underscores do not count. Raises UserError, naming the nearest, for an unknown one.
+    "DPM++ 2M Karras" -> (dpmpp_2m, karras, {}). Case, spaces, hyphens and underscores do not count. Raises UserError, naming the nearest, for an unknown one.
     """
     if sampler in SAMPLERS:
-        return sampler, None
+        return sampler, None, {}
     bare, grid = _bare(sampler), None
     for ending, spacing in _SPELLED_GRIDS.items():
         if bare.endswith(ending):
             bare, grid = bare.removesuffix(ending), spacing
     known = {_bare(name): name for name in SAMPLERS} | _SPELLINGS
     if bare not in known:
-        raise UserError(unknown("sampler", sampler, SAMPLERS))
-    return known[bare], grid
+        near = known[difflib.get_close_matches(bare, list(known), n=1, cutoff=0.0)[0]]
+        raise UserError(unknown("sampler", sampler, SAMPLERS, near))
+    return known[bare], grid, _SPELLED_OPTIONS.get(bare, {})
 
 
 def check_options(sampler: str, options: Mapping[str, Value]) -> dict[str, Value]:
@@ -128,9 +139,9 @@ def listing() -> str:
     return "\n".join([*lines, "grids", *(f"  {name:{width}}  {line}" for name, line in GRIDS.items())])
 
 
-def unknown(what: str, name: str, names: Iterable[str]) -> str:
-    """The sentence for a `name` that is none of `names`."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
+def unknown(what: str, name: str, names: Iterable[str], near: str | None = None) -> str:
+    """The sentence for a `name` that is none of `names`, of which `near` is meant, or else the one most like it."""
+    near = near or difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
     return f"unknown {what} '{name}'; did you mean '{near}'? There are {', '.join(names)}"
 
 

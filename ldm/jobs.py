@@ -63,7 +63,7 @@ class Settings:
 
     def check(self) -> Settings:
         """The same in the library's names and types; raises UserError for what no model could do."""
-        sampler, spelled = catalogue.resolve(self.sampler)
+        sampler, spelled, implied = catalogue.resolve(self.sampler)
         spacing = self.spacing or spelled or "trailing"
         if spacing not in catalogue.GRIDS:
             raise UserError(catalogue.unknown("grid spacing", spacing, catalogue.GRIDS))
@@ -71,7 +71,7 @@ class Settings:
             raise UserError(f"'{self.sampler}' asks for the spacing {spelled}, and --spacing is {spacing}; say one")
         if self.eta is not None and "eta" in self.options:
             raise UserError(f"eta is {self.eta:g} and {self.options['eta']} among the sampler's options; say one")
-        options = self.options if self.eta is None else {**self.options, "eta": self.eta}
+        options = {**implied, **self.options, **({} if self.eta is None else {"eta": self.eta})}
         if self.sigmas and not all(map(math.isfinite, self.sigmas)):
             raise UserError(f"the list of sigmas has {self.sigmas}; choose finite numbers")
         if self.steps < 1:
@@ -79,7 +79,7 @@ class Settings:
         if not math.isfinite(self.cfg):
             raise UserError(f"the guidance scale is {self.cfg}; choose a finite number, such as 7.5")
         if self.eta is not None and not 0 <= self.eta < math.inf:
-            raise UserError(f"eta is {self.eta:g}; choose 0 (deterministic) or more")
+            raise UserError(f"eta is {self.eta:g}; choose 0 (deterministic) or more, such as 1")
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and not 1 <= side <= MAX_SIDE:
                 raise UserError(f"the {name} is {side} pixels; choose between 1 and {MAX_SIDE}")

@@ -86,6 +86,7 @@ def test_a_prompt_file_in_another_encoding(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         (Settings(sampler="ddimm"), "did you mean 'ddim'"),
+        (Settings(sampler="DPM++ 2M Normal"), "did you mean 'dpmpp_2m'"),
         (Settings(spacing="trail"), "did you mean 'trailing'"),
         (Settings(steps=0), "0 steps"),
         (Settings(cfg=float("nan")), "guidance scale"),
@@ -134,6 +135,11 @@ def test_the_spellings_of_user_interfaces(spelled: str, sampler: str, spacing: s
     settings = Settings(sampler=spelled).check()
     assert (settings.sampler, settings.spacing) == (sampler, spacing)
     assert settings.check() == settings, "a checked one is as it should be"
+
+
+def test_a_spelling_may_ask_for_an_option() -> None:
+    settings = Settings(sampler="DPM++ 2M SDE Heun Karras").check()
+    assert (settings.sampler, settings.spacing, settings.options) == ("dpmpp_2m_sde", "karras", {"solver": "heun"})
 
 
 def test_a_sampler_s_options_get_their_types() -> None:

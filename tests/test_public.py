@@ -35,6 +35,14 @@ def test_public_names() -> None:
         _ = ldm.nothing  # type: ignore[attr-defined]
 
 
+def test_each_sampler_is_given_the_noise_that_it_needs() -> None:
+    """A path where more steps refine the same picture; a stream where one level takes several independent normals."""
+    kinds = {name: info.noise for name, info in catalogue.SAMPLERS.items()}
+    stochastic = ("ddim", "ddpm", "euler_a", "dpmpp_2m_sde", "dpmpp_sde", "dpmpp_3m_sde", "euler_maruyama")
+    assert {name for name, kind in kinds.items() if kind == "path"} == set(stochastic)
+    assert {name for name, kind in kinds.items() if kind == "stream"} == {"heun", "lcm", "langevin", "pc"}
+
+
 def test_names_known_without_torch_are_the_real_ones() -> None:
     from ldm.sampling import GRIDS, SAMPLERS
 

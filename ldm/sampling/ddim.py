@@ -20,16 +20,18 @@ from ldm.sampling.step import Noise, Sampler, Step, walk
 def ddim(eta: float = 0.0) -> Sampler:
     """`eta` = 0 is deterministic; 1 has the variance of the chain's posterior, so the full grid is DDPM.
 
-    Each step's added noise is at most sigma_next, which bounds eta by the grid's `largest_eta`. Raises UserError for a
-    negative eta, and when called with a grid that does not admit it. The step to sigma 0 gives x0, whatever eta.
+    Each step's added noise is at most sigma_next, which bounds eta by the grid's `largest_eta`. The step to sigma 0
+    gives x0, whatever eta. Raises UserError for a negative or infinite eta, and when called with a grid that does not
+    admit it.
     """
-    if not eta >= 0:
-        raise UserError(f"eta is {eta:g}; choose 0 (deterministic) or more")
+    if not 0 <= eta < math.inf:
+        raise UserError(f"eta is {eta:g}; choose 0 (deterministic) or more, such as 1")
 
     def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
         largest = largest_eta(sigmas)
         if eta > largest * (1 + 1e-9):  # the caller may have rounded the largest one
-            raise UserError(f"eta is {eta:g}, but this grid admits at most {largest:.4f}; choose a smaller eta")
+            named = math.floor(largest * 1e4) / 1e4  # rounded down, so that what is named is admitted
+            raise UserError(f"eta is {eta:g}, but this grid admits at most {named:.4f}; choose a smaller eta")
         return walk(denoiser, x, sigmas, noise, lambda s, r: ancestral(s, r, eta))
 
     return sample

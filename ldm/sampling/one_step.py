@@ -11,8 +11,8 @@ method reaches, and take A = D + w (D' - D). For the rules by which they are kno
     DPM-Solver-2, the midpoint m = sqrt(s r):  x' = x + (r - s) d':                               w = s / m
 
 so A is no average any more (w > 1) where a step spans more than a factor of 2, or at all. That is how these methods
-are, and harmless in small steps; but the first step of a law that ends in pure noise spans a factor of thousands, and
-would return the small difference of two D thousandfold. Beyond a factor of `LEAP`, w is that of a true average.
+are, and harmless in small steps; but a leap (step.py) would return the small difference of two D thousandfold. There w
+is that of a true average.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import UserError
-from ldm.sampling.step import Noise, Sampler, Step, flow, level, trajectory, walk
-
-LEAP = 30.0
-"""A step that divides sigma by more is a leap. No step of EDM's own grid (80 to 0.002, rho 7) of 7 or more is one."""
+from ldm.sampling.step import Noise, Sampler, Step, flow, leaps, level, trajectory, walk
 
 MOST_CHURN = math.sqrt(2) - 1
 """Karras et al. 2022, algorithm 2: a step's churn adds at most as much variance as there is."""
@@ -45,11 +42,13 @@ def heun(s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_
     (1 + min(s_churn / N, sqrt(2) - 1)) sigma; `s_churn` 0 is deterministic. The normals asked for are those of the
     step's own interval. 2 N evaluations in N steps, or 2 N - 1 if the grid ends at 0: the step to 0 is Euler's.
 
-    Raises UserError for a negative or unknown (nan) option, and for s_tmin > s_tmax.
+    Raises UserError for a negative or unknown (nan) option, an infinite s_noise, and for s_tmin > s_tmax.
     """
     for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_tmax", s_tmax), ("s_noise", s_noise)):
         if not value >= 0:
             raise UserError(f"{name} of heun is {value:g}; choose 0 or more")
+    if s_noise == math.inf:
+        raise UserError("s_noise of heun is infinite; choose 1 (the law's own noise), or another factor")
     if s_tmin > s_tmax:
         raise UserError(f"s_tmin of heun is {s_tmin:g} and s_tmax {s_tmax:g}; choose s_tmin <= s_tmax")
 
@@ -75,7 +74,7 @@ def heun(s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_
 def trapezoid(sigma: float, sigma_next: float) -> float:
     """w of Heun's step, s / 2r; in a leap that of an average, D being linear in log sigma: 1/(1 - r/s) - 1/log(s/r)."""
     ratio = sigma / sigma_next
-    return ratio / 2 if ratio <= LEAP else 1 / (1 - 1 / ratio) - 1 / math.log(ratio)
+    return ratio / 2 if not leaps(sigma, sigma_next) else 1 / (1 - 1 / ratio) - 1 / math.log(ratio)
 
 
 def dpm_2() -> Sampler:
@@ -89,7 +88,7 @@ def dpm_2() -> Sampler:
             x0 = average = denoiser(x, level(sigma))
             if sigma_next > 0:
                 middle = math.sqrt(sigma) * math.sqrt(sigma_next)
-                weight = sigma / middle if sigma <= LEAP * sigma_next else 1.0  # in a leap, D halfway stands for all
+                weight = 1.0 if leaps(sigma, sigma_next) else sigma / middle  # in a leap, D halfway stands for all
                 average = x0 + weight * (denoiser(flow(x, x0, sigma, middle), level(middle)) - x0)
             return flow(x, average, sigma, sigma_next), x0
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.step import Noise, Sampler, Step, level, trajectory
+from ldm.sampling.ddpm import posterior
+from ldm.sampling.step import Noise, Sampler, Step, leaps, level, trajectory
 
 RESOLUTION = 1e-8
 """The part of the law's time over which its rates are taken."""
@@ -28,10 +29,10 @@ def euler_maruyama(schedule: Schedule) -> Sampler:
     On a variance-preserving law f = -beta / 2 and g^2 = beta; on a variance-exploding one f = 0. The rates are those at
     the step's beginning, from the side that it steps to (a law of trained levels is geometric between them, and bends
     there). The method is of order 1 and, unlike the exponential ones, needs steps over which beta d stays well below 2.
-    The step to 0 gives D.
+    A law that ends in pure noise has an infinite f there, and the cosine law nearly so: the step out of it, and any
+    leap (step.py), is DDPM's, with the posterior variance. The step to 0 gives D.
 
-    When called, raises UserError for a grid that leaves the law's time, and for one that starts where the law ends in
-    pure noise, since f is infinite there.
+    When called, raises UserError for a grid that leaves the law's time.
     """
 
     def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
@@ -41,6 +42,9 @@ def euler_maruyama(schedule: Schedule) -> Sampler:
             x0 = denoiser(x, level(sigma))
             if sigma_next == 0:
                 return x0, x0
+            if leaps(sigma, sigma_next) or (schedule.pure_noise_end and sigma >= schedule.sigma_max * (1 - 1e-9)):
+                keep, add = posterior(sigma, sigma_next)
+                return x0 + (keep / sigma) * (x - x0) + add * noise(sigma, sigma_next).to(x), x0
             f, g2 = rates(schedule, sigma)
             d = _time(schedule, sigma) - _time(schedule, sigma_next)
             alpha = _alpha(schedule, sigma)
@@ -63,19 +67,14 @@ def rates(schedule: Schedule, sigma: float) -> tuple[float, float]:
 
 
 def check_grid(schedule: Schedule, sigmas: Tensor) -> None:
-    """Raise UserError for a grid on which the law has no reverse SDE; a step to 0 is none of its business."""
+    """Raise UserError for a grid that leaves the law's time; a step to 0 is none of its business."""
     levels = sigmas[sigmas > 0]
     first, last = float(levels[0]), float(levels[-1])
     low, high = schedule.sigma_min * (1 - 1e-9), schedule.sigma_max * (1 + 1e-9)
-    if len(sigmas) > 2 and (first > high or last < low):
+    if len(levels) > 1 and (first > high or last < low):
         raise UserError(
             f"euler_maruyama walks from sigma {first:.4g} to {last:.4g}, but the noise law's time spans "
             f"{schedule.sigma_min:.4g} to {schedule.sigma_max:.4g}; choose a grid inside it"
-        )
-    if len(levels) > 1 and schedule.pure_noise_end and first >= schedule.sigma_max * (1 - 1e-9):
-        raise UserError(
-            "euler_maruyama cannot start in pure noise (zero terminal SNR), where the reverse SDE's drift is infinite; "
-            "choose another sampler, as ddpm or dpmpp_2m_sde"
         )
 
 

@@ -34,6 +34,11 @@ Sampler = Callable[[Denoiser, Tensor, Tensor, Noise], Iterator[Step]]
 Law = Callable[[float, float], tuple[float, float]]
 """(sigma, sigma_next) -> (keep, add): deviations of the noise kept from x and of the noise added."""
 
+LEAP = 30.0
+"""A step that divides sigma by more is a leap: the first one of a law that ends in pure noise spans a factor of
+hundreds or thousands. No step of EDM's own grid (80 to 0.002, rho 7) of 7 or more is one. Methods that are good for small steps
+alone, and would carry what is wrong after a leap to the end, take another step there, and say which."""
+
 Advance = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
 """(x at sigma, sigma, sigma_next) -> (x at sigma_next, x0): one step, the denoiser and any memory closed over."""
 
@@ -69,6 +74,11 @@ def trajectory(x: Tensor, sigmas: Tensor, advance: Advance) -> Iterator[Step]:
     for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         x, x0 = advance(x, sigma, sigma_next)
         yield Step(index, len(levels) - 1, sigma, sigma_next, x, x0)
+
+
+def leaps(sigma: float, sigma_next: float) -> bool:
+    """Whether the step from `sigma` to `sigma_next` > 0 is a leap."""
+    return sigma > LEAP * sigma_next
 
 
 def level(sigma: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.sampling import Noise, NoiseStream, ddpm, langevin, pc
+from ldm.sampling import BrownianPath, Noise, NoiseStream, Sampler, ddpm, langevin, pc
 from ldm.sampling.langevin import move, norms
 
 from .affine import geometric, noised, output_law, slopes
@@ -102,13 +102,22 @@ def test_each_picture_has_its_own_step() -> None:
     assert norms(x).shape == (2, 1, 1, 1)
 
 
+@pytest.mark.parametrize("sampler", [langevin(), pc()])
+def test_moves_along_a_brownian_path_are_refused(sampler: Sampler) -> None:
+    """It would give all moves of a level the same normal, and fifteen times the level's variance."""
+    sigmas, path = geometric(3.0, 0.5, 3), BrownianPath([1], (1, 1, 3))
+    with pytest.raises(UserError, match="NoiseStream, not a BrownianPath"):
+        next(sampler(POINT.denoiser, path.initial(), sigmas, path))
+
+
 def test_nonsense_is_refused() -> None:
     for h in (0.0, 2.0, -1.0, math.nan):
         with pytest.raises(UserError, match="between 0 and 2"):
             langevin(step_size=h)
     with pytest.raises(UserError, match="0 moves"):
         langevin(moves=0)
-    with pytest.raises(UserError, match="snr"):
-        pc(snr=-0.1)
+    for snr in (-0.1, math.inf, math.nan):
+        with pytest.raises(UserError, match="snr"):
+            pc(snr=snr)
     with pytest.raises(UserError, match="-1 moves"):
         pc(moves=-1)

@@ -28,6 +28,7 @@ from ldm.sampling import (
     dpmpp_3m_sde,
     dpmpp_sde,
     euler_maruyama,
+    heun,
     langevin,
     lcm,
     make_grid,
@@ -95,6 +96,7 @@ CASES = {
     "dpmpp_3m_sde": Case(dpmpp_3m_sde(), 60),
     "dpmpp_sde": Case(dpmpp_sde(), 40),
     "euler_maruyama": Case(euler_maruyama(SCHEDULE)),
+    "heun churn": Case(heun(s_churn=20.0), 60),
     "lcm": Case(lcm(), 2, denoiser=end_points),
     "langevin": Case(langevin(25, 0.2), 40, "geometric"),
 }

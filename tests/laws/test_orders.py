@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm.config import ScheduleConfig
 from ldm.diffusion import make_schedule
 from ldm.sampling import Sampler, ddim, dpm_2, dpmpp_2m, euler, heun, make_grid, ode, plms, unipc
-from ldm.sampling.one_step import LEAP
+from ldm.sampling.step import LEAP
 
 from .closed_forms import Gaussian, Mixture, three_clusters, three_dimensional
 

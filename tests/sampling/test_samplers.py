@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from ldm.sampling import (
     unipc,
 )
 from ldm.sampling.ddim import largest_eta
+from ldm.sampling.step import LEAP
 
 SCHEDULE = make_schedule(ScheduleConfig())
 SHAPE = (2, 3, 3)
@@ -51,16 +53,16 @@ BOUND = {
     "unipc 3": unipc(3),
 }
 
-Count = Callable[[int, bool], int]
-ONE_A_STEP: Count = lambda steps, to_zero: steps  # noqa: E731
-TWO_A_STEP: Count = lambda steps, to_zero: 2 * steps - to_zero  # noqa: E731
+Count = Callable[[int, bool, int], int]
+ONE_A_STEP: Count = lambda steps, to_zero, leaps: steps  # noqa: E731
+TWO_A_STEP: Count = lambda steps, to_zero, leaps: 2 * steps - to_zero  # noqa: E731
 OTHER_COUNTS: dict[str, Count] = {
     "heun": TWO_A_STEP,
     "dpm_2": TWO_A_STEP,
     "dpmpp_sde": TWO_A_STEP,
     "pc": TWO_A_STEP,
-    "plms": lambda steps, to_zero: steps + 1 - (to_zero and steps == 1),
-    "langevin": lambda steps, to_zero: 10 * (steps - to_zero) + to_zero,
+    "plms": lambda steps, to_zero, leaps: steps + 1 - (to_zero and steps == 1),
+    "langevin": lambda steps, to_zero, leaps: 10 * (steps - to_zero) + to_zero + leaps,
 }
 """Evaluations of a grid's steps, the last one to 0 or not, as each sampler's docstring has them; otherwise one a step.
 `ode` is adaptive, and tested by itself."""
@@ -102,7 +104,8 @@ def test_steps_asked_are_steps_run(name: str, steps: int, spacing: str) -> None:
         assert len(calls) == 1 or float(sigmas[-2 if to_zero else -1]) * (1 - 1e-9) < min(calls), "never beyond the end"
     else:
         count = OTHER_COUNTS.get(name.split()[0], ONE_A_STEP)
-        assert len(calls) == count(steps, to_zero)
+        leaps = sum(sigma > LEAP * sigma_next > 0 for sigma, sigma_next in pairwise(sigmas.tolist()))
+        assert len(calls) == count(steps, to_zero, leaps)
         if count is ONE_A_STEP:
             assert calls == sigmas[:-1].tolist()
 
@@ -187,11 +190,22 @@ def test_small_eta_tends_to_the_deterministic_path() -> None:
     assert near < far / 50 and near < 1e-3
 
 
-@pytest.mark.parametrize("options", [(0.0, 0.0, math.inf, 1.0), (40.0, 0.05, 50.0, 1.003), (3.0, 0.0, 2.0, 1.0)])
+LEVELS_OF_TEN = make_grid(SCHEDULE, 10, "karras").tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (0.0, 0.0, math.inf, 1.0),
+        (40.0, 0.05, 50.0, 1.003),
+        (3.0, 0.0, 2.0, 1.0),
+        (3.0, LEVELS_OF_TEN[6], LEVELS_OF_TEN[3], 1.0),  # both ends belong to the interval
+    ],
+)
 def test_heun_is_algorithm_2_of_edm(options: tuple[float, float, float, float]) -> None:
     """Karras et al. 2022, written line by line, on their grid for these options."""
     churn, low, high, s_noise = options
-    t, noise = make_grid(SCHEDULE, 10, "karras"), NoiseStream([1], SHAPE)
+    t, noise = torch.tensor(LEVELS_OF_TEN, dtype=torch.float64), NoiseStream([1], SHAPE)
     x = noise.initial().double() * t[0]
     for i in range(10):
         gamma = min(churn / 10, math.sqrt(2) - 1) if low <= t[i] <= high else 0
@@ -256,18 +270,22 @@ def test_the_largest_eta_is_where_no_noise_is_left_to_keep(steps: int, spacing: 
     assert bool((largest * unit <= (1 - then).sqrt() * (1 + 1e-9)).all())
     assert bool((1.001 * largest * unit > (1 - then).sqrt()).any())
     assert run(ddim(largest), [0], steps, spacing).isfinite().all()
-    with pytest.raises(UserError, match=f"at most {largest:.4f}"):
+    with pytest.raises(UserError, match=r"at most \d") as refusal:
         run(ddim(largest * 1.01), [0], steps, spacing)
+    named = float(str(refusal.value).split("at most ")[1].split(";")[0])
+    assert largest - 1e-4 < named <= largest and run(ddim(named), [0], steps, spacing).isfinite().all()
 
 
 def test_nonsense_is_refused() -> None:
-    for eta in (-0.1, math.nan):
+    for eta in (-0.1, math.nan, math.inf):
         with pytest.raises(UserError, match="eta"):
             ddim(eta)
     with pytest.raises(UserError, match=r"choose .*posterior"):
         ddpm("unknown")
     with pytest.raises(UserError, match="s_churn"):
         heun(s_churn=-1)
+    with pytest.raises(UserError, match="s_noise of heun is infinite"):
+        heun(s_noise=math.inf)
     with pytest.raises(UserError, match="s_tmin <= s_tmax"):
         heun(s_tmin=2, s_tmax=1)
     with pytest.raises(UserError, match="order of unipc is 4"):

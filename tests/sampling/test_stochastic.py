@@ -201,22 +201,31 @@ def test_euler_maruyama_is_the_textbooks_step_on_the_continuous_vp_law() -> None
 
 
 def test_euler_maruyama_keeps_to_its_laws_time() -> None:
-    sigmas = torch.tensor([5.0, 0.01, 0.0], dtype=torch.float64)
-    with pytest.raises(UserError, match="time spans"):
-        list(euler_maruyama(SCHEDULE)(denoiser, torch.zeros(1, *SHAPE), sigmas, NoiseStream([0], SHAPE)))
-    for config in (ScheduleConfig(zero_terminal_snr=True), ScheduleConfig(kind="flow")):
-        schedule = make_schedule(config)
-        sampler, noise = euler_maruyama(schedule), NoiseStream([0], SHAPE)
-        grid = make_grid(schedule, 10, "trailing")
-        with pytest.raises(UserError, match="pure noise"):
-            list(sampler(denoiser, start(noise.initial(), schedule, grid), grid, noise))
-        *_, last = sampler(denoiser, noise.initial().double(), grid[3:], noise)
-        assert bool(last.x.isfinite().all()), "from below the law's end"
+    for levels in ([5.0, 0.01, 0.0], [0.5, 0.001], [0.02, 0.01], [15.0, 5.0]):
+        sigmas = torch.tensor(levels, dtype=torch.float64)
+        with pytest.raises(UserError, match="time spans"):
+            list(euler_maruyama(SCHEDULE)(denoiser, torch.zeros(1, *SHAPE), sigmas, NoiseStream([0], SHAPE)))
+    (step,) = euler_maruyama(SCHEDULE)(
+        denoiser, torch.zeros(1, *SHAPE), torch.tensor([0.01, 0.0], dtype=torch.float64), NoiseStream([0], SHAPE)
+    )
+    assert bool((step.x == step.x0).all()), "a lone step to 0 walks no time"
+
+
+@pytest.mark.parametrize("config", [ScheduleConfig(zero_terminal_snr=True), ScheduleConfig(kind="flow")])
+def test_euler_maruyama_leaves_pure_noise_by_ddpms_step(config: ScheduleConfig) -> None:
+    """Where the drift is infinite, however short the step."""
+    schedule = make_schedule(config)
+    for first in (schedule.sigma_max / 2, 50.0):
+        sigmas = torch.tensor([schedule.sigma_max, first], dtype=torch.float64)
+        x, n = torch.randn(2, 1, *SHAPE, dtype=torch.float64)
+        (step,) = euler_maruyama(schedule)(denoiser, schedule.sigma_max * x, sigmas, lambda *_, n=n: n)
+        (same,) = ddpm()(denoiser, schedule.sigma_max * x, sigmas, lambda *_, n=n: n)
+        assert torch.equal(step.x, same.x)
 
 
 def test_nonsense_is_refused() -> None:
     for factory in (euler_a, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde):
-        for options in ({"eta": -0.1}, {"eta": math.nan}, {"s_noise": -1.0}):
+        for options in ({"eta": -0.1}, {"eta": math.nan}, {"eta": math.inf}, {"s_noise": -1.0}, {"s_noise": math.inf}):
             with pytest.raises(UserError, match=next(iter(options))):
                 factory(**options)
     with pytest.raises(UserError, match="midpoint, heun"):
