@@ -98,7 +98,8 @@ _SPELLED_GRIDS = {"karras": "karras", "exponential": "exponential", "sgmuniform"
 def resolve(sampler: str) -> tuple[str, str | None, dict[str, Value]]:
     """A sampler's name, and the grid and options that its spelling asks for.
 
-    "DPM++ 2M Karras" -> (dpmpp_2m, karras, {}). Case, spaces, hyphens and underscores do not count. Raises UserError, naming the nearest, for an unknown one.
+    "DPM++ 2M Karras" -> (dpmpp_2m, karras, {}). Case, spaces, hyphens and underscores do not count. Raises UserError,
+    naming the nearest, for an unknown one.
     """
     if sampler in SAMPLERS:
         return sampler, None, {}

@@ -107,6 +107,7 @@ class ModelConfig:
     sigma_data: float = 1.0  # the data's deviation, for edm; latents have 1, pixels about 0.5
     learned_variance: bool = False  # the U-Net's second half of channels says the reverse steps' variance
     image_size: int = 512  # pixels, the side it was trained at
+    loss: DiffusionLossConfig | None = None  # what the U-Net was trained by; training that goes on from it reads this
 
 
 # ---------------------------------------------------------------- where data comes from

@@ -113,6 +113,8 @@ class Settings:
             raise UserError("a perpendicular negative does not go with a guide model; choose one of the two")
         if (self.classifier is None) != (self.classifier_class is None):
             raise UserError("a classifier needs the class to steer to, and a class the classifier; give both")
+        if self.classifier is None and self.classifier_scale != 1:
+            raise UserError(f"a classifier's scale is {self.classifier_scale:g}; name the classifier with it")
         if not math.isfinite(self.classifier_scale):
             raise UserError(f"the classifier's scale is {self.classifier_scale}; choose a finite number, such as 1")
         if self.threshold is not None and self.threshold not in THRESHOLDS:

@@ -97,6 +97,31 @@ def test_a_classifier(tiny_model: LatentDiffusion, classifier: str) -> None:
     assert bool((share_of_dogs(20.0) > share_of_dogs(0.0)).all())
 
 
+def test_a_classifier_is_asked_only_at_levels_it_was_trained_on(tiny_model: LatentDiffusion, classifier: str) -> None:
+    """It was trained down to 0.5, and the grid goes further."""
+    settings = dataclasses.replace(FAST, steps=8, classifier=classifier, classifier_class="dog")
+    guides, asked = load_guides(tiny_model, settings), []
+    assert guides.classifier is not None
+    guides.classifier.register_forward_pre_hook(lambda module, inputs: asked.append(float(inputs[1].max())))
+    walked = [step.sigma for step in generate.sample(tiny_model, REQUESTS, settings, guides)]
+    assert min(walked) < 0.5 < max(walked)
+    assert asked == [sigma for sigma in walked if sigma > 0.5]
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_threshold_has_the_last_word(tiny_model: LatentDiffusion, classifier: str, kind: str) -> None:
+    """After the classifier, whose steps leave the range."""
+    to_dog = {"classifier": classifier, "classifier_class": "dog", "classifier_scale": 1000.0}
+    free, bound = (
+        max(float(step.x0.abs().max()) for step in generate.sample(tiny_model, REQUESTS, settings))
+        for settings in (
+            dataclasses.replace(FAST, **to_dog),
+            dataclasses.replace(FAST, **to_dog, threshold=kind, threshold_bound=0.3),
+        )
+    )
+    assert free > 0.4 and bound <= 0.3
+
+
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_a_threshold(tiny_model: LatentDiffusion, kind: str) -> None:
     assert torch.equal(draw(tiny_model, threshold=kind, threshold_bound=1e6), draw(tiny_model))
@@ -125,6 +150,7 @@ def test_all_together_and_each_picture_by_itself(tiny_model: LatentDiffusion, cl
         (Settings(classifier="here"), "give both"),
         (Settings(classifier_class="cat"), "give both"),
         (Settings(classifier="here", classifier_class="cat", classifier_scale=float("nan")), "finite"),
+        (Settings(classifier_scale=3.0), "name the classifier"),
         (Settings(threshold="dynamc"), "did you mean 'dynamic'"),
         (Settings(threshold="static", threshold_bound=0.0), "positive"),
         (Settings(threshold_bound=2.0), "static or dynamic with it"),

@@ -7,9 +7,9 @@
     python tools/experiments.py toy --output runs/toy
 
 Each prints its figures with their counts and writes them, with the protocol they were made by, into --output. What was
-drawn is kept there: an experiment that was stopped goes on where it was. --quick is a small one that ends in a minute.
-The first three draw and measure as scripts/evaluate.py does, and like it may be started by accelerate-launch on several
-processes; on a CPU, one for each core is fastest.
+drawn is kept there: the first three, which take long, go on where they were stopped. They draw and measure as
+scripts/evaluate.py does, and like it may be started by accelerate-launch on several processes; on a CPU, one for each
+core is fastest. --quick is a small experiment that ends in a minute.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from studies import guidance, interpolate, samplers, steps_table, toy
 from studies.subject import make_subject
 
@@ -26,6 +27,7 @@ from ldm.metrics.crew import muster
 from ldm.metrics.figures import Measures
 from ldm.options import WHERE_HELP, where_of
 
+MANY, FEW, MANY_ON_GPU = 1000, 200, 5000  # pictures in a cell of the steps table; FEW where one takes 1000 steps
 RECIPE = "@configs/diffusion/icons.yaml"  # what the shipped model was trained on
 
 
@@ -51,15 +53,18 @@ def parse() -> argparse.Namespace:
     mixing = commands.add_parser("interpolate", help="two pictures mixed in noisy latents, from coarse to fine")
     plane = commands.add_parser("toy", help="forward process, score, Langevin and ODE paths in the plane")
 
-    for command, pictures in ((steps, 1000), (curves, 200), (scales, 400)):
-        command.add_argument("--pictures", type=int, default=pictures, help=f"in a cell (default {pictures})")
+    for command, pictures in ((steps, f"{MANY}, on a GPU {MANY_ON_GPU}"), (curves, 200), (scales, 400)):
+        default = pictures if isinstance(pictures, int) else None
+        command.add_argument("--pictures", type=int, default=default, help=f"in a cell (default {pictures})")
         command.add_argument(
             "--where", action="append", default=[], metavar="FIELD=VALUE,...", help=f"{WHERE_HELP} (default: {RECIPE})"
         )
         command.add_argument(
             "--compile", action="store_true", help="torch.compile the U-Net: for long tables; the same up to rounding"
         )
-    steps.add_argument("--pictures-of-long", type=int, default=200, help="in a cell of 1000 steps (default 200)")
+    steps.add_argument(
+        "--pictures-of-long", type=int, help=f"in a cell of 1000 steps (default {FEW}, on a GPU {MANY_ON_GPU})"
+    )
     mixing.add_argument("--concepts", nargs=2, default=["red apple", "dog face"], help="the two pictures' names")
     mixing.add_argument("--style", default="noto emoji")
     mixing.add_argument("--prompt", default="", help="on the way back; default: the model without a prompt")
@@ -77,7 +82,11 @@ def run_table(arguments: argparse.Namespace, folder: Path) -> None:
     """An experiment whose cells are drawn and measured alike."""
     quick = arguments.quick
     subset, pictures = (8, 16) if quick else (100, arguments.pictures)
-    fewest = min(pictures, arguments.pictures_of_long) if arguments.command == "steps-table" else pictures
+    fewest = pictures
+    if arguments.command == "steps-table":
+        on_gpu = torch.cuda.is_available()
+        pictures = pictures or (MANY_ON_GPU if on_gpu else MANY)
+        fewest = min(pictures, arguments.pictures_of_long or (MANY_ON_GPU if on_gpu else FEW))
     if fewest < subset:
         raise UserError(f"{fewest} pictures were asked for; the distances are of subsets of {subset}, so ask for more")
     where = where_of(arguments.where or [RECIPE])

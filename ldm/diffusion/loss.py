@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ldm.config import DiffusionLossConfig
 from ldm.diffusion.learned_variance import split, variance_bound
+from ldm.diffusion.levels import LEVELS
 from ldm.diffusion.parameterization import Parameterization, per_picture
 from ldm.diffusion.schedule import TIME_UNIT, Schedule
 from ldm.errors import UserError
@@ -62,6 +63,9 @@ def weight(
 
 def check_loss(config: DiffusionLossConfig, learned_variance: bool = False) -> None:
     """Raise UserError, with the reason, if the settings of the loss make no sense."""
+    for name, known in (("weight", WEIGHTS), ("levels", LEVELS)):
+        if getattr(config, name) not in known:
+            raise UserError(f"loss.{name} is '{getattr(config, name)}'; choose one of {', '.join(known)}")
     if config.levels != "uniform" and (learned_variance or config.weight == "elbo"):
         what = "learned_variance" if learned_variance else "loss.weight elbo"
         raise UserError(
@@ -74,6 +78,11 @@ def check_loss(config: DiffusionLossConfig, learned_variance: bool = False) -> N
     for name in ("level_std", "min_snr_gamma"):
         if getattr(config, name) is not None and getattr(config, name) <= 0:
             raise UserError(f"loss.{name} is {getattr(config, name):g}; choose more than 0")
+    if config.levels == "uniform" and (config.level_mean, config.level_std) != (None, None):
+        raise UserError(
+            "loss.level_mean and loss.level_std belong to a normal draw, and loss.levels is 'uniform'; leave them out, "
+            "or set loss.levels=lognormal or logit_normal"
+        )
 
 
 def diffusion_loss(

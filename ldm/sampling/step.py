@@ -36,8 +36,8 @@ Law = Callable[[float, float], tuple[float, float]]
 
 LEAP = 30.0
 """A step that divides sigma by more is a leap: the first one of a law that ends in pure noise spans a factor of
-hundreds or thousands. No step of EDM's own grid (80 to 0.002, rho 7) of 7 or more is one. Methods that are good for small steps
-alone, and would carry what is wrong after a leap to the end, take another step there, and say which."""
+hundreds or thousands. No step of EDM's own grid (80 to 0.002, rho 7) of 7 or more is one. Methods that are good for
+small steps alone, and would carry what is wrong after a leap to the end, take another step there, and say which."""
 
 Advance = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
 """(x at sigma, sigma, sigma_next) -> (x at sigma_next, x0): one step, the denoiser and any memory closed over."""

@@ -11,7 +11,7 @@ from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import networks
 from ldm.checkpoints.opening import open_checkpoint, parse_settings
 from ldm.conditioning.clip import TextTower
-from ldm.config import DataConfig, DiffusionTraining, ModelConfig, ScheduleConfig
+from ldm.config import DataConfig, DiffusionLossConfig, DiffusionTraining, ModelConfig, ScheduleConfig
 from ldm.errors import UserError
 from ldm.model import find
 from ldm.unet.unet import UNet
@@ -28,7 +28,8 @@ class Beginning:
 
 
 def begin(config: DiffusionTraining, device: torch.device) -> tuple[DiffusionTraining, Beginning | None]:
-    """`config` with the architecture, schedule and target of the model at `config.init`, and that model's networks.
+    """`config` with the architecture, schedule and target of the model at `config.init`, and that model's networks;
+    with its loss too, where the model says it and `config` sets none.
 
     Without init: `config` with the usual target where none is named, and None. Raises UserError if init is no whole
     model, if an autoencoder or text tower is named beside it, if the settings say that it is another model than it
@@ -57,6 +58,7 @@ def begin(config: DiffusionTraining, device: torch.device) -> tuple[DiffusionTra
         parameterization=model.parameterization,
         sigma_data=model.sigma_data,
         learned_variance=model.learned_variance,
+        loss=model.loss if model.loss and config.loss == DiffusionLossConfig() else config.loss,
     )
     return filled, Beginning(codec, text, unet, checkpoint.notices)
 

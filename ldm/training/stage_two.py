@@ -191,6 +191,7 @@ class DiffusionStage:
             sigma_data=self.config.sigma_data,
             learned_variance=self.config.learned_variance,
             image_size=self.config.data.size,
+            loss=self.config.loss,
         )
 
     def _output(

@@ -176,6 +176,9 @@ def test_every_combination_is_refused_with_a_reason_or_has_a_finite_loss_and_gra
     ("change", "words"),
     [
         ({"weight": "elbo", "levels": "lognormal"}, "loss.weight elbo .* set loss.levels=uniform"),
+        ({"weight": "min-snr"}, "loss.weight is 'min-snr'; choose one of uniform, snr, min_snr"),
+        ({"levels": "logit-normal"}, "loss.levels is 'logit-normal'; choose one of uniform"),
+        ({"level_mean": -1.2}, "belong to a normal draw, and loss.levels is 'uniform'"),
         ({"offset_noise": -0.1}, "loss.offset_noise is -0.1; choose 0 or more"),
         ({"input_perturbation": -1.0}, "loss.input_perturbation is -1"),
         ({"variance_bound": -1.0}, "loss.variance_bound is -1"),

@@ -53,6 +53,14 @@ def test_dynamic_below_the_bound_is_static() -> None:
     assert torch.equal(dynamic_threshold(same, 1.0, 0.9)(x, SIGMA), static_threshold(same, 1.0)(x, SIGMA))
 
 
+def test_the_usual_percentile_is_imagens() -> None:
+    """99.5 %, in the middle of a heavy tail."""
+    x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)) ** 5
+    found = dynamic_threshold(same, 1.0)(x, SIGMA)
+    assert torch.equal(found, dynamic_threshold(same, 1.0, 0.995)(x, SIGMA))
+    assert not torch.equal(found, dynamic_threshold(same, 1.0, 0.99)(x, SIGMA))
+
+
 def test_each_picture_has_its_own_threshold() -> None:
     x = torch.cat([picture(0.2, 0.4), picture(-2, 4)])
     found = dynamic_threshold(same, 1.0, 1.0)(x, SIGMA)

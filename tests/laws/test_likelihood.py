@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion import make_schedule
+from ldm.diffusion import Schedule, make_schedule
 from ldm.diffusion.likelihood import (
     bound,
     density_bits,
@@ -50,6 +50,31 @@ def design(data: Gaussian) -> tuple[Tensor, Tensor]:
 def error(data: Gaussian, sigma: float) -> float:
     """E (x0 - D)^2 per dimension: the posterior's variance, C - C (C + sigma^2)^-1 C."""
     return float((data.covariance - data.gain(sigma) @ data.covariance).trace() / len(data.mean))
+
+
+def start_of(schedule: Schedule) -> float:
+    return float(schedule.start_scale(torch.tensor(schedule.sigma_max, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("kind", ["flow", "ve"])
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_the_bound_on_laws_that_do_not_preserve_the_variance(kind: str, variance: str) -> None:
+    """Prior and one step in z = a x0 + b n, by Bayes' rule there: a = 1 - t, b = t, or a = 1, b = sigma."""
+    schedule, levels = make_schedule(ScheduleConfig(kind=kind)), (3.0, 0.8)
+    x0, n = design(DATA)
+    grid = torch.tensor([*levels, 0.0], dtype=torch.float64)
+    found = bound(DATA.denoiser, x0, grid, schedule, lambda: n, variance=variance)
+    (a, b), (a_next, b_next) = [(1 / (1 + s), s / (1 + s)) if kind == "flow" else (1.0, s) for s in levels]
+    start = 1.0 if kind == "flow" else levels[0]
+    square = float(DATA.mean.square().sum() + DATA.covariance.trace()) / len(DATA.mean)
+    prior = 0.5 * ((a**2 * square + b**2) / start**2 - 1 - math.log(b**2 / start**2))
+    added = b**2 - (a / a_next * b_next) ** 2  # the variance of z given z_next
+    tilde = b_next**2 * added / b**2
+    of_x0 = a_next - (a / a_next) * b_next**2 / b**2 * a  # x0's factor in the posterior's mean
+    v = added if variance == "beta" else tilde
+    step = 0.5 * (tilde / v - 1 - math.log(tilde / v) + of_x0**2 * error(DATA, levels[0]) / v)
+    assert float(found.prior.mean()) == pytest.approx(prior / math.log(2), abs=1e-9)
+    assert float(found.steps.sum(1).mean()) == pytest.approx(step / math.log(2), abs=1e-9)
 
 
 def expected_bound(variance: str) -> Tensor:
@@ -117,12 +142,12 @@ def gaussian_points(data: Gaussian) -> Tensor:
     return torch.cat([data.mean + reach, data.mean - reach])[:, None, None]
 
 
-def flow_density(data: Gaussian, x: Tensor) -> Tensor:
+def flow_density(data: Gaussian, x: Tensor, schedule: Schedule = SCHEDULE) -> Tensor:
     """ln p (n,) at x (n, d) of what the flow makes of the start law: it maps x to mean + A (x - mean) at sigma_max."""
     values, vectors = torch.linalg.eigh(data.covariance)
-    stretch = ((values + SCHEDULE.sigma_max**2) / (values + SCHEDULE.sigma_min**2)).sqrt()
+    stretch = ((values + schedule.sigma_max**2) / (values + schedule.sigma_min**2)).sqrt()
     end = data.mean + (x - data.mean) @ (vectors * stretch) @ vectors.T
-    start = torch.distributions.Normal(0.0, START)
+    start = torch.distributions.Normal(0.0, start_of(schedule))
     return start.log_prob(end).sum(1) + stretch.log().sum()
 
 
@@ -132,6 +157,25 @@ def test_the_flow_gives_the_density_and_the_entropy_of_a_gaussian() -> None:
     found = flow_log_density(DATA.denoiser, x, SCHEDULE.sigma_min, SCHEDULE.sigma_max, START, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.log_density, flow_density(DATA, x.reshape(-1, 3)), rtol=0, atol=1e-4)
     assert abs(density_bits(found.log_density, 3).mean - entropy(DATA.covariance)) < WITHIN
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ScheduleConfig(kind="ve"),
+        ScheduleConfig(kind="flow"),
+        ScheduleConfig(kind="vp"),
+        ScheduleConfig(kind="cosine"),
+        ScheduleConfig(zero_terminal_snr=True),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_the_flow_on_other_laws(config: ScheduleConfig) -> None:
+    """Between their own ends, 2e-3 to 1e6 in all, and from their own start: on ve N(0, sigma_max^2)."""
+    schedule, x = make_schedule(config), gaussian_points(DATA)
+    ends = schedule.sigma_min, schedule.sigma_max, start_of(schedule)
+    found = flow_log_density(DATA.denoiser, x, *ends, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.log_density, flow_density(DATA, x.reshape(-1, 3), schedule), rtol=0, atol=5e-4)
 
 
 def test_the_flow_gives_the_density_of_a_mixture() -> None:

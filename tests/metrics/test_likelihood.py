@@ -134,6 +134,8 @@ def test_a_pixel_model_is_measured_in_pixels(pixel_model):
     nats = 0.5 * (x.square().mean(1) + torch.tensor(2 * torch.pi).log())
     wanted = nats / torch.tensor(2.0).log() + torch.tensor(127.5).log2() - 1
     torch.testing.assert_close(flow.bits.value, wanted, rtol=0, atol=0.02)  # what dequantising moves
+    other = likelihood.flow(pixel_model, image, batch.caption, [3, 4])
+    assert bool((flow.bits.value != other.bits.value).all()), "each seed dequantises by its own draw"
 
     chain = likelihood.chain(pixel_model, image, batch.caption, [1, 2], "learned", 20, 3)
     assert chain.space == "pixels" and chain.steps.shape == (2, 20)

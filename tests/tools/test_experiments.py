@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,9 @@ def test_interpolation(shards: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_plane(tmp_path: Path) -> None:
-    run("toy", "--output", tmp_path, "--quick")
+    """All three ways back end near the data; of N(0, I) the mean distance from them is 0.4."""
+    told = run("toy", "--output", tmp_path, "--quick")
+    far = [float(word) for word in re.findall(r"on the mean (\d\.\d+) from", told)]
+    assert len(far) == 3 and max(far) < 0.2
     Image.open(tmp_path / "toy.png").load()
     assert getattr(Image.open(tmp_path / "toy.gif"), "n_frames", 1) == 11

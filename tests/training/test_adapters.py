@@ -50,6 +50,18 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_the_loss_of_a_model_travels_in_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """And is taken up by a training that goes on from it, unless that sets its own."""
+    own = DiffusionLossConfig(weight="min_snr", min_snr_gamma=3.0, levels="lognormal", offset_noise=0.1)
+    config = replace(PLAIN, init=str(tiny_checkpoint), loss=own, loop=replace(LONG, steps=1, ema=0.0))
+    run(DiffusionStage(config, 0, 1, CPU), config.loop, tmp_path / "run", config)
+    assert native.read_config(tmp_path / "run").loss == own
+    further = replace(PLAIN, init=str(tmp_path / "run"), loss=DiffusionLossConfig())
+    assert DiffusionStage(further, 0, 1, CPU).config.loss == own
+    other = replace(further, loss=DiffusionLossConfig(weight="snr"))
+    assert DiffusionStage(other, 0, 1, CPU).config.loss == DiffusionLossConfig(weight="snr")
+
+
 def test_a_lora_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """It learns; the model's own weights stay; the file draws what the training's network drew; resuming is exact."""
     config = replace(PLAIN, init=str(tiny_checkpoint), lora=LoraConfig(rank=2, alpha=4.0, layers="transformer"))
@@ -87,7 +99,7 @@ def test_all_weights_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert same(dict(stage.unet.state_dict()), dict(native.load_unet(tiny_checkpoint).state_dict()))
     run(stage, config.loop, tmp_path, config)
     made = native.read_config(tmp_path)
-    assert made == replace(native.read_config(tiny_checkpoint), image_size=32)
+    assert made == replace(native.read_config(tiny_checkpoint), image_size=32, loss=config.loss)
     assert not same(dict(native.load_unet(tmp_path).state_dict()), dict(native.load_unet(tiny_checkpoint).state_dict()))
 
 

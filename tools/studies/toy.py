@@ -12,30 +12,44 @@ from torch import Tensor
 
 from ldm.config import ScheduleConfig
 from ldm.diffusion import Denoiser, Schedule, make_parameterization, make_schedule, precondition
+from ldm.diffusion.energy import energy_score
+from ldm.diffusion.score_matching import Score
 from ldm.errors import UserError
 from ldm.files import atomic_write_bytes
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, finish, make_grid, start
-from ldm.toy import LAWS, SHAPE, train_denoiser
+from ldm.toy import LAWS, SHAPE, train_denoiser, train_energy, train_score
 
 LAW = "two_moons"
 SHOWN_PATHS = 40
+OF_SCORES = 0.3  # the level at which scores are learned without a denoiser
 EDGE = 3.2  # of the pictures' square
 
 
 def run(folder: Path, quick: bool) -> None:
-    """Train the toy, then write toy.png and the animation toy.gif. Raises UserError without matplotlib."""
+    """Train the toys, then write toy.png and the animation toy.gif. Raises UserError without matplotlib."""
     schedule = make_schedule(ScheduleConfig(kind="cosine"))
     parameterization = make_parameterization("v")
-    network = train_denoiser(LAWS[LAW], schedule, parameterization, steps=100 if quick else 6000)
+    network = train_denoiser(LAWS[LAW], schedule, parameterization, steps=800 if quick else 6000)
     denoiser = precondition(network, schedule, parameterization)
-    points = 300 if quick else 1500
-    ode = walk(SAMPLERS["heun"](), denoiser, schedule, 20 if quick else 60, points, "stream")
-    chain = walk(SAMPLERS["ddpm"](), denoiser, schedule, 20 if quick else 60, points, "path")
-    langevin = walk(
-        SAMPLERS["langevin"](moves=10, step_size=0.2), denoiser, schedule, 10 if quick else 30, points, "stream"
-    )
-    draw_panels(denoiser, schedule, {"Langevin, annealed": langevin, "DDPM": chain, "the flow, Heun": ode}, folder)
-    draw_animation({"DDPM": chain, "the flow": ode}, folder / "toy.gif", 10 if quick else 30)
+    points, steps = (300, 20) if quick else (1500, 60)
+    langevin = SAMPLERS["langevin"](moves=10, step_size=0.2)
+    paths = {
+        "Langevin, annealed": walk(langevin, denoiser, schedule, 20 if quick else 30, points, "stream"),
+        "DDPM": walk(SAMPLERS["ddpm"](), denoiser, schedule, steps, points, "path"),
+        "the flow, Heun": walk(SAMPLERS["heun"](), denoiser, schedule, steps, points, "stream"),
+    }
+    learned = {
+        f"{name} score matching": train_score(LAWS[LAW], name, OF_SCORES, 150 if quick else 1500)[0]
+        for name in ("denoising", "implicit", "sliced")
+    }
+    energy, chains = train_energy(LAWS[LAW], 200 if quick else 800)
+    learned["energy by likelihood, its chains"] = energy_score(energy)
+    draw_panels(denoiser, schedule, paths, learned, chains.state.flatten(1), folder)
+    draw_animation(denoiser, schedule, paths, folder / "toy.gif", 10 if quick else 30)
+    data = LAWS[LAW](1500, torch.Generator().manual_seed(1)).flatten(1)
+    for name, states in paths.items():
+        far = torch.cdist(states[-1], data).amin(1).mean()
+        print(f"{name:20} {points} points, on the mean {far:.3f} from the nearest of {len(data)} of the data")
     print(f"wrote toy.png and toy.gif into {folder}")
 
 
@@ -52,39 +66,50 @@ def walk(sampler: Sampler, denoiser: Denoiser, schedule: Schedule, steps: int, p
     return [state.flatten(1) for state in states]
 
 
-def draw_panels(denoiser: Denoiser, schedule: Schedule, paths: dict[str, list[Tensor]], folder: Path) -> None:
-    """Above the forward process and the score on it; below the ways back."""
-    figure = _figure(4, 2)
-    data = LAWS[LAW](1500, torch.Generator().manual_seed(1))
-    n = torch.randn(data.shape, generator=torch.Generator().manual_seed(2))
+def draw_panels(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    paths: dict[str, list[Tensor]],
+    learned: dict[str, Score],
+    chains: Tensor,
+    folder: Path,
+) -> None:
+    """Above the forward process and the score on it; then the ways back; below the scores that are learned otherwise,
+    the last one an energy's, with the `chains` (n, 2) that it was learned by."""
+    figure = _figure(4, 3)
+    data, n = _points(1500)
     for place, sigma in enumerate((0.0, 0.4, 1.5), start=1):
-        axes = _panel(figure, 2, 4, place, f"forward, sigma {sigma:g}")
-        level = torch.tensor(sigma, dtype=torch.float64)
-        z = (data + sigma * n) * float(schedule.alpha(level))
-        axes.scatter(*z.flatten(1).T, s=2, alpha=0.4)
-        if sigma:
-            _score(axes, denoiser, schedule, level)
-    axes = _panel(figure, 2, 4, 4, "the score, sigma 0.1")
+        axes = _panel(figure, 3, 4, place, f"forward, sigma {sigma:g}")
+        _forward(axes, denoiser, schedule, sigma, 1500)
+    axes = _panel(figure, 3, 4, 4, "the score, sigma 0.1")
     axes.scatter(*data.flatten(1).T, s=2, alpha=0.2)
-    _score(axes, denoiser, schedule, torch.tensor(0.1, dtype=torch.float64))
+    _arrows(axes, *_score_of(denoiser, schedule, 0.1))
     for place, (title, states) in enumerate(paths.items(), start=5):
-        axes = _panel(figure, 2, 4, place, title)
+        axes = _panel(figure, 3, 4, place, title)
         ways = torch.stack(states)[:, :SHOWN_PATHS]
         for way in ways.unbind(1):
             axes.plot(*way.T, lw=0.6, alpha=0.6)
         axes.scatter(*states[-1].T, s=2, color="black", alpha=0.4)
-    axes = _panel(figure, 2, 4, 8, "data")
+    axes = _panel(figure, 3, 4, 8, "data")
     axes.scatter(*data.flatten(1).T, s=2, color="black", alpha=0.4)
+    for place, (title, score) in enumerate(learned.items(), start=9):
+        axes = _panel(figure, 3, 4, place, title)
+        axes.scatter(*((data + OF_SCORES * n).flatten(1) if place < 12 else chains).T, s=2, alpha=0.2)
+        _arrows(axes, score, 1.0)
     atomic_write_bytes(folder / "toy.png", _png(figure))
 
 
-def draw_animation(paths: dict[str, list[Tensor]], path: Path, frames: int) -> None:
-    """The points on their ways, side by side, as a GIF that waits at the end."""
-    pictures = []
+def draw_animation(
+    denoiser: Denoiser, schedule: Schedule, paths: dict[str, list[Tensor]], path: Path, frames: int
+) -> None:
+    """The forward process under the score, and the ways back beside it, as a GIF that waits at the end."""
+    sigmas = torch.cat([torch.zeros(1), make_grid(schedule, frames, "exponential")[:-1].flip(0)]).tolist()
+    pictures, points = [], len(next(iter(paths.values()))[0])
     for frame in range(frames + 1):
-        figure = _figure(len(paths), 1)
-        for place, (title, states) in enumerate(paths.items(), start=1):
-            axes = _panel(figure, 1, len(paths), place, title)
+        figure = _figure(1 + len(paths), 1)
+        _forward(_panel(figure, 1, 1 + len(paths), 1, "forward"), denoiser, schedule, sigmas[frame], points)
+        for place, (title, states) in enumerate(paths.items(), start=2):
+            axes = _panel(figure, 1, 1 + len(paths), place, title)
             axes.scatter(*states[frame * (len(states) - 1) // frames].T, s=3, alpha=0.5)
         pictures.append(Image.open(io.BytesIO(_png(figure))).convert("P", palette=Image.Palette.ADAPTIVE, colors=32))
     buffer = io.BytesIO()
@@ -93,15 +118,35 @@ def draw_animation(paths: dict[str, list[Tensor]], path: Path, frames: int) -> N
     atomic_write_bytes(path, buffer.getvalue())
 
 
-def _score(axes: Any, denoiser: Denoiser, schedule: Schedule, sigma: Tensor) -> None:
-    """Arrows of the score (D - x) / sigma^2 on a lattice of z, of length up to one lattice width."""
+def _points(count: int) -> tuple[Tensor, Tensor]:
+    """(x0, n), each (count, 2, 1, 1), always the same."""
+    x0 = LAWS[LAW](count, torch.Generator().manual_seed(1))
+    return x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(2))
+
+
+def _forward(axes: Any, denoiser: Denoiser, schedule: Schedule, sigma: float, count: int) -> None:
+    """z = alpha (x0 + sigma n), and the score there."""
+    x0, n = _points(count)
+    z = (x0 + sigma * n) * float(schedule.alpha(torch.tensor(sigma, dtype=torch.float64)))
+    axes.scatter(*z.flatten(1).T, s=2, alpha=0.4)
+    if sigma:
+        _arrows(axes, *_score_of(denoiser, schedule, sigma))
+
+
+def _score_of(denoiser: Denoiser, schedule: Schedule, sigma: float) -> tuple[Score, float]:
+    """The score (D - x) / sigma^2, and alpha."""
+    level = torch.tensor(sigma, dtype=torch.float64)
+    return lambda x: (denoiser(x, level) - x) / sigma**2, float(schedule.alpha(level))
+
+
+def _arrows(axes: Any, score: Score, alpha: float) -> None:
+    """Of the score at x = z / alpha on a lattice of z, of length up to one lattice width."""
     line = torch.linspace(-EDGE, EDGE, 17, dtype=torch.float64) * 0.9
     z = torch.cartesian_prod(line, line)
-    x = (z / float(schedule.alpha(sigma))).reshape(-1, *SHAPE)
     with torch.no_grad():
-        score = ((denoiser(x, sigma) - x) / sigma**2).flatten(1)
-    length = score.norm(dim=1, keepdim=True)
-    arrows = score / length * length.clamp(max=float(length.median()) * 2) / float(length.median()) * 0.2
+        found = score((z / alpha).reshape(-1, *SHAPE)).flatten(1)
+    length = found.norm(dim=1, keepdim=True)
+    arrows = found / length * length.clamp(max=float(length.median()) * 2) / float(length.median()) * 0.2
     axes.quiver(*z.T, *arrows.T, angles="xy", scale_units="xy", scale=1, width=0.004, color="tab:red")
 
 

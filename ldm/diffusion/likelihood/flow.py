@@ -90,26 +90,28 @@ def _one(
     """(ln p, evaluations) of one picture (1, C, h, w)."""
     from torchdiffeq import odeint  # brings scipy, which costs half a second
 
-    d, count = x.numel(), 0
+    (low, high), d, count = levels, x.numel(), 0
     probes = None if probes is None else probes.to(x)
 
     def slope(u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         nonlocal count
         count += 1
         y, _ = state
-        sigma = u.detach().cpu().double().exp()
+        # The solver feels its way with a first step of its own choice, which may lead anywhere.
+        sigma = u.detach().cpu().double().clamp(math.log(low), math.log(high)).exp()
         size = math.hypot(1, float(sigma))
         denoised, trace = field_and_trace(lambda point: denoiser(point, sigma), y * size, probes)
         return y / size**2 - denoised / size, (1 / size**2 - trace / d)
 
     # ln p is carried per dimension and as a tensor of its own, so that the error's norm sees it beside all of y.
-    low, high = levels
     state = (x / math.hypot(1, low), torch.zeros(1, dtype=x.dtype, device=x.device))
     span = torch.tensor([math.log(low), math.log(high)], dtype=x.dtype, device=x.device)
     rtol, atol = tolerances
     try:
         with torch.no_grad():
-            y, change = odeint(slope, state, span, rtol=rtol, atol=atol, method=solver, options={"dtype": x.dtype})
+            # The last step ends where the flow does, not beyond it.
+            options = {"dtype": x.dtype, "step_t": span[1:]}
+            y, change = odeint(slope, state, span, rtol=rtol, atol=atol, method=solver, options=options)
     except AssertionError as error:  # how torchdiffeq says that a step shrank to nothing
         raise UserError(
             f"the flow could not be solved ({error}); use larger tolerances or a higher precision"
