@@ -121,6 +121,11 @@ def test_the_same_pictures_make_the_same_bytes_and_stay_on_their_side(folder, tm
     assert "holds shards of other options" in failed.stderr
 
 
+def heed_interrupts() -> None:
+    """Where the tests were started in the background, a shell has told them, and so their children, to ignore these."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, how):
     root = tmp_path / "pictures"
@@ -129,7 +134,9 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, how):
         (root / f"{i}.png").write_bytes(picture(i, (200, 200)))
         (root / f"{i}.txt").write_text(f"picture {i}")
     options = ("--per-shard", 2, "--quality", 100)
-    process = subprocess.Popen(command(root, tmp_path / "out", *options), stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(root, tmp_path / "out", *options), stderr=subprocess.PIPE, preexec_fn=heed_interrupts
+    )
     while len(list((tmp_path / "out").glob("train-*.tar"))) < 2:
         time.sleep(0.005)
     process.send_signal(how)

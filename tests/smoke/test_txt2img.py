@@ -311,6 +311,11 @@ def test_a_full_disk(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert "limit was reached while writing" in sentence and names(tmp_path) == []
 
 
+def heed_interrupts() -> None:
+    """Where the tests were started in the background, a shell has told them, and so their children, to ignore these."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_in_the_middle(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """What is done stays, whole; nothing else is left; the exit code is the shell's for an interrupt."""
     words = ["--prompt", "a cat", "--n", "1000", "--batch-size", "1", "--steps", "20", "--model", str(tiny_checkpoint)]
@@ -319,6 +324,7 @@ def test_ctrl_c_in_the_middle(tiny_checkpoint: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     ) as process:
         assert process.stdout and process.stderr
         said = [process.stdout.readline() for _ in range(2)]
