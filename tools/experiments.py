@@ -17,11 +17,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from studies import guidance, interpolate, samplers, steps_table, toy
 from studies.subject import make_subject
 
 import ldm
+from ldm.device import choose_device
 from ldm.errors import UserError, run
 from ldm.metrics.crew import muster
 from ldm.metrics.figures import Measures
@@ -84,9 +84,9 @@ def run_table(arguments: argparse.Namespace, folder: Path) -> None:
     subset, pictures = (8, 16) if quick else (100, arguments.pictures)
     fewest = pictures
     if arguments.command == "steps-table":
-        on_gpu = torch.cuda.is_available()
-        pictures = pictures or (MANY_ON_GPU if on_gpu else MANY)
-        fewest = min(pictures, arguments.pictures_of_long or (MANY_ON_GPU if on_gpu else FEW))
+        many, few = (MANY_ON_GPU, MANY_ON_GPU) if choose_device().type == "cuda" else (MANY, FEW)
+        pictures = many if pictures is None else pictures
+        fewest = min(pictures, few if arguments.pictures_of_long is None else arguments.pictures_of_long)
     if fewest < subset:
         raise UserError(f"{fewest} pictures were asked for; the distances are of subsets of {subset}, so ask for more")
     where = where_of(arguments.where or [RECIPE])

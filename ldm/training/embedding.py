@@ -46,16 +46,18 @@ class EmbeddingStage:
         if not config.templates or not all(template.count("{}") == 1 for template in config.templates):
             raise UserError("each of templates has {} once, where the word goes, such as 'a picture of {}'")
         self.config = config
-        loss = dataclasses.replace(config.loss, caption_dropout=0.0)  # a caption without the word teaches it nothing
         inner = DiffusionTraining(
             init=config.init,
             init_set=config.init_set,
             data=config.data,
-            loss=loss,
+            loss=config.loss,
             loop=config.loop,
             sample=config.sample,
         )
         self.model = DiffusionStage(inner, rank, world, device)
+        # A caption without the word teaches it nothing. The rest of the loss may be that of the model itself.
+        loss = dataclasses.replace(self.model.config.loss, caption_dropout=0.0)
+        self.model.config = dataclasses.replace(self.model.config, loss=loss)
         self.model.unet.requires_grad_(False).eval()
         tower = self.model.text
         assert tower is not None  # init has one

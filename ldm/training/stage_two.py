@@ -56,11 +56,11 @@ class DiffusionStage:
     """The training of `config` on this process' share of the data."""
 
     def __init__(self, config: DiffusionTraining, rank: int, world: int, device: torch.device):
-        if not 0 <= config.loss.caption_dropout <= 1:
-            raise UserError(f"loss.caption_dropout is a share from 0 to 1, not {config.loss.caption_dropout}")
         check_backend(config.attention, device.type)
         torch.manual_seed(config.loop.seed)
         config, began = begin(config, device)
+        if not 0 <= config.loss.caption_dropout <= 1:  # the settings' own, or what the model of init says
+            raise UserError(f"loss.caption_dropout is a share from 0 to 1, not {config.loss.caption_dropout}")
         self.config, self.device = config, device
         self.notices = () if began is None else began.notices
         self.schedule = make_schedule(config.schedule)

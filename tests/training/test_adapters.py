@@ -58,6 +58,8 @@ def test_the_loss_of_a_model_travels_in_it(tiny_checkpoint: Path, tmp_path: Path
     assert native.read_config(tmp_path / "run").loss == own
     further = replace(PLAIN, init=str(tmp_path / "run"), loss=DiffusionLossConfig())
     assert DiffusionStage(further, 0, 1, CPU).config.loss == own
+    word = EmbeddingTraining(init=str(tmp_path / "run"), data=PLAIN.data, loop=replace(LONG, ema=0.0))
+    assert EmbeddingStage(word, 0, 1, CPU).model.config.loss == replace(own, caption_dropout=0.0)
     other = replace(further, loss=DiffusionLossConfig(weight="snr"))
     assert DiffusionStage(other, 0, 1, CPU).config.loss == DiffusionLossConfig(weight="snr")
 
