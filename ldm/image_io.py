@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
+from ldm import pictures
 from ldm.errors import UserError, explain_os_error
 from ldm.files import atomic_write
 from ldm.plain import parse_json
@@ -52,16 +53,14 @@ def save_png(image: Tensor, path: str | Path, metadata: Mapping[str, Any] | None
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata that `save_png` put into `path`. Raises UserError if it is no PNG or carries none."""
+    content = pictures.contents(path)
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            assert isinstance(picture, PngImageFile)
-            text = picture.text.get("ldm")  # reads the file to its end, where some writers put their texts
-    except FileNotFoundError as error:
-        raise UserError(f"there is no picture {path}; check the path") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise explain_os_error(error, f"reading {path}") from error
-        raise UserError(f"{path} is not a PNG that can be read ({str(error).splitlines()[0]})") from error
+        picture = pictures.opened(pictures.bare_png(content, b"ldm"), lambda picture: picture.load())
+    except pictures.BadPicture as error:
+        raise UserError(f"{path} is not a PNG that can be read ({error})") from error
+    if not isinstance(picture, PngImageFile):
+        raise UserError(f"{path} is not a PNG, and other pictures carry no settings")
+    text = picture.text.get("ldm")  # some programs put it behind the picture
     if not text:
         raise UserError(f"{path} carries no settings of ours; other programs drop them when they save a picture again")
     return parse_json(text, path)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
-import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image, ImageOps
-
+from ldm import pictures
 from ldm.data.shards import BadSample, Members, Record, ShardReader
 from ldm.errors import UserError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 PICTURES = ("webp", "png", "jpg", "jpeg")
 CAPTIONS = ("txt", "variants")
-FORMATS = ("WEBP", "PNG", "JPEG")
 HEAD = 2**16  # bytes in which a PNG's or JPEG's size is found, unless it has a large thumbnail before it
-ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 swap width and height
-MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MiB of RGB
-
-# Pillow has no one exception for damage: these are the ones its three decoders and EXIF parser raise.
-_DAMAGE = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -58,16 +51,11 @@ def decode(record: Record, caption: str, rng: random.Random) -> Sample:
 
 
 def decode_picture(content: bytes) -> Image.Image:
-    """Bytes of a webp, png or jpeg -> RGB picture: EXIF orientation applied, alpha composited on white.
-
-    Raises BadSample when it does not decode or is a decompression bomb.
-    """
-    picture = open_picture(content)
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    """Bytes of a webp, png or jpeg -> RGB picture, as pictures.py says. Raises BadSample."""
+    try:
+        return pictures.rgb(pictures.decode(content))
+    except pictures.BadPicture as error:
+        raise BadSample(str(error)) from error
 
 
 def picture_size(reader: ShardReader, shard: int, number: int) -> tuple[int, int]:
@@ -77,40 +65,14 @@ def picture_size(reader: ShardReader, shard: int, number: int) -> tuple[int, int
     """
     members = reader.places(shard, number)
     name = next(name for name in PICTURES if members.get(name, (0, 0))[1])
-    for size in (members[name][1],) if name == "webp" else (HEAD, members[name][1]):
+    whole = members[name][1]
+    for size in (whole,) if name == "webp" else (HEAD, whole):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(io.BytesIO(reader.head(shard, number, name, size)), formats=FORMATS) as picture:
-                    width, height = picture.size
-                    turned = picture.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-        except Image.DecompressionBombError as error:
-            raise BadSample(f"the picture has more than {MAX_PIXELS} pixels") from error
-        except _DAMAGE:
-            continue
-        if min(width, height) < 1:
-            continue
-        return (width, height) if turned else (height, width)
-    raise BadSample("the picture does not decode")
-
-
-def open_picture(content: bytes) -> Image.Image:
-    """Bytes -> upright picture in 8 bits, its alpha kept. Raises BadSample like `decode_picture`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of bombs, odd EXIF and palettes; what matters we refuse
-            picture = Image.open(io.BytesIO(content), formats=FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise BadSample(f"the picture has more than {MAX_PIXELS} pixels")
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-    except Image.DecompressionBombError as error:
-        raise BadSample(f"the picture has more than {MAX_PIXELS} pixels") from error
-    except _DAMAGE as error:
-        raise BadSample("the picture does not decode") from error
-    if picture.mode.startswith("I"):  # 16 bits: Pillow would clip them at 255
-        picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
-    return picture
+            return pictures.size(reader.head(shard, number, name, size))
+        except pictures.BadPicture as error:
+            if size == whole:
+                raise BadSample(str(error)) from error
+    raise AssertionError("the last size is the whole")
 
 
 def choose_caption(record: Record, meta: dict[str, Any], caption: str, rng: random.Random) -> str:

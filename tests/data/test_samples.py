@@ -9,12 +9,14 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from ldm import pictures
 from ldm.data import samples
 from ldm.data.samples import decode, decode_picture
-from ldm.data.shards import BadSample, Record
+from ldm.data.shards import BadSample, Record, ShardReader, index_shard
 
-from .shard_maker import picture
+from .shard_maker import picture, write_tar
 
 
 def record(**fields: bytes) -> Record:
@@ -92,8 +94,17 @@ def test_a_decompression_bomb_is_refused_before_it_is_inflated():
         header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
         chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
         data = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-        with pytest.raises(BadSample, match=f"more than {samples.MAX_PIXELS} pixels"):
+        with pytest.raises(BadSample, match=f"more than {pictures.MAX_PIXELS} pixels"):
             decode_picture(b"\x89PNG\r\n\x1a\n" + chunk + data)
+
+
+def test_a_picture_in_a_shard_has_its_size_behind_a_large_text(tmp_path):
+    texts = PngInfo()
+    texts.add_text("workflow", "x" * 3_000_000, zip=True)
+    texts.add_text("prompt", "x" * samples.HEAD)
+    content = encoded(Image.new("RGB", (40, 30)), "PNG", pnginfo=texts)
+    index = index_shard(write_tar(tmp_path / "a.tar", [("a.png", content), ("a.txt", b"red")]))
+    assert samples.picture_size(ShardReader([index]), 0, 0) == (30, 40)
 
 
 def test_captions_come_from_txt_then_json_and_variants_are_drawn():
