@@ -1,7 +1,7 @@
 """The one place that opens weight files, whoever wrote them. Nothing in a file is executed, and its sizes are not
 believed: what is read costs memory and time in proportion to the file, and ends in tensors or in a UserError.
 
-    .safetensors                    header checked by the safetensors library, numbers mapped into memory
+    .safetensors                    a JSON header, checked here; numbers mapped into memory
     .ckpt .pt .pth .bin (torch)     archive.py: the pickle is read as data, numbers mapped into memory
 
 Which of the two a file is, its first bytes say, not its name.
@@ -10,6 +10,7 @@ Which of the two a file is, its first bytes say, not its name.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import struct
@@ -18,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm.checkpoints.archive import BadArchive, read_stream, read_zip
+from ldm.checkpoints.archive import MAX_SIDES, BadArchive, read_stream, read_zip
 from ldm.checkpoints.places import Contents, MappedFile, Place
 from ldm.errors import UserError, explain_os_error
 from ldm.plain import DuplicateKey, once
@@ -156,24 +156,60 @@ def _safetensors(path: Path, file: Any, head: bytes, size: int) -> Contents:
         )
     if length > MAX_HEADER:
         raise UserError(f"{path} has a header of {length:,} bytes, which no model needs; it was not read")
-    try:
-        with safe_open(path, framework="pt", device="cpu"):  # the library checks names, types, sizes and gaps
-            pass
-    except SafetensorError as error:
-        reason = str(error).splitlines()[0][:300]
-        raise UserError(f"{path} is truncated or damaged ({reason}); copy it again") from error
     file.seek(8)
     try:
         header = json.loads(file.read(length), object_pairs_hook=once)
+        metadata = _words(header.pop("__metadata__", None))
     except DuplicateKey as error:
         raise UserError(f"{path} is damaged ({error} in its header); copy it again") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is truncated or damaged (its header is no JSON); copy it again") from error
-    metadata = header.pop("__metadata__", None) or {}
-    places = {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise UserError(f"{path} holds {name[:200]} as {entry['dtype']}, a type of number that is not read here")
-        places[name] = Place(8 + length + begin, end - begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    places: dict[str, Place] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(path, *item)):
+        places[name] = place = _place(path, name, entry, 8 + length)
+        if place.start != 8 + length + end:  # each byte belongs to one tensor, so no file names more than it has
+            raise UserError(f"{path} is truncated or damaged (a gap or an overlap before {name[:100]}); copy it again")
+        end += place.count
+    if 8 + length + end != size:
+        raise UserError(
+            f"{path} is truncated or damaged (it has {size:,} bytes and its tensors need {8 + length + end:,}); "
+            "copy it again"
+        )
     return Contents(places, metadata)
+
+
+def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """First byte and end, among the numbers, of a tensor in a safetensors header."""
+    found = _whole(entry.get("data_offsets") if isinstance(entry, dict) else None)
+    if len(found) != 2 or found[0] > found[1]:
+        reason = f"its header does not say where {name[:100]} lies"
+        raise UserError(f"{path} is truncated or damaged ({reason}); copy it again")
+    return found[0], found[1]
+
+
+def _place(path: Path, name: str, entry: dict[str, Any], first: int) -> Place:
+    """Where the tensor of a header's `entry` lies in a file whose numbers begin at byte `first`."""
+    begin, end = _offsets(path, name, entry)
+    dtype, shape = entry.get("dtype"), _whole(entry.get("shape"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UserError(f"{path} holds {name[:200]} as {str(dtype)[:40]}, a type of number that is not read here")
+    possible = entry.get("shape") == list(shape) and math.prod(max(side, 1) for side in shape) < 1 << 60
+    if not possible or math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+        reason = f"the shape and size of {name[:100]} do not agree"
+        raise UserError(f"{path} is truncated or damaged ({reason}); copy it again")
+    return Place(first + begin, end - begin, DTYPES[dtype], shape)
+
+
+def _whole(value: Any) -> tuple[int, ...]:
+    """A list of a few whole numbers from 0 on; () for anything else."""
+    few = isinstance(value, list) and len(value) <= MAX_SIDES
+    return tuple(value) if few and all(type(item) is int and 0 <= item < 1 << 60 for item in value) else ()
+
+
+def _words(metadata: Any) -> dict[str, str]:
+    """The metadata as text. The format allows nothing else; what writers put there beside it is kept as its JSON."""
+    if metadata is None:
+        return {}
+    found = metadata if isinstance(metadata, dict) else {"__metadata__": metadata}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}

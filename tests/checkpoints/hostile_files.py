@@ -358,7 +358,7 @@ CORPUS: list[tuple[Callable[[Path], None], str]] = [
     (beyond_the_end, DAMAGED),
     (shape_of_another_size, DAMAGED),
     (negative_shape, DAMAGED),
-    (unknown_dtype, DAMAGED),
+    (unknown_dtype, "a type of number that is not read"),
     (rare_dtype, "a type of number that is not read"),
     (twice_in_the_header, "'x' is set twice"),
     (words_twice, "'model' is set twice"),

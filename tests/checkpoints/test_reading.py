@@ -174,6 +174,30 @@ def outcome(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
+def safetensors_bytes(header: object, body: bytes) -> bytes:
+    content = json.dumps(header).encode()
+    return struct.pack("<Q", len(content)) + content + body
+
+
+WORDS = (
+    ({"step": 1000}, {"step": "1000"}),
+    ({"merged": True, "of": ["a", "b"], "ratio": {"unet": 0.5}, "none": None, "title": "x"},
+     {"merged": "true", "of": '["a", "b"]', "ratio": '{"unet": 0.5}', "none": "null", "title": "x"}),
+    (None, {}),
+    (["a"], {"__metadata__": '["a"]'}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "read"), WORDS)
+def test_words_that_are_no_text(written: object, read: dict[str, str], tmp_path: Path) -> None:
+    """The format allows text alone, and mergers write numbers: the weights are all there."""
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = {"__metadata__": written, "weight": entry}
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, struct.pack("<f", 3.0)))
+    found = read_tensors(tmp_path / "a.safetensors")
+    assert found["weight"] == 3 and found.metadata == read
+
+
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-1, 2**64), st.floats(), st.text(max_size=5)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -201,6 +225,13 @@ def test_any_header_is_read_as_the_library_reads_it_or_refused(
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(struct.pack("<Q", max(0, len(header) + lie)) + header + body)
     found = outcome(path)
+    try:
+        plain = json.loads(header)
+        words = plain.pop("__metadata__", None)
+        if lie == 0 and words is not None and not all(isinstance(word, str) for word in words.values()):
+            path.write_bytes(safetensors_bytes(plain, body))  # the library refuses these words, and is asked without
+    except (ValueError, AttributeError):
+        pass
     try:
         with safe_open(path, framework="pt") as stored:
             theirs = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
