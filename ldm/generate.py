@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm import catalogue
-from ldm.diffusion import Branches, Denoiser, LearnedVariance, bind
+from ldm.diffusion import Branches, Denoiser, Fraction, LearnedVariance, bind
 from ldm.errors import UserError
 from ldm.guidance import (
     autoguidance,
@@ -32,7 +32,6 @@ from ldm.guidance import (
 from ldm.guides import Guides, load_guides
 from ldm.jobs import Request, Settings, batches
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid, start, tail
-from ldm.sampling.ddpm import Fraction
 from ldm.sampling.step import solver_state
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def sample(
     sampler = make_sampler(model, settings, fraction)
     if begin is None:
         with _memory_told(len(requests)):
-            x = start(noise.initial(), model.schedule, sigmas)
+            x = start(noise.initial(), model.law.schedule, sigmas)
     else:
         begin.check(len(requests))
         sigmas = tail(sigmas, begin.strength)
@@ -196,8 +195,8 @@ def branches_of(model: LatentDiffusion, prompts: Sequence[Sequence[str]]) -> Bra
     def prepare(some: Sequence[Tensor]) -> ContextKV:
         return model.unet.project_context(torch.cat(list(some)))
 
-    bound = LearnedVariance if model.config.learned_variance else bind
-    return bound(model.unet, contexts, prepare, model.schedule, model.parameterization)
+    bound = LearnedVariance if model.law.learned_variance else bind
+    return bound(model.unet, contexts, prepare, model.law)
 
 
 def decode(model: LatentDiffusion, step: Step, tile: int | None = None) -> Tensor:
@@ -207,7 +206,7 @@ def decode(model: LatentDiffusion, step: Step, tile: int | None = None) -> Tenso
     finite either, so that a broken picture is never passed on.
     """
     with torch.no_grad(), _memory_told(len(step.x)):
-        latent = finish(step.x, model.schedule, torch.tensor([step.sigma_next]))
+        latent = finish(step.x, model.law.schedule, torch.tensor([step.sigma_next]))
         if tile is None:
             return model.codec.decode(latent)
         return model.codec.decode_tiled(latent, tile, model.codec.overlap(tile))
@@ -251,7 +250,7 @@ def make_sampler(model: LatentDiffusion, settings: Settings, fraction: Fraction 
     `fraction`: the variance that the model learned. Raises UserError for an option that makes no sense.
     """
     factory = SAMPLERS[settings.sampler]
-    of_model = {"schedule": model.schedule, "fraction": fraction}
+    of_model = {"schedule": model.law.schedule, "fraction": fraction}
     taken = {name: of_model[name] for name in inspect.signature(factory).parameters if name in of_model}
     return factory(**settings.options, **taken)
 
@@ -259,8 +258,8 @@ def make_sampler(model: LatentDiffusion, settings: Settings, fraction: Fraction 
 def make_sigmas(model: LatentDiffusion, settings: Settings) -> Tensor:
     """(N + 1,) the grid of checked `settings`; raises UserError for one that the model's law does not have."""
     if settings.sigmas:
-        return listed(model.schedule, settings.sigmas)
-    return make_grid(model.schedule, settings.steps, settings.spacing or "trailing")
+        return listed(model.law.schedule, settings.sigmas)
+    return make_grid(model.law.schedule, settings.steps, settings.spacing or "trailing")
 
 
 def make_noise(

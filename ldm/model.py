@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ldm.autoencoder.codec import Codec
     from ldm.checkpoints.record import Checkpoint
     from ldm.conditioning.clip import TextTower
-    from ldm.diffusion import Parameterization, Schedule
+    from ldm.diffusion import Law
     from ldm.sampling import Step
     from ldm.unet.unet import UNet
 
@@ -50,8 +50,7 @@ class LatentDiffusion:
     codec: Codec
     text: TextTower
     unet: UNet
-    schedule: Schedule
-    parameterization: Parameterization
+    law: Law
     name: str = ""
     path: Path | None = None
     checkpoint: Checkpoint | None = None
@@ -251,16 +250,15 @@ def load(
 def assemble(
     config: ModelConfig, codec: Codec, text: TextTower, unet: UNet, name: str = "", path: Path | None = None
 ) -> LatentDiffusion:
-    """A model of parts in memory; schedule and parameterization are made from `config`.
+    """A model of parts in memory; the law is made from `config`.
 
     The U-Net may take more channels than the latent has (inpainting, depth). Raises UserError if the parts do not fit
     each other.
     """
-    from ldm.diffusion import check, make_parameterization, make_schedule
+    from ldm.diffusion import make_law
 
-    schedule = make_schedule(config.schedule or ScheduleConfig())
-    parameterization = make_parameterization(config.parameterization, config.sigma_data)
-    check(schedule, parameterization, config.learned_variance)
+    schedule = config.schedule or ScheduleConfig()
+    law = make_law(schedule, config.parameterization, config.sigma_data, config.learned_variance)
     here, there = codec.latent_channels, unet.config.in_channels
     if here > there or here * (1 + config.learned_variance) != unet.config.out_channels:
         raise UserError(f"the autoencoder makes latents of {here} channels and the U-Net takes {there}; pair others")
@@ -269,7 +267,7 @@ def assemble(
             f"the text tower's context is {text.config.width} wide and the U-Net takes {unet.config.context_width}; "
             "pair others"
         )
-    return LatentDiffusion(config, codec, text, unet, schedule, parameterization, name, path)
+    return LatentDiffusion(config, codec, text, unet, law, name, path)
 
 
 def find(model: str | Path) -> Path:

@@ -52,7 +52,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, note: Callabl
 def test_it_is_ddim_with_guidance(tiny_model: LatentDiffusion) -> None:
     """Song et al. 2021, equation 12 with eta = 0, on z = alpha x in float64, for a v-network (Salimans & Ho 2022)."""
     scale, steps = 3.0, 5
-    cosine_squared = tiny_model.schedule.alphas_cumprod
+    cosine_squared = tiny_model.law.schedule.alphas_cumprod
     times = [round(100 - i * 100 / steps) - 1 for i in range(steps)]
     with torch.no_grad():
         both = torch.cat([tiny_model.text.encode(["a red heart"]), tiny_model.text.encode(["blue"])])

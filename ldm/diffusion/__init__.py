@@ -4,8 +4,9 @@ Everything is said in the coordinates x = x0 + sigma n with n ~ N(0, I): the noi
 one number, sigma, tells how noisy it is (Karras et al. 2022, "Elucidating the design space").
 """
 
-from ldm.diffusion.denoiser import Branches, Denoiser, Network, bind, network_input, precondition
-from ldm.diffusion.learned_variance import LearnedVariance
+from ldm.diffusion.denoiser import Branches, Denoiser, Network, bind, precondition
+from ldm.diffusion.law import Law, make_law
+from ldm.diffusion.learned_variance import Fraction, LearnedVariance
 from ldm.diffusion.levels import draw_levels
 from ldm.diffusion.loss import check_loss, diffusion_loss, weight
 from ldm.diffusion.parameterization import PARAMETERIZATIONS, Parameterization, check, make_parameterization
@@ -15,6 +16,8 @@ __all__ = [
     "PARAMETERIZATIONS",
     "Branches",
     "Denoiser",
+    "Fraction",
+    "Law",
     "LearnedVariance",
     "Network",
     "Parameterization",
@@ -24,9 +27,9 @@ __all__ = [
     "check_loss",
     "diffusion_loss",
     "draw_levels",
+    "make_law",
     "make_parameterization",
     "make_schedule",
-    "network_input",
     "precondition",
     "weight",
 ]

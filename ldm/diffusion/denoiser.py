@@ -2,10 +2,9 @@
 
     Denoiser: (x, sigma) -> x0        x (B, C, h, w) = x0 + sigma n,  sigma () or (B,)
 
-The schedule gives the network's inputs, c_in = alpha(sigma) and t(sigma), unless the parameterization has its own; the
-parameterization turns its output into x0. The network runs in float32 or whatever precision it has inside; x may be
-float64, and D is in x's dtype. A network with a learned variance has twice as many channels; D is made of the first
-half, and only learned_variance.py looks at the second.
+A network's law (law.py) says what it is given and what its output means. The network runs in float32 or whatever
+precision it has inside; x may be float64, and D is in x's dtype. A network with a learned variance has twice as many
+channels; D is made of the first half, and only learned_variance.py looks at the second.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ldm.diffusion.parameterization import Parameterization, per_picture
-from ldm.diffusion.schedule import TIME_UNIT, Schedule
+from ldm.diffusion.law import Law
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, h, w), sigma () or (B,)) -> the expected x0 (B, C, h, w)."""
@@ -40,33 +38,11 @@ class Branches(Protocol):
         ...
 
 
-def network_input(
-    x: Tensor, sigma: Tensor, schedule: Schedule, parameterization: Parameterization
-) -> tuple[Tensor, Tensor]:
-    """What a network is given for `x` (B, C, h, w) at `sigma` () or (B,): (c_in x, time), both float32, time (B,).
-
-    Outside the trained range the time is that of its nearer end.
-    """
-    if parameterization.c_noise is None:
-        t = schedule.t(sigma)
-    else:
-        level = sigma.detach().cpu().double().clamp(schedule.sigma_min, schedule.sigma_max)
-        t = TIME_UNIT * parameterization.c_noise(level)
-    c_in = (parameterization.c_in or schedule.alpha)(sigma)
-    return (per_picture(c_in, x) * x).to(torch.float32), t.to(torch.float32).to(x.device).expand(len(x))
-
-
-def denoised(output: Tensor, x: Tensor, sigma: Tensor, parameterization: Parameterization) -> Tensor:
-    """D of a network's `output` (..., B, C or 2 C, h, w) at `x` (B, C, h, w): of its first C channels."""
-    return parameterization.denoised(output.narrow(1 - x.ndim, 0, x.shape[1]), x, sigma)
-
-
-def precondition(network: Network, schedule: Schedule, parameterization: Parameterization) -> Denoiser:
+def precondition(network: Network, law: Law) -> Denoiser:
     """D(x, sigma) = c_skip x + c_out F(c_in x, t), computed in x's dtype around a float32 network."""
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        x_in, t = network_input(x, sigma, schedule, parameterization)
-        return denoised(network(x_in, t), x, sigma, parameterization)
+        return law.denoised(network(*law.input(x, sigma)), x, sigma)
 
     return denoise
 
@@ -75,8 +51,7 @@ def bind(
     network: Callable[[Tensor, Tensor, P], Tensor],
     conditionings: Sequence[C],
     prepare: Callable[[Sequence[C]], P],
-    schedule: Schedule,
-    parameterization: Parameterization,
+    law: Law,
     one_batch: bool = True,
 ) -> Branches:
     """`network` on K conditionings, in one batch or, where memory is short, one after another.
@@ -86,11 +61,11 @@ def bind(
     of k of them, each for B pictures, what the network takes for those k B pictures (it concatenates them, and may
     project the context's keys and values). It is called once for each set that is needed, not once for each step.
     """
-    outputs = outputs_of(network, conditionings, prepare, schedule, parameterization, one_batch)
+    outputs = outputs_of(network, conditionings, prepare, law, one_batch)
 
     def branches(x: Tensor, sigma: Tensor, count: int | None = None) -> Tensor:
         output = outputs(x, sigma, len(conditionings) if count is None else count)
-        return denoised(output, x, sigma, parameterization)
+        return law.denoised(output, x, sigma)
 
     return branches
 
@@ -99,8 +74,7 @@ def outputs_of(
     network: Callable[[Tensor, Tensor, P], Tensor],
     conditionings: Sequence[C],
     prepare: Callable[[Sequence[C]], P],
-    schedule: Schedule,
-    parameterization: Parameterization,
+    law: Law,
     one_batch: bool,
 ) -> Outputs:
     """What `bind` evaluates, before it is made a denoiser; the arguments are those of `bind`."""
@@ -112,7 +86,7 @@ def outputs_of(
         return kept[start, stop]
 
     def outputs(x: Tensor, sigma: Tensor, count: int) -> Tensor:
-        x_in, t = network_input(x, sigma, schedule, parameterization)
+        x_in, t = law.input(x, sigma)
         if one_batch:
             repeats = (count, *(1,) * (x.ndim - 1))
             return network(x_in.repeat(repeats), t.repeat(count), prepared(0, count)).unflatten(0, (count, len(x)))

@@ -1,10 +1,10 @@
 """Learned variance (Nichol & Dhariwal 2021, section 3.1): the network has a second output that says the reverse
-steps' variance, as a place between the two that Ho et al. 2020 choose from.
+steps' variance, as a place between the two that Ho et al. 2020 choose from (Scaling.step_deviations).
 
     ln variance = f ln beta + (1 - f) ln beta-tilde,        f = (v + 1) / 2
 
-The step is from level s to r < s, in x = x0 + sigma n at level r (ldm/sampling/ddpm.py has the two variances; they
-differ from the chain's by alpha_r^2 both, so f means the same in either coordinate). The first half of the network's
+The step is from level s to r < s, in x = x0 + sigma n at level r (the two differ from the chain's by
+alpha_r^2 both, so f means the same in either coordinate). The first half of the network's
 2 C channels is F as ever, the second is v. Only this file and whoever is given `LearnedVariance.fraction` know of v.
 """
 
@@ -16,9 +16,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import C, P, denoised, outputs_of
-from ldm.diffusion.parameterization import Parameterization, per_picture
+from ldm.diffusion.denoiser import C, P, outputs_of
+from ldm.diffusion.law import Law
+from ldm.diffusion.parameterization import per_picture
 from ldm.diffusion.schedule import Schedule
+
+Fraction = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, C, h, w), sigma () or (B,)) -> v (B, C, h, w) in [-1, 1]: -1 is beta-tilde, 1 beta, geometric between."""
 
 
 class LearnedVariance:
@@ -33,13 +37,12 @@ class LearnedVariance:
         network: Callable[[Tensor, Tensor, P], Tensor],
         conditionings: Sequence[C],
         prepare: Callable[[Sequence[C]], P],
-        schedule: Schedule,
-        parameterization: Parameterization,
+        law: Law,
         one_batch: bool = True,
     ) -> None:
         """The arguments are those of `bind`."""
-        self._outputs = outputs_of(network, conditionings, prepare, schedule, parameterization, one_batch)
-        self._count, self._parameterization = len(conditionings), parameterization
+        self._outputs = outputs_of(network, conditionings, prepare, law, one_batch)
+        self._count, self._law = len(conditionings), law
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, count: int | None = None) -> Tensor:
@@ -51,7 +54,7 @@ class LearnedVariance:
                 f"the network puts out {output.shape[2]} channels for x of {x.shape[1]}, not twice as many"
             )
         self._last = (x, sigma, second)
-        return denoised(output, x, sigma, self._parameterization)
+        return self._law.denoised(output, x, sigma)
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The Denoiser of the first conditioning."""
@@ -75,16 +78,6 @@ def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     return output[:, :channels], output[:, channels:]
 
 
-def log_variances(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
-    """(ln beta-tilde, ln beta) of the step from `sigma` to `sigma_next`, in x at `sigma_next`; any shape, float64.
-
-    0 < sigma_next < sigma. beta-tilde is right for data that are a point, beta for data that are N(0, I).
-    """
-    s, r = sigma**2, sigma_next**2
-    shared = (s - r).log()
-    return shared + r.log() - s.log(), shared + torch.log1p(r) - torch.log1p(s)
-
-
 def mixed(v: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """v (B, ...) in [-1, 1] -> the logarithm of the variance, between two logarithms () or (B,)."""
     share = (v + 1) / 2
@@ -106,7 +99,7 @@ def variance_bound(v: Tensor, error: Tensor, sigma: Tensor, schedule: Schedule) 
     first = index == 0
     s = torch.where(first, schedule.sigmas[1], level)  # the first level borrows its lower end from the second step
     r = torch.where(first, schedule.sigmas[0], schedule.sigmas[(index - 1).clamp(min=0)])
-    lowest, highest = log_variances(s, r)
+    lowest, highest = (2 * deviation.log() for deviation in schedule.scaling.step_deviations(s, r))
     at_first = level.square().log() - torch.log1p(level.square())  # ln beta_1 = ln(1 - alpha_bar_1)
     lowest = torch.where(first, lowest - torch.log1p(r.square()), lowest)  # to z, which is x once r is 0
     highest = torch.where(first, at_first, highest)

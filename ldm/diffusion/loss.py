@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ldm.config import DiffusionLossConfig
+from ldm.diffusion.law import Law
 from ldm.diffusion.learned_variance import split, variance_bound
 from ldm.diffusion.levels import LEVELS
-from ldm.diffusion.parameterization import Parameterization, per_picture
+from ldm.diffusion.parameterization import per_picture
 from ldm.diffusion.schedule import TIME_UNIT, Schedule
 from ldm.errors import UserError
 
@@ -43,22 +44,20 @@ def elbo(schedule: Schedule, sigma: Tensor) -> Tensor:
     return schedule.steps / 2 * (before - snr)
 
 
-WEIGHTS: dict[str, Callable[[DiffusionLossConfig, Parameterization, Schedule, Tensor], Tensor]] = {
-    "uniform": lambda config, parameterization, schedule, sigma: parameterization.c_out(sigma) ** -2,
-    "snr": lambda config, parameterization, schedule, sigma: sigma**-2,
-    "min_snr": lambda config, parameterization, schedule, sigma: (sigma**-2).clamp(max=config.min_snr_gamma),
-    "edm": lambda config, parameterization, schedule, sigma: sigma**-2 + parameterization.sigma_data**-2,
-    "elbo": lambda config, parameterization, schedule, sigma: elbo(schedule, sigma),
+WEIGHTS: dict[str, Callable[[DiffusionLossConfig, Law, Tensor], Tensor]] = {
+    "uniform": lambda config, law, sigma: law.parameterization.c_out(sigma) ** -2,
+    "snr": lambda config, law, sigma: sigma**-2,
+    "min_snr": lambda config, law, sigma: (sigma**-2).clamp(max=config.min_snr_gamma),
+    "edm": lambda config, law, sigma: sigma**-2 + law.parameterization.sigma_data**-2,
+    "elbo": lambda config, law, sigma: elbo(law.schedule, sigma),
 }
 
 
-def weight(
-    config: DiffusionLossConfig, parameterization: Parameterization, schedule: Schedule, sigma: Tensor
-) -> Tensor:
+def weight(config: DiffusionLossConfig, law: Law, sigma: Tensor) -> Tensor:
     """w(sigma), the weight of |D - x0|^2; any shape, sigma > 0. Raises UserError for an unknown `config.weight`."""
     if config.weight not in WEIGHTS:
         raise UserError(f"loss.weight is '{config.weight}'; choose one of {', '.join(WEIGHTS)}")
-    return WEIGHTS[config.weight](config, parameterization, schedule, sigma)
+    return WEIGHTS[config.weight](config, law, sigma)
 
 
 def check_loss(config: DiffusionLossConfig, learned_variance: bool = False) -> None:
@@ -86,27 +85,21 @@ def check_loss(config: DiffusionLossConfig, learned_variance: bool = False) -> N
 
 
 def diffusion_loss(
-    output: Tensor,
-    x0: Tensor,
-    n: Tensor,
-    sigma: Tensor,
-    config: DiffusionLossConfig,
-    parameterization: Parameterization,
-    schedule: Schedule,
+    output: Tensor, x0: Tensor, n: Tensor, sigma: Tensor, config: DiffusionLossConfig, law: Law
 ) -> Tensor:
     """The loss (B,) of the network's `output` for data `x0` and noise `n` (B, C, h, w) at `sigma` (B,).
 
-    It is the mean over C, h, w, in x0's dtype. `output` is F (B, C, h, w), the network on `network_input(x0 + sigma n,
-    ...)`, or F and v (B, 2 C, h, w) if the variance is learned; the loss is then the hybrid of Nichol & Dhariwal 2021,
-    equation 16: this one, and `config.variance_bound` times the bound that only v is trained by.
+    It is the mean over C, h, w, in x0's dtype. `output` is F (B, C, h, w), the network on `law.input(x0 + sigma n,
+    sigma)`, or F and v (B, 2 C, h, w) if the variance is learned; the loss is then the hybrid of Nichol & Dhariwal
+    2021, equation 16: this one, and `config.variance_bound` times the bound that only v is trained by.
     """
     level = sigma.cpu().double()
-    c_out = parameterization.c_out(level)
-    factor = weight(config, parameterization, schedule, level) * c_out**2
+    c_out = law.parameterization.c_out(level)
+    factor = weight(config, law, level) * c_out**2
     first, v = split(output.to(x0.dtype), x0.shape[1])
-    error = first - parameterization.target(x0, n, sigma)
+    error = first - law.target(x0, n, sigma)
     loss = per_picture(factor, x0).flatten() * error.square().flatten(1).mean(dim=1)
     if v is None:
         return loss
-    bound = variance_bound(v, per_picture(c_out, x0) * error.detach(), sigma, schedule)
+    bound = variance_bound(v, per_picture(c_out, x0) * error.detach(), sigma, law.schedule)
     return loss + config.variance_bound * bound

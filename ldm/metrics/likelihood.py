@@ -62,7 +62,7 @@ def flow(
     if space.name == "pixels":
         uniform = draw_uniform([seed + STEPS for seed in seeds], x0[0].numel()).reshape(x0.shape).to(x0)
         x0 = x0 + (2 * uniform - 1) / 255 * space.scale.to(x0)
-    schedule = model.schedule
+    schedule = model.law.schedule
     found = flow_log_density(
         [_denoiser(model, [caption])[0] for caption in captions],
         x0,
@@ -100,8 +100,8 @@ def chain(
     return bound(
         denoiser,
         x0,
-        make_grid(model.schedule, model.schedule.steps),
-        model.schedule,
+        make_grid(model.law.schedule, model.law.schedule.steps),
+        model.law.schedule,
         lambda: noise(0.0, 0.0),
         variance=learned.fraction if variance == "learned" and learned is not None else variance,
         decoder="levels" if space.name == "pixels" else "density",

@@ -19,11 +19,11 @@ def euler_a(eta: float = 1.0, s_noise: float = 1.0) -> Sampler:
     """
     check_options(eta, s_noise)
 
-    def law(sigma: float, sigma_next: float) -> tuple[float, float]:
+    def renewal(sigma: float, sigma_next: float) -> tuple[float, float]:
         keep, add = ancestral(sigma, sigma_next, eta)
         return keep, s_noise * add
 
-    return lambda denoiser, x, sigmas, noise: walk(denoiser, x, sigmas, noise, law)
+    return lambda denoiser, x, sigmas, noise: walk(denoiser, x, sigmas, noise, renewal)
 
 
 def check_options(eta: float, s_noise: float) -> None:

@@ -7,24 +7,21 @@ Bayes' rule for x' at level r given x at level s and x0 (their equation 7, in x 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.learned_variance import Fraction
+from ldm.diffusion.schedule import PRESERVING, Schedule
 from ldm.errors import UserError
-from ldm.sampling.step import Law, Noise, Sampler, Step, level, trajectory, walk
+from ldm.sampling.step import Noise, Renewal, Sampler, Step, level, trajectory, walk
 
 VARIANCES = ("posterior", "beta", "learned")
 
-Fraction = Callable[[Tensor, Tensor], Tensor]
-"""(x (B, C, h, w), sigma ()) -> v (B, C, h, w): -1 means the posterior variance, 1 beta, geometric between."""
-
 
 def ddpm(variance: str = "posterior", schedule: Schedule | None = None, fraction: Fraction | None = None) -> Sampler:
-    """`variance`: posterior (beta-tilde) or beta, the two of Ho et al. 2020, section 3.2, or learned, between them.
+    """`variance`: posterior (beta-tilde) or beta, the two of `Scaling.step_deviations`, or learned, between them.
 
     `schedule` is the law whose beta is meant, the variance-preserving one if left out. `fraction` belongs to learned
     (Nichol & Dhariwal 2021, equation 15): it is asked at each step, after the denoiser and with the very same tensors,
@@ -36,41 +33,33 @@ def ddpm(variance: str = "posterior", schedule: Schedule | None = None, fraction
         if fraction is None:
             raise UserError("the variance of ddpm is 'learned', but this model predicts none; choose posterior or beta")
         return _learned(fraction, schedule)
-    law = posterior if variance == "posterior" else beta_law(schedule)
-    return lambda denoiser, x, sigmas, noise: walk(denoiser, x, sigmas, noise, law)
+    renewal = posterior if variance == "posterior" else beta(schedule)
+    return lambda denoiser, x, sigmas, noise: walk(denoiser, x, sigmas, noise, renewal)
 
 
 def posterior(sigma: float, sigma_next: float) -> tuple[float, float]:
-    """The posterior's own variance: right if the data were a single point (beta-tilde)."""
-    return sigma_next**2 / sigma, sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+    """Keep and add of the step whose noise has the deviation beta-tilde^(1/2)."""
+    return sigma_next**2 / sigma, _deviations(None, sigma, sigma_next)[0]
 
 
-def beta_law(schedule: Schedule | None = None) -> Law:
-    """The posterior's mean with the variance of the forward step from r to s, z_s = (a_s / a_r) z_r + noise.
+def beta(schedule: Schedule | None = None) -> Renewal:
+    """The posterior's mean with noise of deviation beta^(1/2); the step to 0 adds none, as in algorithm 2."""
 
-    In z = a x that noise has variance a_s^2 (s^2 - r^2), so in x', which is z_r / a_r,
+    def renewal(sigma: float, sigma_next: float) -> tuple[float, float]:
+        add = _deviations(schedule, sigma, sigma_next)[1] if sigma_next else 0.0
+        return sigma_next**2 / sigma, add
 
-        add^2 = (s^2 - r^2) (a_s / a_r)^2.
+    return renewal
 
-    On the variance-preserving law it is beta = 1 - alpha_bar_s / alpha_bar_r over alpha_bar_r, right if the data were
-    N(0, I) already. The step to 0 adds none, as in algorithm 2.
-    """
 
-    def alpha(sigma: float) -> float:
-        return 1 / math.hypot(1, sigma) if schedule is None else float(schedule.alpha(level(sigma)))
-
-    def law(sigma: float, sigma_next: float) -> tuple[float, float]:
-        keep, _ = posterior(sigma, sigma_next)
-        if sigma_next == 0:
-            return keep, 0.0
-        return keep, math.sqrt(sigma**2 - sigma_next**2) * alpha(sigma) / alpha(sigma_next)
-
-    return law
+def _deviations(schedule: Schedule | None, sigma: float, sigma_next: float) -> tuple[float, float]:
+    scaling = PRESERVING if schedule is None else schedule.scaling
+    low, high = scaling.step_deviations(level(sigma), level(sigma_next))
+    return float(low), float(high)
 
 
 def _learned(fraction: Fraction, schedule: Schedule | None) -> Sampler:
     """Each value's log variance is interpolated: ((1 + v) log beta + (1 - v) log beta-tilde) / 2."""
-    largest = beta_law(schedule)
 
     def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
         def advance(x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
@@ -78,10 +67,9 @@ def _learned(fraction: Fraction, schedule: Schedule | None) -> Sampler:
             x0 = denoiser(x, at)
             if sigma_next == 0:
                 return x0, x0
-            keep, low = posterior(sigma, sigma_next)
-            _, high = largest(sigma, sigma_next)
+            low, high = _deviations(schedule, sigma, sigma_next)
             add = low * (high / low) ** ((1 + fraction(x, at).to(x)) / 2)
-            return x0 + (keep / sigma) * (x - x0) + add * noise(sigma, sigma_next).to(x), x0
+            return x0 + (sigma_next**2 / sigma**2) * (x - x0) + add * noise(sigma, sigma_next).to(x), x0
 
         return trajectory(x, sigmas, advance)
 

@@ -31,7 +31,7 @@ Noise = Callable[[float, float], Tensor]
 Sampler = Callable[[Denoiser, Tensor, Tensor, Noise], Iterator[Step]]
 """(denoiser, x (B, C, h, w), sigmas (N + 1,), noise) -> N steps. Nothing that is passed in is changed."""
 
-Law = Callable[[float, float], tuple[float, float]]
+Renewal = Callable[[float, float], tuple[float, float]]
 """(sigma, sigma_next) -> (keep, add): deviations of the noise kept from x and of the noise added."""
 
 LEAP = 30.0
@@ -86,15 +86,15 @@ def level(sigma: float) -> Tensor:
     return torch.tensor(sigma, dtype=torch.float64)
 
 
-def walk(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, law: Law) -> Iterator[Step]:
-    """Every sampler of one evaluation a step and no memory: x <- x0 + keep (x - x0) / sigma + add n, by `law`.
+def walk(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, renewal: Renewal) -> Iterator[Step]:
+    """Every sampler of one evaluation a step and no memory: x <- x0 + keep (x - x0) / sigma + add n, by `renewal`.
 
     (x - x0) / sigma is the noise that the denoiser sees in x. Noise is asked for only where some is added.
     """
 
     def advance(x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
         x0 = denoiser(x, level(sigma))
-        keep, add = law(sigma, sigma_next)
+        keep, add = renewal(sigma, sigma_next)
         x = x0 + (keep / sigma) * (x - x0)
         return (x + add * noise(sigma, sigma_next).to(x) if add > 0 else x), x0
 

@@ -26,17 +26,7 @@ from ldm.conditioning.record import Conditioning
 from ldm.config import AutoencoderConfig, DiffusionLossConfig, DiffusionTraining, ModelConfig
 from ldm.data.latents import LatentBatch, LatentLoader, latent_fingerprint
 from ldm.data.loader import Batch, Loader, validation_batches
-from ldm.diffusion import (
-    Parameterization,
-    check,
-    check_loss,
-    diffusion_loss,
-    draw_levels,
-    make_parameterization,
-    make_schedule,
-    network_input,
-)
-from ldm.diffusion.denoiser import denoised
+from ldm.diffusion import Law, check_loss, diffusion_loss, draw_levels, make_law
 from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
@@ -63,9 +53,7 @@ class DiffusionStage:
             raise UserError(f"loss.caption_dropout is a share from 0 to 1, not {config.loss.caption_dropout}")
         self.config, self.device = config, device
         self.notices = () if began is None else began.notices
-        self.schedule = make_schedule(config.schedule)
-        self.parameterization = make_parameterization(config.parameterization, config.sigma_data)
-        check(self.schedule, self.parameterization, config.learned_variance)
+        self.law = make_law(config.schedule, config.parameterization, config.sigma_data, config.learned_variance)
         check_loss(config.loss, config.learned_variance)
         self.codec = load_codec(config.autoencoder, device) if began is None else began.codec
         self.text = self._text_tower() if began is None else began.text
@@ -91,12 +79,12 @@ class DiffusionStage:
     def describe(self) -> list[str]:
         c, h, w = self.latent_shape
         loss = self.config.loss
-        target = self.parameterization.name + (" with learned variance" if self.config.learned_variance else "")
+        target = self.law.parameterization.name + (" with learned variance" if self.law.learned_variance else "")
         levels = ("stratified " if loss.stratified else "") + loss.levels
         return [
             f"latent      {c} x {h} x {w}, {'precomputed' if self.config.latents else 'encoded on the fly'}",
-            f"noise       {self.config.schedule.kind}, sigma {self.schedule.sigma_min:.4g} to "
-            f"{self.schedule.sigma_max:.4g}; levels {levels}, weight {loss.weight}, {target}; "
+            f"noise       {self.config.schedule.kind}, sigma {self.law.schedule.sigma_min:.4g} to "
+            f"{self.law.schedule.sigma_max:.4g}; levels {levels}, weight {loss.weight}, {target}; "
             f"caption dropout {loss.caption_dropout:g}",
             *(f"note        {notice}" for notice in self.notices),
         ]
@@ -117,7 +105,7 @@ class DiffusionStage:
         """The mean loss of `network` on latents x0 (B, C, h, w), with noise and levels drawn; and what to log of it."""
         settings = self.config.loss
         uniform = draws.stratified("level") if settings.stratified else draws.uniform("level")
-        sigma = draw_levels(settings, self.schedule, uniform)
+        sigma = draw_levels(settings, self.law.schedule, uniform)
         n, seen = training_noise(settings, draws, x0.shape[1:])
         each = self._loss(self._output(network, x0, seen, sigma, condition), x0, n, sigma)
         loss = each.mean()
@@ -138,12 +126,12 @@ class DiffusionStage:
             draws = Draws(self.config.loop.seed, "validation", batch.key, self.device)
             x0, condition = self._prepare(batch, draws)
             n = draws.normal("noise", x0.shape[1:])
-            sigma = draw_levels(self.config.loss, self.schedule, draws.uniform("level"))
+            sigma = draw_levels(self.config.loss, self.law.schedule, draws.uniform("level"))
             output = self._output(self.unet, x0, n, sigma, condition)
             loss += float(self._loss(output, x0, n, sigma).sum())
-            sigma = draw_levels(COMMON_LEVELS, self.schedule, draws.uniform("common level"))
+            sigma = draw_levels(COMMON_LEVELS, self.law.schedule, draws.uniform("common level"))
             output = self._output(self.unet, x0, n, sigma, condition)
-            error += float(relative_error(output, x0, n, sigma, self.parameterization).sum())
+            error += float(relative_error(output, x0, n, sigma, self.law).sum())
             count += len(batch.key)
             if count >= VALIDATION_SAMPLES:
                 break
@@ -199,13 +187,13 @@ class DiffusionStage:
     ) -> Tensor:
         """What `network` makes of x0 + sigma n, with x0 and n (B, C, h, w), sigma (B,)."""
         x = x0 + sigma.to(x0).view(-1, 1, 1, 1) * n
-        x_in, t = network_input(x, sigma, self.schedule, self.parameterization)
+        x_in, t = self.law.input(x, sigma)
         x_in = x_in.contiguous(memory_format=torch.channels_last)
         return network(x_in, t, None if condition is None else condition.context)
 
     def _loss(self, output: Tensor, x0: Tensor, n: Tensor, sigma: Tensor) -> Tensor:
         """(B,)"""
-        return diffusion_loss(output, x0, n, sigma, self.config.loss, self.parameterization, self.schedule)
+        return diffusion_loss(output, x0, n, sigma, self.config.loss, self.law)
 
     @torch.no_grad()
     def _prepare(self, batch: Batch | LatentBatch, draws: Draws) -> tuple[Tensor, Conditioning | None]:
@@ -271,12 +259,12 @@ def training_noise(config: DiffusionLossConfig, draws: Draws, shape: Sequence[in
     return n, n + config.input_perturbation * draws.normal("input perturbation", shape)
 
 
-def relative_error(output: Tensor, x0: Tensor, n: Tensor, sigma: Tensor, parameterization: Parameterization) -> Tensor:
+def relative_error(output: Tensor, x0: Tensor, n: Tensor, sigma: Tensor, law: Law) -> Tensor:
     """(1 + 1 / sigma^2) |D - x0|^2 (B,), mean over C, h, w: the share of the variance of N(0, I) left unexplained.
 
     Given x, an x0 ~ N(0, I) has the variance sigma^2 / (1 + sigma^2). `output` is the network's on x0 + sigma n.
     """
-    found = denoised(output, x0 + per_picture(sigma, x0) * n, sigma, parameterization)
+    found = law.denoised(output, x0 + per_picture(sigma, x0) * n, sigma)
     return (1 + sigma.to(x0) ** -2) * (found - x0).square().flatten(1).mean(dim=1)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion import PARAMETERIZATIONS, bind, make_schedule, precondition
+from ldm.diffusion import PARAMETERIZATIONS, Law, bind, make_schedule, precondition
 
 SCHEDULE = make_schedule(ScheduleConfig())
 CONDITIONINGS = [torch.randn(2, 3, generator=torch.Generator().manual_seed(k)) for k in range(3)]
@@ -38,7 +38,7 @@ def test_each_branch_is_its_own_denoiser(one_batch: bool, name: str) -> None:
     network, parameterization = Counted(), PARAMETERIZATIONS[name]
     x = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     sigma = torch.tensor([0.7, 3.0], dtype=torch.float64)
-    branches = bind(network, CONDITIONINGS, network.prepare, SCHEDULE, parameterization, one_batch)
+    branches = bind(network, CONDITIONINGS, network.prepare, Law(SCHEDULE, parameterization), one_batch)
     found = branches(x, sigma)
     assert found.shape == (3, 2, 4, 5, 3) and found.dtype == torch.float64
     for k, conditioning in enumerate(CONDITIONINGS):
@@ -46,14 +46,14 @@ def test_each_branch_is_its_own_denoiser(one_batch: bool, name: str) -> None:
         def alone(z: Tensor, t: Tensor, conditioning: Tensor = conditioning) -> Tensor:
             return Counted()(z, t, conditioning)
 
-        torch.testing.assert_close(found[k], precondition(alone, SCHEDULE, parameterization)(x, sigma))
+        torch.testing.assert_close(found[k], precondition(alone, Law(SCHEDULE, parameterization))(x, sigma))
     assert network.batches == ([6] if one_batch else [2, 2, 2])
 
 
 @pytest.mark.parametrize("one_batch", [True, False])
 def test_fewer_branches_cost_less_and_preparing_is_done_once(one_batch: bool) -> None:
     network = Counted()
-    branches = bind(network, CONDITIONINGS, network.prepare, SCHEDULE, PARAMETERIZATIONS["eps"], one_batch)
+    branches = bind(network, CONDITIONINGS, network.prepare, Law(SCHEDULE, PARAMETERIZATIONS["eps"]), one_batch)
     x, sigma = torch.ones(2, 4, 5, 3), torch.tensor(1.0)
     for _ in range(3):
         two, one = branches(x, sigma, 2), branches(x, sigma, 1)

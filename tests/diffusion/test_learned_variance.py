@@ -11,8 +11,18 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ldm.config import DiffusionLossConfig, ScheduleConfig
-from ldm.diffusion import PARAMETERIZATIONS, LearnedVariance, bind, diffusion_loss, make_schedule, precondition, weight
-from ldm.diffusion.learned_variance import log_variances, variance_bound
+from ldm.diffusion import (
+    PARAMETERIZATIONS,
+    Law,
+    LearnedVariance,
+    bind,
+    diffusion_loss,
+    make_schedule,
+    precondition,
+    weight,
+)
+from ldm.diffusion.learned_variance import variance_bound
+from ldm.diffusion.schedule import PRESERVING
 from ldm.guidance import cfg
 from ldm.sampling import NoiseStream, ddpm, make_grid, start
 
@@ -55,7 +65,8 @@ def test_the_bound_is_that_of_the_chain(kind: str, v: float) -> None:
 
 def test_the_two_ends_are_the_samplers_variances() -> None:
     for s, r in ((14.6, 3.0), (1.0, 0.99), (0.3, 0.01)):
-        low, high = log_variances(torch.tensor(s, dtype=torch.float64), torch.tensor(r, dtype=torch.float64))
+        levels = torch.tensor([s, r], dtype=torch.float64)
+        low, high = (2 * deviation.log() for deviation in PRESERVING.step_deviations(*levels))
         assert float(low.exp()) == pytest.approx(r**2 * (1 - r**2 / s**2), rel=1e-12)
         assert float(high.exp()) == pytest.approx((s**2 - r**2) * (1 + r**2) / (1 + s**2), rel=1e-12)
 
@@ -65,7 +76,7 @@ def test_with_the_posteriors_variance_it_is_the_elbo_weight() -> None:
     schedule = CHAINS["linear"]
     error = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = variance_bound(-torch.ones_like(error), error, schedule.sigmas, schedule)
-    elbo = weight(DiffusionLossConfig(weight="elbo"), PARAMETERIZATIONS["v"], schedule, schedule.sigmas)
+    elbo = weight(DiffusionLossConfig(weight="elbo"), Law(schedule, PARAMETERIZATIONS["v"]), schedule.sigmas)
     expected = elbo * error.square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(found[1:], expected[1:], rtol=1e-9, atol=1e-12)
 
@@ -91,11 +102,11 @@ def test_the_mean_learns_from_the_plain_loss_and_the_variance_from_the_bound() -
     x0, n, first, v = torch.randn(4, 8, 2, 3, 3, generator=generator, dtype=torch.float64)
     config = DiffusionLossConfig(variance_bound=0.3)
     both = torch.cat([first, v], dim=1).requires_grad_(True)
-    hybrid = diffusion_loss(both, x0, n, schedule.sigmas, config, parameterization, schedule)
+    hybrid = diffusion_loss(both, x0, n, schedule.sigmas, config, Law(schedule, parameterization))
     (gradient,) = torch.autograd.grad(hybrid.sum(), both)
 
     alone = first.clone().requires_grad_(True)
-    simple = diffusion_loss(alone, x0, n, schedule.sigmas, config, parameterization, schedule)
+    simple = diffusion_loss(alone, x0, n, schedule.sigmas, config, Law(schedule, parameterization))
     torch.testing.assert_close(gradient[:, :2], torch.autograd.grad(simple.sum(), alone)[0], rtol=1e-12, atol=0)
     error = parameterization.denoised(first, x0 + schedule.sigmas.reshape(-1, 1, 1, 1) * n, schedule.sigmas) - x0
     v = v.requires_grad_(True)
@@ -141,8 +152,8 @@ X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=to
 @pytest.mark.parametrize("one_batch", [True, False])
 def test_the_fraction_is_the_prompts_own_and_costs_nothing(one_batch: bool) -> None:
     network, sigma = Twofold(), torch.tensor(1.3, dtype=torch.float64)
-    branches = LearnedVariance(network, CONDITIONINGS, joined, SCHEDULE, V, one_batch)
-    plain = bind(Twofold(), CONDITIONINGS, joined, SCHEDULE, V, one_batch)
+    branches = LearnedVariance(network, CONDITIONINGS, joined, Law(SCHEDULE, V), one_batch)
+    plain = bind(Twofold(), CONDITIONINGS, joined, Law(SCHEDULE, V), one_batch)
     assert torch.equal(branches(X, sigma), plain(X, sigma))  # which never looks at the second half
     denoiser = cfg(branches, 3.0)
     denoiser(X, sigma)
@@ -158,7 +169,7 @@ def test_the_fraction_is_the_prompts_own_and_costs_nothing(one_batch: bool) -> N
 
 def test_another_state_or_level_is_evaluated() -> None:
     network = Twofold()
-    branches = LearnedVariance(network, CONDITIONINGS[:1], joined, SCHEDULE, V)
+    branches = LearnedVariance(network, CONDITIONINGS[:1], joined, Law(SCHEDULE, V))
     one, two = torch.tensor(1.0), torch.tensor(2.0)
     fractions = [branches.fraction(x, sigma) for x, sigma in ((X, one), (X, two), (X + 1, two), (X, one))]
     assert network.pictures == 8
@@ -170,10 +181,10 @@ def test_what_lies_outside_is_cut_and_a_network_without_a_second_half_refused() 
     def network(x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
         return torch.cat([x, 5 * x], dim=1)
 
-    branches = LearnedVariance(network, [torch.zeros(2)], joined, SCHEDULE, V)
+    branches = LearnedVariance(network, [torch.zeros(2)], joined, Law(SCHEDULE, V))
     fraction = branches.fraction(X, torch.tensor(1.0))
     assert float(fraction.min()) == -1 and float(fraction.max()) == 1
-    narrow = LearnedVariance(lambda x, t, _: x, [torch.zeros(2)], joined, SCHEDULE, V)
+    narrow = LearnedVariance(lambda x, t, _: x, [torch.zeros(2)], joined, Law(SCHEDULE, V))
     with pytest.raises(ValueError, match="3 channels for x of 3, not twice as many"):
         narrow(X, torch.tensor(1.0))
 
@@ -191,7 +202,7 @@ def test_ddpm_steps_with_it(second: float, variance: str) -> None:
     sigmas = make_grid(SCHEDULE, 6)
     results = []
     for learned in (True, False):
-        branches = LearnedVariance(network, [torch.zeros(2)], joined, SCHEDULE, V)
+        branches = LearnedVariance(network, [torch.zeros(2)], joined, Law(SCHEDULE, V))
         sampler = ddpm("learned", fraction=branches.fraction) if learned else ddpm(variance)
         noise = NoiseStream([3, 4], (3, 4, 4))
         *_, last = sampler(branches.denoise, start(noise.initial(), SCHEDULE, sigmas), sigmas, noise)
@@ -204,5 +215,5 @@ def test_a_denoiser_of_such_a_network_takes_the_first_half() -> None:
     def network(x: Tensor, t: Tensor) -> Tensor:
         return torch.cat([torch.tanh(x), torch.full_like(x, math.nan)], dim=1)
 
-    wide = precondition(network, SCHEDULE, V)(X, torch.tensor(0.8))
-    assert torch.equal(wide, precondition(lambda x, t: torch.tanh(x), SCHEDULE, V)(X, torch.tensor(0.8)))
+    wide = precondition(network, Law(SCHEDULE, V))(X, torch.tensor(0.8))
+    assert torch.equal(wide, precondition(lambda x, t: torch.tanh(x), Law(SCHEDULE, V))(X, torch.tensor(0.8)))

@@ -18,6 +18,7 @@ from torch.distributions import Normal, kl_divergence
 from ldm.config import DiffusionLossConfig, DiffusionTraining, ScheduleConfig, load
 from ldm.diffusion import (
     PARAMETERIZATIONS,
+    Law,
     Schedule,
     check,
     check_loss,
@@ -25,7 +26,6 @@ from ldm.diffusion import (
     draw_levels,
     make_parameterization,
     make_schedule,
-    network_input,
     weight,
 )
 from ldm.errors import UserError
@@ -47,7 +47,7 @@ def on_output(name: str, weight_name: str, gamma: float = 5.0) -> Tensor:
     """w c_out^2: the factor of |F - F*|^2."""
     parameterization = PARAMETERIZATIONS[name]
     config = DiffusionLossConfig(weight=weight_name, min_snr_gamma=gamma)
-    return weight(config, parameterization, SCHEDULE, SIGMA) * parameterization.c_out(SIGMA) ** 2
+    return weight(config, Law(SCHEDULE, parameterization), SIGMA) * parameterization.c_out(SIGMA) ** 2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,8 +58,8 @@ def test_the_loss_on_outputs_is_the_loss_on_x0(name: str, weight_name: str) -> N
     config, parameterization = DiffusionLossConfig(weight=weight_name), PARAMETERIZATIONS[name]
     x = x0 + SIGMA.reshape(-1, 1, 1, 1) * n
     direct = (parameterization.denoised(output, x, SIGMA) - x0).square().mean(dim=(1, 2, 3))
-    direct = weight(config, parameterization, SCHEDULE, SIGMA) * direct
-    found = diffusion_loss(output, x0, n, SIGMA, config, parameterization, SCHEDULE)
+    direct = weight(config, Law(SCHEDULE, parameterization), SIGMA) * direct
+    found = diffusion_loss(output, x0, n, SIGMA, config, Law(SCHEDULE, parameterization))
     assert found.shape == (5,)
     torch.testing.assert_close(found, direct, rtol=1e-9, atol=0)
 
@@ -68,17 +68,17 @@ def test_uniform_is_plain_on_the_networks_own_target() -> None:
     x0, n, output = batch()
     for name in NAMES:
         torch.testing.assert_close(on_output(name, "uniform"), torch.ones(5, dtype=torch.float64))
-    eps = diffusion_loss(output, x0, n, SIGMA, DiffusionLossConfig(), PARAMETERIZATIONS["eps"], SCHEDULE)
+    eps = diffusion_loss(output, x0, n, SIGMA, DiffusionLossConfig(), Law(SCHEDULE, PARAMETERIZATIONS["eps"]))
     torch.testing.assert_close(eps, (output - n).square().mean(dim=(1, 2, 3)))
 
 
 def test_the_weights_of_x0_are_those_of_the_papers() -> None:
     uniform = DiffusionLossConfig()
-    torch.testing.assert_close(weight(uniform, PARAMETERIZATIONS["eps"], SCHEDULE, SIGMA), 1 / SIGMA**2)
-    torch.testing.assert_close(weight(uniform, PARAMETERIZATIONS["v"], SCHEDULE, SIGMA), 1 + 1 / SIGMA**2)
-    torch.testing.assert_close(weight(uniform, PARAMETERIZATIONS["x0"], SCHEDULE, SIGMA), torch.ones_like(SIGMA))
-    torch.testing.assert_close(weight(uniform, PARAMETERIZATIONS["flow"], SCHEDULE, SIGMA), (1 + 1 / SIGMA) ** 2)
-    torch.testing.assert_close(weight(uniform, PARAMETERIZATIONS["score"], SCHEDULE, SIGMA), SIGMA**-4)
+    torch.testing.assert_close(weight(uniform, Law(SCHEDULE, PARAMETERIZATIONS["eps"]), SIGMA), 1 / SIGMA**2)
+    torch.testing.assert_close(weight(uniform, Law(SCHEDULE, PARAMETERIZATIONS["v"]), SIGMA), 1 + 1 / SIGMA**2)
+    torch.testing.assert_close(weight(uniform, Law(SCHEDULE, PARAMETERIZATIONS["x0"]), SIGMA), torch.ones_like(SIGMA))
+    torch.testing.assert_close(weight(uniform, Law(SCHEDULE, PARAMETERIZATIONS["flow"]), SIGMA), (1 + 1 / SIGMA) ** 2)
+    torch.testing.assert_close(weight(uniform, Law(SCHEDULE, PARAMETERIZATIONS["score"]), SIGMA), SIGMA**-4)
 
 
 @pytest.mark.parametrize("d", [0.5, 1.0, 2.3])
@@ -86,13 +86,15 @@ def test_the_edm_weight_is_the_papers_lambda(d: float) -> None:
     """Karras et al. 2022, table 1; on edm's own output it is 1, and with unit data it is uniform v."""
     config = DiffusionLossConfig(weight="edm")
     for name in NAMES:
-        found = weight(config, make_parameterization(name, d), SCHEDULE, SIGMA)
+        found = weight(config, Law(SCHEDULE, make_parameterization(name, d)), SIGMA)
         torch.testing.assert_close(found, (SIGMA**2 + d**2) / (SIGMA * d) ** 2, rtol=1e-14, atol=0)
     own = make_parameterization("edm", d)
-    torch.testing.assert_close(weight(config, own, SCHEDULE, SIGMA) * own.c_out(SIGMA) ** 2, torch.ones_like(SIGMA))
+    torch.testing.assert_close(
+        weight(config, Law(SCHEDULE, own), SIGMA) * own.c_out(SIGMA) ** 2, torch.ones_like(SIGMA)
+    )
     if d == 1:
-        uniform_v = weight(DiffusionLossConfig(), PARAMETERIZATIONS["v"], SCHEDULE, SIGMA)
-        torch.testing.assert_close(weight(config, own, SCHEDULE, SIGMA), uniform_v, rtol=1e-14, atol=0)
+        uniform_v = weight(DiffusionLossConfig(), Law(SCHEDULE, PARAMETERIZATIONS["v"]), SIGMA)
+        torch.testing.assert_close(weight(config, Law(SCHEDULE, own), SIGMA), uniform_v, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -108,7 +110,7 @@ def test_the_elbo_weight_is_the_chains_divergence(kind: str) -> None:
     deviations = (betas * (1 - before) / (1 - bar)).sqrt()
     deviations[0] = betas[0].sqrt()
     expected = kl_divergence(Normal(means, deviations), Normal(torch.zeros_like(means), deviations))
-    found = weight(DiffusionLossConfig(weight="elbo"), PARAMETERIZATIONS["eps"], schedule, schedule.sigmas)
+    found = weight(DiffusionLossConfig(weight="elbo"), Law(schedule, PARAMETERIZATIONS["eps"]), schedule.sigmas)
     torch.testing.assert_close(found * error**2 / steps, expected, rtol=1e-9, atol=0)
 
 
@@ -121,15 +123,15 @@ def test_the_elbo_weight_in_continuous_time_is_the_limit_of_chains(kind: str) ->
     for steps in (2000, 4000):
         chain = Schedule(law.sigma(torch.linspace(law.t_min, law.t_max, steps + 1, dtype=torch.float64)))
         some = chain.sigmas[[steps // 4, steps // 2, 3 * steps // 4]]
-        limit = weight(config, x0, law, some) * (steps + 1) / steps  # its levels are the ends of `steps` intervals
-        differences.append(float((weight(config, x0, chain, some) / limit - 1).abs().max()))
+        limit = weight(config, Law(law, x0), some) * (steps + 1) / steps  # its levels are the ends of `steps` intervals
+        differences.append(float((weight(config, Law(chain, x0), some) / limit - 1).abs().max()))
     assert differences[0] < 0.01
     assert differences[0] / differences[1] == pytest.approx(2, rel=0.02)
 
 
 def test_where_the_level_is_geometric_in_time_the_bound_is_the_simple_loss() -> None:
     law = make_schedule(ScheduleConfig(kind="ve"))
-    found = weight(DiffusionLossConfig(weight="elbo"), PARAMETERIZATIONS["eps"], law, SIGMA) * SIGMA**2
+    found = weight(DiffusionLossConfig(weight="elbo"), Law(law, PARAMETERIZATIONS["eps"]), SIGMA) * SIGMA**2
     torch.testing.assert_close(found, torch.full_like(SIGMA, math.log(80 / 0.002)))
 
 
@@ -159,9 +161,9 @@ def test_every_combination_is_refused_with_a_reason_or_has_a_finite_loss_and_gra
             assert ends_in_noise or (weight_name == "elbo" and levels != "uniform")
             continue
         sigma = draw_levels(config, schedule, torch.tensor([0.0, 0.1, 0.5, 0.9, 1 - 2**-53]))
-        x_in, t = network_input(x0 + sigma.float().reshape(-1, 1, 1, 1) * n, sigma, schedule, parameterization)
+        x_in, t = Law(schedule, parameterization).input(x0 + sigma.float().reshape(-1, 1, 1, 1) * n, sigma)
         guess = output.clone().requires_grad_(True)
-        loss = diffusion_loss(guess, x0, n, sigma, config, parameterization, schedule)
+        loss = diffusion_loss(guess, x0, n, sigma, config, Law(schedule, parameterization))
         loss.sum().backward()
         assert guess.grad is not None
         found = (x_in, t, loss, guess.grad)
@@ -200,7 +202,7 @@ def test_a_learned_variance_needs_every_level_equally_often() -> None:
 @pytest.mark.parametrize("weight_name", ["snr", "min_snr", "edm"])
 def test_snr_weights_do_not_know_the_parameterization(weight_name: str) -> None:
     config = DiffusionLossConfig(weight=weight_name)
-    weights = [weight(config, PARAMETERIZATIONS[name], SCHEDULE, SIGMA) for name in NAMES]
+    weights = [weight(config, Law(SCHEDULE, PARAMETERIZATIONS[name]), SIGMA) for name in NAMES]
     assert all(bool((each == weights[0]).all()) for each in weights)
 
 
@@ -223,12 +225,10 @@ def test_min_snr_on_each_output(gamma: float) -> None:
 
 def test_half_precision_outputs_are_compared_in_float32() -> None:
     x0, n, output = (each.float() for each in batch())
-    parameterization = PARAMETERIZATIONS["v"]
-    found = diffusion_loss(output.bfloat16(), x0, n, SIGMA, DiffusionLossConfig(), parameterization, SCHEDULE)
+    law = Law(SCHEDULE, PARAMETERIZATIONS["v"])
+    found = diffusion_loss(output.bfloat16(), x0, n, SIGMA, DiffusionLossConfig(), law)
     assert found.dtype == torch.float32
-    expected = diffusion_loss(
-        output.bfloat16().float(), x0, n, SIGMA, DiffusionLossConfig(), parameterization, SCHEDULE
-    )
+    expected = diffusion_loss(output.bfloat16().float(), x0, n, SIGMA, DiffusionLossConfig(), law)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -236,7 +236,7 @@ def test_the_gradient_reaches_the_output_only_through_the_error() -> None:
     x0, n, output = batch()
     output.requires_grad_(True)
     config, parameterization = DiffusionLossConfig(weight="min_snr"), PARAMETERIZATIONS["v"]
-    diffusion_loss(output, x0, n, SIGMA, config, parameterization, SCHEDULE).sum().backward()
+    diffusion_loss(output, x0, n, SIGMA, config, Law(SCHEDULE, parameterization)).sum().backward()
     factor = on_output("v", "min_snr").reshape(-1, 1, 1, 1) / output[0].numel()
     expected = 2 * factor * (output.detach() - parameterization.target(x0, n, SIGMA))
     torch.testing.assert_close(output.grad, expected)
@@ -244,7 +244,7 @@ def test_the_gradient_reaches_the_output_only_through_the_error() -> None:
 
 def test_an_unknown_weight_is_refused() -> None:
     with pytest.raises(UserError, match="uniform, snr, min_snr, edm, elbo"):
-        weight(DiffusionLossConfig(weight="p2"), PARAMETERIZATIONS["v"], SCHEDULE, SIGMA)
+        weight(DiffusionLossConfig(weight="p2"), Law(SCHEDULE, PARAMETERIZATIONS["v"]), SIGMA)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

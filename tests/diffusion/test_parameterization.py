@@ -14,10 +14,10 @@ from torch import Tensor
 from ldm.config import ScheduleConfig
 from ldm.diffusion import (
     PARAMETERIZATIONS,
+    Law,
     check,
     make_parameterization,
     make_schedule,
-    network_input,
     precondition,
 )
 from ldm.errors import UserError
@@ -82,7 +82,7 @@ def test_the_networks_inputs_to_1e_15(sigma: str) -> None:
     assert edm.c_in is not None and edm.c_noise is not None
     assert float(edm.c_in(level)) == pytest.approx(float(c_in), rel=1e-15)
     assert float(edm.c_noise(level)) == pytest.approx(float(c_noise), rel=1e-15, abs=1e-15)
-    x_in, t = network_input(torch.ones(2, 1, 1, 1), level, make_schedule(ScheduleConfig(kind="ve")), edm)
+    x_in, t = Law(make_schedule(ScheduleConfig(kind="ve")), edm).input(torch.ones(2, 1, 1, 1), level)
     assert x_in.flatten().tolist() == pytest.approx([float(c_in)] * 2, rel=1e-6)
     assert t.tolist() == pytest.approx([1000 * float(c_noise)] * 2, rel=1e-6, abs=1e-6)
 
@@ -95,7 +95,7 @@ def test_edm_sees_and_predicts_unit_variance(d: float) -> None:
     edm, schedule = make_parameterization("edm", d), make_schedule(ScheduleConfig(kind="ve"))
     for sigma in (0.05, 1.0, 20.0):
         level = torch.tensor(sigma, dtype=torch.float64)
-        x_in, _ = network_input(d * x0 + sigma * n, level, schedule, edm)
+        x_in, _ = Law(schedule, edm).input(d * x0 + sigma * n, level)
         for unit in (x_in.double(), edm.target(d * x0, n, level)):
             assert float(unit.square().mean()) == pytest.approx(1, abs=5 * math.sqrt(2 / 40000))
 
@@ -106,8 +106,8 @@ def test_a_network_is_told_the_ends_of_the_range_outside_it() -> None:
     ends = torch.tensor([0.002, 0.002, 80.0], dtype=torch.float64)
     for name in NAMES:
         parameterization = make_parameterization(name)
-        _, t = network_input(torch.ones(3, 1, 1, 1), outside, schedule, parameterization)
-        _, expected = network_input(torch.ones(3, 1, 1, 1), ends, schedule, parameterization)
+        _, t = Law(schedule, parameterization).input(torch.ones(3, 1, 1, 1), outside)
+        _, expected = Law(schedule, parameterization).input(torch.ones(3, 1, 1, 1), ends)
         assert t.isfinite().all() and torch.equal(t, expected)
 
 
@@ -201,7 +201,7 @@ def test_a_network_that_knows_the_answer_is_the_perfect_denoiser(name: str, sigm
         output = textbook(name, x0, n, sigma).float()
         return output if name != "v" else torch.cat([output, torch.full_like(output, math.nan)], dim=1)
 
-    denoise = precondition(network, schedule, PARAMETERIZATIONS[name])
+    denoise = precondition(network, Law(schedule, PARAMETERIZATIONS[name]))
     found = denoise(x0 + sigma * n, torch.tensor(sigma, dtype=torch.float64))
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, x0, rtol=0, atol=1e-5)
@@ -210,5 +210,5 @@ def test_a_network_that_knows_the_answer_is_the_perfect_denoiser(name: str, sigm
 def test_the_time_reaches_the_network_unrounded() -> None:
     schedule = make_schedule(ScheduleConfig())
     sigma = torch.stack([schedule.sigmas[3], (schedule.sigmas[10] * schedule.sigmas[11]).sqrt()])
-    _, t = network_input(torch.zeros(2, 1, 1, 1), sigma, schedule, PARAMETERIZATIONS["v"])
+    _, t = Law(schedule, PARAMETERIZATIONS["v"]).input(torch.zeros(2, 1, 1, 1), sigma)
     assert t.tolist() == [3.0, 10.5]

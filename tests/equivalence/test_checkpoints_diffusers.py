@@ -105,7 +105,7 @@ def drawn_here(model: ldm.LatentDiffusion, side: int) -> torch.Tensor:
     pixels = side * model.codec.factor
     settings = Settings(cfg=7.5, steps=20, sampler="ddim", spacing="leading", width=pixels, height=pixels)
     *_, last = model.sample(WORDS[0], negative=WORDS[1], seed=SEED, settings=settings)
-    return finish(last.x, model.schedule, torch.tensor([last.sigma_next]))
+    return finish(last.x, model.law.schedule, torch.tensor([last.sigma_next]))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_guided_trajectory_in_float64(small: tuple[Any, Path], loaded: ldm.Lat
     In use the network's input is float32 (`network_input`), so here the loop around it is written out.
     """
     pipe, path = small
-    checkpoint, schedule = open_checkpoint(path), loaded.schedule
+    checkpoint, schedule = open_checkpoint(path), loaded.law.schedule
     unet, tower = (made(checkpoint, dtype=torch.float64) for made in (networks.load_unet, networks.load_text))
     noise = NoiseStream([SEED], (4, 8, 8)).initial().double()
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_a_guided_trajectory_in_float64(small: tuple[Any, Path], loaded: ldm.Lat
 
         def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             output = guided(unet, schedule.alpha(sigma) * x, schedule.t(sigma).expand(1))
-            return loaded.parameterization.denoised(output, x, sigma)
+            return loaded.law.parameterization.denoised(output, x, sigma)
 
         sigmas = make_grid(schedule, 20, "leading")
         *_, last = ddim()(denoiser, start(noise, schedule, sigmas), sigmas, NoiseStream([SEED], (4, 8, 8)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion import PARAMETERIZATIONS, Schedule, make_schedule, precondition
+from ldm.diffusion import PARAMETERIZATIONS, Law, Schedule, make_schedule, precondition
 from ldm.sampling import (
     NoiseStream,
     Sampler,
@@ -52,7 +52,7 @@ def network(z: Tensor, t: Tensor) -> Tensor:
 def ours(sampler: Sampler, schedule: Schedule, name: str, sigmas: Tensor) -> list[Tensor]:
     """alpha x after each step."""
     noise = NoiseStream(SEEDS, SHAPE)
-    denoise = precondition(network, schedule, PARAMETERIZATIONS[name])
+    denoise = precondition(network, Law(schedule, PARAMETERIZATIONS[name]))
     steps = sampler(denoise, start(noise.initial(), schedule, sigmas), sigmas, noise)
     return [step.x / math.hypot(1, step.sigma_next) for step in steps]
 

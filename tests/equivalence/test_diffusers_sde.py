@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion import PARAMETERIZATIONS, Schedule, make_schedule, precondition
+from ldm.diffusion import PARAMETERIZATIONS, Law, Schedule, make_schedule, precondition
 from ldm.sampling import (
     NoiseStream,
     Sampler,
@@ -53,7 +53,7 @@ def network(z: Tensor, t: Tensor) -> Tensor:
 def ours(sampler: Sampler, name: str, sigmas: Tensor, schedule: Schedule = SCHEDULE) -> list[Tensor]:
     """x after each step."""
     noise = NoiseStream(SEEDS, SHAPE)
-    denoise = precondition(network, schedule, PARAMETERIZATIONS[name])
+    denoise = precondition(network, Law(schedule, PARAMETERIZATIONS[name]))
     return [step.x for step in sampler(denoise, start(noise.initial(), schedule, sigmas), sigmas, noise)]
 
 

@@ -107,9 +107,7 @@ def test_the_projects_own_clip_raises_its_own_similarity(tiny_model) -> None:
         from ldm.diffusion import precondition
 
         context = tiny_model.text.encode(["", ""])
-        network = precondition(
-            lambda x_in, t: tiny_model.unet(x_in, t, context), tiny_model.schedule, tiny_model.parameterization
-        )
+        network = precondition(lambda x_in, t: tiny_model.unet(x_in, t, context), tiny_model.law)
         return network(x, sigma)
 
     x = 2 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -31,8 +31,8 @@ def seen_first(model: LatentDiffusion, pair: Tensor, level: int) -> Tensor:
         mix(model, pair, "", STEPS, level)
     finally:
         hook.remove()
-    sigma = make_grid(model.schedule, STEPS, "trailing")[STEPS - level]
-    return seen[0].double() / model.schedule.alpha(sigma)
+    sigma = make_grid(model.law.schedule, STEPS, "trailing")[STEPS - level]
+    return seen[0].double() / model.law.schedule.alpha(sigma)
 
 
 def test_level_0_mixes_the_latents_themselves(tiny_model: LatentDiffusion, pair: Tensor) -> None:
@@ -48,7 +48,7 @@ def test_level_0_mixes_the_latents_themselves(tiny_model: LatentDiffusion, pair:
 @pytest.mark.parametrize("level", [3, 10, STEPS])
 def test_a_mixture_has_the_noise_of_its_level(tiny_model: LatentDiffusion, pair: Tensor, level: int) -> None:
     """Also in the middle, where two independent noises averaged have 0.71 of it."""
-    sigma = float(make_grid(tiny_model.schedule, STEPS, "trailing")[STEPS - level])
+    sigma = float(make_grid(tiny_model.law.schedule, STEPS, "trailing")[STEPS - level])
     with torch.no_grad():
         latents = tiny_model.codec.encode(pair).double()
     states = seen_first(tiny_model, pair, level)

@@ -179,10 +179,10 @@ def test_a_foreign_model_says_in_the_plan_what_was_assumed_of_it(tmp_path: Path)
         DiffusionStage(replace(config, parameterization="eps"), 0, 1, CPU)
     stated = replace(config, init_set=("parameterization=eps", "image_size=32"), parameterization="eps")
     stage = DiffusionStage(stated, 0, 1, CPU)
-    assert stage.model_config().parameterization == stage.parameterization.name == "eps"
+    assert stage.model_config().parameterization == stage.law.parameterization.name == "eps"
     assert "parameterization" not in "".join(line for line in stage.describe() if line.startswith("note "))
     word = EmbeddingTraining(init=config.init, init_set=stated.init_set, begin_with="cat", data=config.data)
-    assert EmbeddingStage(word, 0, 1, CPU).model.parameterization.name == "eps"
+    assert EmbeddingStage(word, 0, 1, CPU).model.law.parameterization.name == "eps"
 
 
 def test_settings_that_make_no_sense(tiny_checkpoint: Path) -> None:

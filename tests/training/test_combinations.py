@@ -140,7 +140,7 @@ def test_input_perturbation_is_seen_and_not_asked_for() -> None:
     ((_, loss, _),) = stage.losses(batch, draws, 0, {"unet": network})
     assert float(loss) < 1e-12
     x_in, t = network.seen[0]
-    sigma = stage.schedule.sigma(t.double()).float().reshape(-1, 1, 1, 1)
+    sigma = stage.law.schedule.sigma(t.double()).float().reshape(-1, 1, 1, 1)
     x0, _ = stage._prepare(batch, draws)
     torch.testing.assert_close(x_in, (x0 + sigma * seen) / (1 + sigma**2).sqrt(), rtol=0, atol=1e-4)
 
@@ -168,7 +168,7 @@ def test_strata_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
     stage, network = DiffusionStage(config, 0, 1, CPU), Recorder()
     batch = next(iter(stage.batches))
     list(stage.losses(batch, Draws(0, 0, batch.key), 0, {"unet": network}))
-    share = (network.seen[0][1] - stage.schedule.t_min) / (stage.schedule.t_max - stage.schedule.t_min)
+    share = (network.seen[0][1] - stage.law.schedule.t_min) / (stage.law.schedule.t_max - stage.law.schedule.t_min)
     assert sorted((share * 8).long().tolist()) == list(range(8))
 
 

@@ -95,7 +95,7 @@ def test_levels_are_drawn_anew_for_every_sample_and_step_over_the_whole_range(pi
     t = torch.stack(spy.t)
     assert len(t.unique()) > 0.8 * t.numel()
     assert float(t.min()) < 60 and float(t.max()) > 940
-    assert stage.schedule.steps == 1000
+    assert stage.law.schedule.steps == 1000
     # x_in = c_in (x0 + sigma n) has about unit variance at high noise, whatever the level
     high = torch.cat(spy.x)[t.flatten() > 700]
     assert abs(float(high.var()) - 1) < 0.1

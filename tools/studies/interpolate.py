@@ -34,7 +34,7 @@ def mix(model: LatentDiffusion, pair: Tensor, prompt: str, steps: int, level: in
     latents = model.codec.encode(pair.to(model.device)).double()
     weights = torch.linspace(0, 1, WEIGHTS, dtype=torch.float64).reshape(-1, 1, 1, 1).to(model.device)
     shape = (latents.shape[1], latents.shape[2], latents.shape[3])
-    sigmas = make_grid(model.schedule, steps, "trailing")[steps - level :]
+    sigmas = make_grid(model.law.schedule, steps, "trailing")[steps - level :]
     own = BrownianPath([seed, seed + 1], shape, model.device).initial()
     mixed = (1 - weights) * latents[:1] + weights * latents[1:]
     if level == 0:
@@ -42,10 +42,10 @@ def mix(model: LatentDiffusion, pair: Tensor, prompt: str, steps: int, level: in
     noise = ((1 - weights) * own[:1] + weights * own[1:]) / torch.hypot(1 - weights, weights)
     x = mixed + float(sigmas[0]) * noise
     context = model.unet.project_context(generate.encode(model, [prompt] * WEIGHTS))
-    denoiser = precondition(lambda x, t: model.unet(x, t, context), model.schedule, model.parameterization)
+    denoiser = precondition(lambda x, t: model.unet(x, t, context), model.law)
     for step in ddpm()(denoiser, x, sigmas, BrownianPath([seed + 2] * WEIGHTS, shape, model.device)):
         x = step.x
-    return model.codec.decode(finish(x, model.schedule, sigmas[-1:])).cpu()
+    return model.codec.decode(finish(x, model.law.schedule, sigmas[-1:])).cpu()
 
 
 def run(model: LatentDiffusion, pair: Tensor, prompt: str, folder: Path, quick: bool) -> None:

@@ -11,15 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion import Denoiser, Schedule, make_parameterization, make_schedule, precondition
-from ldm.diffusion.energy import energy_score
-from ldm.diffusion.score_matching import Score
+from ldm.diffusion import Denoiser, Schedule, make_law, precondition
 from ldm.errors import UserError
 from ldm.files import atomic_write_bytes
+from ldm.plane.energy import energy_score
+from ldm.plane.score_matching import Score
+from ldm.plane.toy import DISTRIBUTIONS, SHAPE, train_denoiser, train_energy, train_score
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, finish, make_grid, start
-from ldm.toy import LAWS, SHAPE, train_denoiser, train_energy, train_score
 
-LAW = "two_moons"
+SHOWN = "two_moons"
 SHOWN_PATHS = 40
 OF_SCORES = 0.3  # the level at which scores are learned without a denoiser
 EDGE = 3.2  # of the pictures' square
@@ -27,10 +27,10 @@ EDGE = 3.2  # of the pictures' square
 
 def run(folder: Path, quick: bool) -> None:
     """Train the toys, then write toy.png and the animation toy.gif. Raises UserError without matplotlib."""
-    schedule = make_schedule(ScheduleConfig(kind="cosine"))
-    parameterization = make_parameterization("v")
-    network = train_denoiser(LAWS[LAW], schedule, parameterization, steps=800 if quick else 6000)
-    denoiser = precondition(network, schedule, parameterization)
+    law = make_law(ScheduleConfig(kind="cosine"), "v")
+    schedule = law.schedule
+    network = train_denoiser(DISTRIBUTIONS[SHOWN], law, steps=800 if quick else 6000)
+    denoiser = precondition(network, law)
     points, steps = (300, 20) if quick else (1500, 60)
     langevin = SAMPLERS["langevin"](moves=10, step_size=0.2)
     paths = {
@@ -39,14 +39,14 @@ def run(folder: Path, quick: bool) -> None:
         "the flow, Heun": walk(SAMPLERS["heun"](), denoiser, schedule, steps, points, "stream"),
     }
     learned = {
-        f"{name} score matching": train_score(LAWS[LAW], name, OF_SCORES, 150 if quick else 1500)[0]
+        f"{name} score matching": train_score(DISTRIBUTIONS[SHOWN], name, OF_SCORES, 150 if quick else 1500)[0]
         for name in ("denoising", "implicit", "sliced")
     }
-    energy, chains = train_energy(LAWS[LAW], 200 if quick else 800)
+    energy, chains = train_energy(DISTRIBUTIONS[SHOWN], 200 if quick else 800)
     learned["energy by likelihood, its chains"] = energy_score(energy)
     draw_panels(denoiser, schedule, paths, learned, chains.state.flatten(1), folder)
     draw_animation(denoiser, schedule, paths, folder / "toy.gif", 10 if quick else 30)
-    data = LAWS[LAW](1500, torch.Generator().manual_seed(1)).flatten(1)
+    data = DISTRIBUTIONS[SHOWN](1500, torch.Generator().manual_seed(1)).flatten(1)
     for name, states in paths.items():
         far = torch.cdist(states[-1], data).amin(1).mean()
         print(f"{name:20} {points} points, on the mean {far:.3f} from the nearest of {len(data)} of the data")
@@ -120,7 +120,7 @@ def draw_animation(
 
 def _points(count: int) -> tuple[Tensor, Tensor]:
     """(x0, n), each (count, 2, 1, 1), always the same."""
-    x0 = LAWS[LAW](count, torch.Generator().manual_seed(1))
+    x0 = DISTRIBUTIONS[SHOWN](count, torch.Generator().manual_seed(1))
     return x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(2))
 
 

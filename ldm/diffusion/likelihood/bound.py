@@ -27,15 +27,12 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.learned_variance import mixed
+from ldm.diffusion.learned_variance import Fraction, mixed
 from ldm.diffusion.likelihood.bits import LATENT, BitsPerDim, Space
 from ldm.diffusion.likelihood.decoder import density_nats, pixel_level_nats
 from ldm.diffusion.parameterization import per_picture
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-
-Fraction = Callable[[Tensor, Tensor], Tensor]
-"""(x (B, C, h, w), sigma () or (B,)) -> (B, C, h, w) in [-1, 1]: -1 means the posterior variance, 1 beta."""
 
 Variance = str | Tensor | Fraction
 """posterior, beta, a variance for each step of the grid (N,), or a learned fraction between the first two."""
@@ -186,8 +183,7 @@ class _Table:
             if variance.shape != s.shape or not bool((variance > 0).all()):
                 raise UserError(f"the bound takes one positive variance for each of the grid's {len(s)} steps")
             return cls(variance.double().cpu(), variance.double().cpu(), None)
-        beta = (s**2 - r**2) * (schedule.alpha(s) / schedule.alpha(r)) ** 2
-        posterior = r**2 * (1 - (r / s) ** 2)
+        posterior, beta = (deviation**2 for deviation in schedule.scaling.step_deviations(s, r))
         # The step before is in x at level r; alpha turns it into the z of the chain, as the papers' code has it.
         posterior[-1] = posterior[-2] * schedule.alpha(r[-2]) ** 2 if len(s) > 1 else beta[-1]
         if not isinstance(variance, str):

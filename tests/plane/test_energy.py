@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.diffusion.energy import Chains, energy_score, langevin, likelihood_loss
-from ldm.diffusion.score_matching import implicit_score_matching
 from ldm.errors import UserError
+from ldm.plane.energy import Chains, energy_score, langevin, likelihood_loss
+from ldm.plane.score_matching import implicit_score_matching
 
 PRECISION = torch.tensor([[2.0, -0.6], [-0.6, 1.1]], dtype=torch.float64)
 MEAN = torch.tensor([0.4, -0.7], dtype=torch.float64)

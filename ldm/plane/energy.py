@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.diffusion.score_matching import Score
 from ldm.errors import UserError
+from ldm.plane.score_matching import Score
 
 Energy = Callable[[Tensor], Tensor]
 """x (B, ...) -> E (B,), each row of its own row alone."""

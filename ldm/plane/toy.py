@@ -1,10 +1,10 @@
-"""The plane: laws to draw points from, and networks so small that they learn one in seconds on a CPU.
+"""The plane: distributions to draw points from, and networks so small that they learn one in seconds on a CPU.
 
 Everything else is the product's own. A point is a picture of one pixel and two channels, (B, 2, 1, 1), so the losses,
 schedules and samplers take it as they take latents:
 
-    network = train_denoiser(LAWS["two_moons"], schedule, parameterization)
-    denoiser = precondition(network, schedule, parameterization)
+    network = train_denoiser(DISTRIBUTIONS["two_moons"], law)
+    denoiser = precondition(network, law)
     for step in heun()(denoiser, x, sigmas, noise): ...
 """
 
@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.config import DiffusionLossConfig
-from ldm.diffusion import Parameterization, Schedule, diffusion_loss, draw_levels, network_input
-from ldm.diffusion.energy import Chains, Energy, energy_score, likelihood_loss
-from ldm.diffusion.score_matching import (
+from ldm.diffusion import Law, diffusion_loss, draw_levels
+from ldm.errors import UserError
+from ldm.plane.energy import Chains, Energy, energy_score, likelihood_loss
+from ldm.plane.score_matching import (
     Score,
     denoising_score_matching,
     implicit_score_matching,
     sliced_score_matching,
 )
-from ldm.errors import UserError
 
 SHAPE = (2, 1, 1)  # of a point, for NoiseStream
 
-Law = Callable[[int, torch.Generator], Tensor]
+Distribution = Callable[[int, torch.Generator], Tensor]
 """(count, generator) -> points (count, 2, 1, 1), float32, of mean 0 and about unit deviation in each coordinate."""
 
 
-# ---------------------------------------------------------------- laws
+# ---------------------------------------------------------------- distributions
 
 
 def mixture(count: int, generator: torch.Generator) -> Tensor:
@@ -72,7 +72,7 @@ def _points(x: Tensor, y: Tensor, blur: float, generator: torch.Generator) -> Te
     return (points + blur * torch.randn(points.shape, generator=generator)).reshape(-1, *SHAPE)
 
 
-LAWS: dict[str, Law] = {
+DISTRIBUTIONS: dict[str, Distribution] = {
     "mixture": mixture,
     "two_moons": two_moons,
     "spiral": spiral,
@@ -125,36 +125,35 @@ class ToyNetwork(nn.Module):
 
 
 def train_denoiser(
+    data: Distribution,
     law: Law,
-    schedule: Schedule,
-    parameterization: Parameterization,
     config: DiffusionLossConfig | None = None,
     steps: int = 1500,
     batch: int = 256,
     seed: int = 0,
 ) -> ToyNetwork:
-    """A network trained by `diffusion_loss`; `precondition` makes it the denoiser of these two."""
+    """A network trained by `diffusion_loss`; `precondition` makes it a denoiser."""
     config = config or DiffusionLossConfig()
     network = ToyNetwork(seed=seed)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x0, n = law(batch, generator), torch.randn(batch, *SHAPE, generator=generator)
+        x0, n = data(batch, generator), torch.randn(batch, *SHAPE, generator=generator)
         # One level from each of `batch` equal shares of probability: a loss of less variance for the same cost.
         uniform = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        sigma = draw_levels(config, schedule, uniform)
+        sigma = draw_levels(config, law.schedule, uniform)
         x = x0 + sigma.to(x0.dtype).reshape(-1, 1, 1, 1) * n
-        output = network(*network_input(x, sigma, schedule, parameterization))
-        return diffusion_loss(output, x0, n, sigma, config, parameterization, schedule).mean()
+        output = network(*law.input(x, sigma))
+        return diffusion_loss(output, x0, n, sigma, config, law).mean()
 
     return _fit(network, loss, steps, seed)
 
 
 def train_score(
-    law: Law, objective: str, sigma: float, steps: int = 1000, batch: int = 256, seed: int = 0
+    data: Distribution, objective: str, sigma: float, steps: int = 1000, batch: int = 256, seed: int = 0
 ) -> tuple[Score, ToyNetwork]:
-    """The score of `law` with noise of deviation `sigma` on it, and its network.
+    """The score of `data` with noise of deviation `sigma` on it, and its network.
 
-    `objective`: denoising, implicit or sliced, of ldm/diffusion/score_matching.py. The last two see noisy points alone.
+    `objective`: denoising, implicit or sliced, of ldm/plane/score_matching.py. The last two see noisy points alone.
     Raises UserError for another objective.
     """
     network = ToyNetwork(seed=seed)
@@ -163,7 +162,7 @@ def train_score(
         return network(x).to(x.dtype)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x0, n = law(batch, generator), torch.randn(batch, *SHAPE, generator=generator)
+        x0, n = data(batch, generator), torch.randn(batch, *SHAPE, generator=generator)
         if objective == "denoising":
             return sigma**2 * denoising_score_matching(score, x0, n, torch.tensor(sigma)).mean()
         x = x0 + sigma * n
@@ -178,9 +177,15 @@ def train_score(
 
 
 def train_energy(
-    law: Law, steps: int = 400, batch: int = 256, walk: int = 10, step: float = 0.01, blur: float = 0.15, seed: int = 0
+    data: Distribution,
+    steps: int = 400,
+    batch: int = 256,
+    walk: int = 10,
+    step: float = 0.01,
+    blur: float = 0.15,
+    seed: int = 0,
 ) -> tuple[Energy, Chains]:
-    """An energy learned by likelihood from `law` with noise of deviation `blur`, and the persistent chains it took.
+    """An energy learned by likelihood from `data` with noise of deviation `blur`, and the persistent chains it took.
 
     `batch` points and as many chains, which start as N(0, 2^2) and walk so many Langevin steps of size `step` at each
     step of training. The network's energy stands on that of N(0, 2^2), so that it belongs to a law from the beginning.
@@ -195,8 +200,8 @@ def train_energy(
     chains = Chains(start, step, seed + 2, renewal=0.02)
 
     def loss(generator: torch.Generator) -> Tensor:
-        data = law(batch, generator) + blur * torch.randn(batch, *SHAPE, generator=generator)
-        return likelihood_loss(energy, data, chains.advance(energy_score(energy), walk))
+        x = data(batch, generator) + blur * torch.randn(batch, *SHAPE, generator=generator)
+        return likelihood_loss(energy, x, chains.advance(energy_score(energy), walk))
 
     _fit(network, loss, steps, seed, rate=1e-3)
     return energy, chains

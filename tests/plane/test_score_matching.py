@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.diffusion.score_matching import (
+from ldm.diffusion.trace import draw_probes
+from ldm.plane.score_matching import (
     Score,
     denoiser_of,
     denoising_score_matching,
@@ -21,7 +22,6 @@ from ldm.diffusion.score_matching import (
     score_of,
     sliced_score_matching,
 )
-from ldm.diffusion.trace import draw_probes
 
 MEAN = torch.tensor([0.4, -0.7], dtype=torch.float64)
 COVARIANCE = torch.tensor([[1.2, 0.5], [0.5, 0.6]], dtype=torch.float64)

@@ -11,11 +11,11 @@ from laws.closed_forms import sliced_wasserstein
 from torch import Tensor
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion import make_parameterization, make_schedule, precondition
-from ldm.diffusion.energy import energy_score, langevin
+from ldm.diffusion import make_law, precondition
 from ldm.errors import UserError
+from ldm.plane.energy import energy_score, langevin
+from ldm.plane.toy import DISTRIBUTIONS, SHAPE, train_denoiser, train_energy, train_score
 from ldm.sampling import NoiseStream, ddim, make_grid, start
-from ldm.toy import LAWS, SHAPE, train_denoiser, train_energy, train_score
 
 COUNT = 2000
 
@@ -28,26 +28,25 @@ def distance(a: Tensor, b: Tensor) -> float:
     return sliced_wasserstein(a.flatten(1).double(), b.flatten(1).double())
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_laws_are_centred_of_unit_deviation_and_repeatable(name: str) -> None:
-    points = LAWS[name](20_000, generator(1))
+    points = DISTRIBUTIONS[name](20_000, generator(1))
     assert points.shape == (20_000, *SHAPE) and points.dtype == torch.float32
     assert points.mean(0).abs().max() < 0.05
     assert (points.std(0) - 1).abs().max() < 0.1
-    assert torch.equal(points, LAWS[name](20_000, generator(1)))
+    assert torch.equal(points, DISTRIBUTIONS[name](20_000, generator(1)))
 
 
 def test_a_denoiser_learns_a_law_and_the_sampler_draws_it() -> None:
     """Its distance from the data is less than half of that of the normals it was started from."""
-    law = LAWS["two_moons"]
-    schedule, parameterization = make_schedule(ScheduleConfig(kind="cosine")), make_parameterization("v")
-    network = train_denoiser(law, schedule, parameterization, steps=400)
-    sigmas = make_grid(schedule, 12, "trailing")
+    moons, law = DISTRIBUTIONS["two_moons"], make_law(ScheduleConfig(kind="cosine"), "v")
+    network = train_denoiser(moons, law, steps=400)
+    sigmas = make_grid(law.schedule, 12, "trailing")
     noise = NoiseStream(range(COUNT), SHAPE)
-    x = start(noise.initial(), schedule, sigmas)
-    for step in ddim()(precondition(network, schedule, parameterization), x, sigmas, noise):
+    x = start(noise.initial(), law.schedule, sigmas)
+    for step in ddim()(precondition(network, law), x, sigmas, noise):
         x = step.x
-    data = law(COUNT, generator(2))
+    data = moons(COUNT, generator(2))
     before = distance(noise.initial(), data)
     assert distance(x, data) < before / 2
 
@@ -55,7 +54,9 @@ def test_a_denoiser_learns_a_law_and_the_sampler_draws_it() -> None:
 @cache
 def clusters(sigma: float) -> tuple[Tensor, Tensor]:
     """Points of the mixture with noise on them (n, 2), and the score there, in closed form."""
-    x = (LAWS["mixture"](COUNT, generator(3)) + sigma * torch.randn(COUNT, *SHAPE, generator=generator(4))).flatten(1)
+    x = (
+        DISTRIBUTIONS["mixture"](COUNT, generator(3)) + sigma * torch.randn(COUNT, *SHAPE, generator=generator(4))
+    ).flatten(1)
     angle = torch.arange(8) * (math.pi / 4)
     means = 1.4 * torch.stack([angle.cos(), angle.sin()], dim=1)
     variance = 0.15**2 + sigma**2
@@ -67,14 +68,14 @@ def clusters(sigma: float) -> tuple[Tensor, Tensor]:
 def test_each_objective_learns_the_score(objective: str) -> None:
     """To a tenth of its own size, in the mean square over the law; 0 would be all of it."""
     x, wanted = clusters(0.4)
-    score, _ = train_score(LAWS["mixture"], objective, 0.4, steps=250)
+    score, _ = train_score(DISTRIBUTIONS["mixture"], objective, 0.4, steps=250)
     error = (score(x.reshape(-1, *SHAPE)).flatten(1) - wanted).square().mean()
     assert error < 0.1 * wanted.square().mean()
 
 
 def test_an_energy_learns_a_law_by_likelihood() -> None:
     """New chains of the untrained energy end 0.7 away from the data; the more it learned, the nearer."""
-    law, count = LAWS["two_moons"], 1000
+    law, count = DISTRIBUTIONS["two_moons"], 1000
     data = law(count, generator(5)) + 0.15 * torch.randn(count, *SHAPE, generator=generator(6))
     distances = []
     for steps in (0, 40, 120):
@@ -90,9 +91,9 @@ def test_training_is_repeatable_and_leaves_the_global_numbers_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    nets = [train_score(LAWS["spiral"], "denoising", 0.5, steps=3, seed=4)[1] for _ in range(2)]
+    nets = [train_score(DISTRIBUTIONS["spiral"], "denoising", 0.5, steps=3, seed=4)[1] for _ in range(2)]
     assert torch.equal(torch.rand(1), expected)
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(UserError, match="choose denoising"):
-        train_score(LAWS["spiral"], "explicit", 0.5)
+        train_score(DISTRIBUTIONS["spiral"], "explicit", 0.5)
