@@ -14,13 +14,15 @@ may be started by accelerate-launch on several processes. docs/evaluation.md tel
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.jobs import Settings
 from ldm.options import WHERE_HELP, split_list, where_of
 
