@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # names in torch
 
 
 def choose_device(name: str = "auto") -> torch.device:
     """ "auto" is cuda, else mps, else the CPU. Raises UserError for a device that is not there."""
+    import torch
+
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(device for device, there in here.items() if there))
@@ -28,13 +33,15 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     fp16 rather than bf16: it resolves eight times finer, and nothing that samples comes near its range; where an
     autoencoder's activations do, the codec decodes once more in fp32. Raises UserError for an unknown name.
     """
+    import torch
+
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
     if name not in PRECISIONS:
         raise UserError(f"there is no precision '{name}'; choose auto or one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
+    return getattr(torch, PRECISIONS[name])
 
 
 def precision_name(dtype: torch.dtype) -> str:
     """The name under which `choose_precision` knows `dtype`."""
-    return next(name for name, value in PRECISIONS.items() if value is dtype)
+    return next(name for name, value in PRECISIONS.items() if str(dtype) == f"torch.{value}")

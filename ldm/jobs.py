@@ -43,21 +43,21 @@ class Settings:
 
     cfg: float = 7.5  # guidance scale; 1 is the conditional model alone, at half the cost
     steps: int = 30  # of the sampler, each an evaluation of the denoiser, or two where its method takes two (heun)
-    sampler: str = "ddim"  # a name in catalogue.SAMPLERS, or a user interface's spelling of one
-    spacing: str | None = None  # of the levels, a name in catalogue.GRIDS; None: what the spelling says, else trailing
-    eta: float | None = None  # share of fresh noise, for the samplers that take it; short for options["eta"]
+    sampler: str = "ddim"  # a name, or a user interface's spelling of one; txt2img.py --list-samplers prints them
+    spacing: str | None = None  # of the levels, a grid of that list; None: what the spelling says, else trailing
+    eta: float | None = None  # share of fresh noise, for the samplers that have this option; 0 is deterministic
     width: int | None = None  # pixels; None: the side the model was trained at
-    height: int | None = None
+    height: int | None = None  # the same
     cfg_rescale: float = 0.0  # in [0, 1]: takes back over-exposure at large cfg
-    cfg_interval: tuple[float, float] | None = None  # (low, high] in sigma: guide there only
+    cfg_interval: tuple[float, float] | None = None  # low and high, in sigma: guide there only; None: everywhere
     options: dict[str, Any] = field(default_factory=dict)  # the sampler's own; catalogue.SAMPLERS names them
     sigmas: tuple[float, ...] = ()  # the levels written out, in place of spacing and steps
     perp_negative: float | None = None  # weight of a negative prompt that acts across the prompt only; None: plain
-    guide_model: str | None = None  # a worse model, in the unconditional one's place: autoguidance, its scale is cfg
+    guide_model: str | None = None  # a worse model, in the unconditional one's place: autoguidance; its scale is cfg
     classifier: str | None = None  # a folder that tools/train_noisy_classifier.py wrote
-    classifier_class: str | None = None  # the class it steers to
-    classifier_scale: float = 1.0
-    threshold: str | None = None  # a name in THRESHOLDS: keep x0 in the data's range
+    classifier_class: str | None = None  # the class it steers to, one that it knows
+    classifier_scale: float = 1.0  # how strongly
+    threshold: str | None = None  # static or dynamic: keep x0 in the data's range at large guidance
     threshold_bound: float | None = None  # that range, either way; None: 1 for pixel models, 4 deviations of latents
     tile: int | None = None  # pixels of a tile's side: decode (and encode) piece by piece; None: the whole at once
 

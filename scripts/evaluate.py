@@ -14,15 +14,14 @@ may be started by accelerate-launch on several processes. docs/evaluation.md tel
 
 from __future__ import annotations
 
-from ldm.script import run
-
 import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.errors import UserError
+from ldm.arguments import COUNT, NATURAL, Bounded, Parser, add_fields, add_machine, taken
+from ldm.errors import UserError, run
 from ldm.jobs import Settings
 from ldm.options import WHERE_HELP, split_list, where_of
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from ldm.metrics.generation import Against
 
 SETTINGS = ("cfg", "cfg_rescale", "steps", "sampler", "spacing", "eta")
+BRIEF = ("cfg", "steps", "sampler")
 # What only a model's pictures depend on.
 DRAWS = (*SETTINGS, "model", "weights", "precision", "seed", "count", "batch_size", "sweep", "out")
 
@@ -42,8 +42,6 @@ def main() -> None:
 
         print(compare(tuple(arguments.compare), split_list(arguments.besides)))
         return
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     commands = {
         "generation": generation,
         "autoencoder": autoencoder,
@@ -134,8 +132,7 @@ def compared_with(arguments: argparse.Namespace, main: bool) -> Against:
 def what_to_draw(arguments: argparse.Namespace, captions: tuple[str, ...]) -> Drawing:
     from ldm.metrics.drawing import Drawing
 
-    given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
-    settings = Settings(width=arguments.size, height=arguments.size, **given)
+    settings = Settings(width=arguments.size, height=arguments.size, **taken(arguments, Settings, SETTINGS))
     count = len(captions) if arguments.count is None else arguments.count
     batch_size = arguments.batch_size or Drawing.batch_size
     return Drawing(captions, settings, count, arguments.seed or 0, batch_size, arguments.captions).check()
@@ -182,12 +179,14 @@ def prompts(arguments: argparse.Namespace) -> None:
     from ldm.metrics.pictures import read_concepts
     from ldm.metrics.prompt_accuracy import evaluate_prompts, prompt_table
 
+    settings = Settings(**taken(arguments, Settings, BRIEF))
+    settings.check()
     concepts, classifier = read_concepts(arguments.concepts), load_classifier(arguments.classifier)
     model = ldm.load(arguments.model, arguments.device, arguments.precision)
     document, drawn = evaluate_prompts(
         model,
         classifier,
-        Settings(arguments.cfg, arguments.steps, arguments.sampler),
+        settings,
         concepts=concepts,
         styles=split_list(arguments.styles),
         left_out=arguments.left_out,
@@ -246,7 +245,7 @@ def shown() -> bool:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--compare", nargs=2, metavar="JSON", help="two results side by side, if measured alike")
     parser.add_argument("--besides", default="", metavar="NAMES", help="what may differ all the same: drawing.cfg,...")
     commands = parser.add_subparsers(dest="command", required="--compare" not in sys.argv)
@@ -262,15 +261,10 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add("--pictures", help="a folder or shards, in place of a model's")
     add("--captions", help="of the pictures: a file, a prompt a line, or shards")
     add("--captions-where", action="append", default=[], metavar="FIELD=VALUE,...", help="of those shards, as --where")
-    add("--count", type=int, help="pictures to draw, captions in turn (default: one of each)")
-    add("--seed", type=int, help="picture i has the seed SEED + i (default 0)")
-    add("--size", type=int, help="pixels; default: the model's")
-    add("--cfg", type=float, help=f"default {Settings.cfg}")
-    add("--cfg-rescale", type=float)
-    add("--steps", type=int, help=f"default {Settings.steps}")
-    add("--sampler", help=f"default {Settings.sampler}")
-    add("--spacing")
-    add("--eta", type=float)
+    add("--count", type=COUNT, metavar="N", help="pictures to draw, captions in turn; default: one of each")
+    add("--seed", type=NATURAL, metavar="N", help="picture i has the seed SEED + i [0]")
+    add("--size", type=COUNT, metavar="N", help="pixels; default: the model's")
+    add_fields(add, Settings, SETTINGS)
     add("--sweep", nargs="+", default=[], metavar="NAME=VALUES", help="each combination: cfg=1,2,4 steps=10,20 eta=0,1")
     add("--weights", choices=("auto", "ema", "raw"), help="of files that hold two sets")
     add("--out", metavar="FOLDER", help="of drawn pictures and results; gone on with when it is there")
@@ -281,11 +275,11 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add("--held-out-where", action="append", default=[], metavar="FIELD=VALUE,...", help="default: that of --where")
     add("--space", action="append", help="of features: efficientnet-lite0, inception=FILE, clip=FOLDER, ViT-B-32=FILE")
     add("--figures", metavar="KINDS", help="some of frechet,kernel,neighbours,score,captions (default: all)")
-    add("--subset", type=int, default=1000, help="pictures in a subset of the kernel distance")
-    add("--subsets", type=int, default=100)
-    add("--neighbours", type=int, default=3, help="of precision and recall")
-    add("--ball", type=int, default=5, help="neighbours of density and coverage")
-    add("--splits", type=int, default=10, help="of the Inception Score")
+    add("--subset", type=Bounded(int, 2), default=1000, metavar="N", help="pictures in a subset of the kernel distance")
+    add("--subsets", type=COUNT, default=100, metavar="N", help="how many of them")
+    add("--neighbours", type=COUNT, default=3, metavar="N", help="of precision and recall")
+    add("--ball", type=COUNT, default=5, metavar="N", help="neighbours of density and coverage")
+    add("--splits", type=COUNT, default=10, metavar="N", help="of the Inception Score")
     add("--allow-few", action="store_true", help="Frechet distances of fewer pictures than dimensions")
     add("--cache", help="folder of the real pictures' features (default ~/.cache/ldm/features)")
     add_common(command)
@@ -297,7 +291,7 @@ def add_autoencoder(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--shards", required=True, help="real pictures: shards or a folder")
     add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
-    add("--size", type=int, help="pixels; default: the model's")
+    add("--size", type=COUNT, metavar="N", help="pixels; default: the model's")
     add("--space", action="append", default=[], help="of rFID: efficientnet-lite0, inception=FILE")
     add("--perceptual", action="append", default=[], choices=("efficientnet-lite0", "lpips"))
     add("--allow-few", action="store_true", help="rFID of fewer pictures than dimensions")
@@ -310,11 +304,9 @@ def add_prompts(command: argparse.ArgumentParser) -> None:
     add("--concepts", default="configs/evaluation/concepts64.yaml", help="YAML list of concepts")
     add("--styles", default="noto emoji,flat emoji", help="styles to prompt, separated by commas")
     add("--left-out", default="twemoji", help="the style whose real pictures are judged beside")
-    add("--n", type=int, default=2, help="pictures of each prompt")
-    add("--cfg", type=float, default=Settings.cfg)
-    add("--steps", type=int, default=Settings.steps)
-    add("--sampler", default=Settings.sampler)
-    add("--seed", type=int, default=0, help="picture i of all has the seed SEED + i")
+    add("--n", type=COUNT, default=2, metavar="N", help="pictures of each prompt")
+    add_fields(add, Settings, BRIEF)
+    add("--seed", type=NATURAL, default=0, metavar="N", help="picture i of all has the seed SEED + i")
     add("--grid", metavar="PNG", help="write the pictures, a row for each eight")
     add("--shards", required=True, help="real pictures")
     add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
@@ -324,13 +316,13 @@ def add_prompts(command: argparse.ArgumentParser) -> None:
 def add_likelihood(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--method", choices=["flow", "bound"], default="flow", help="the ODE's density, or DDPM's")
-    add("--count", type=int, default=8, help="pictures, from the first of the shards")
-    add("--seed", type=int, default=0, help="picture i of all has the seed SEED + i")
-    add("--probes", type=int, default=1, help="flow: of the trace's estimate")
-    add("--tolerance", type=float, default=1e-4, help="flow: of the solver, relative and absolute")
+    add("--count", type=COUNT, default=8, metavar="N", help="pictures, from the first of the shards")
+    add("--seed", type=NATURAL, default=0, metavar="N", help="picture i of all has the seed SEED + i")
+    add("--probes", type=COUNT, default=1, metavar="N", help="flow: of the trace's estimate")
+    add("--tolerance", type=Bounded(float, 0), default=1e-4, metavar="X", help="flow: of the solver, in either sense")
     add("--variance", choices=["posterior", "beta", "learned"], default="posterior", help="bound")
-    add("--strata", type=int, default=50, help="bound: 0 evaluates every step")
-    add("--draws", type=int, default=2, help="bound: evaluations in each stratum, or of each step")
+    add("--strata", type=NATURAL, default=50, metavar="N", help="bound: 0 evaluates every step")
+    add("--draws", type=COUNT, default=2, metavar="N", help="bound: evaluations in each stratum, or of each step")
     add("--shards", required=True, help="real pictures")
     add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
     add_common(command)
@@ -339,9 +331,8 @@ def add_likelihood(command: argparse.ArgumentParser) -> None:
 
 def add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="icons", help="shipped name, directory or file")
-    command.add_argument("--batch-size", type=int, default=16)
-    command.add_argument("--device", default="auto")
-    command.add_argument("--precision", default="auto")
+    command.add_argument("--batch-size", type=COUNT, default=16, metavar="N", help="pictures at once")
+    add_machine(command.add_argument)
     command.add_argument("--output", metavar="JSON", help="write figures and protocol")
 
 

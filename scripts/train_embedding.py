@@ -5,8 +5,7 @@ accelerate-launch scripts/train_embedding.py init=icons word='<mine>' begin_with
 
 from __future__ import annotations
 
-from ldm.script import run
-
+from ldm.errors import run
 from ldm.training.command import training_arguments
 
 

@@ -7,7 +7,6 @@ python scripts/txt2img.py --reproduce outputs/00000.png
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import warnings
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm import catalogue, errors, image_io, jobs, provenance
 from ldm.adapters.record import Adapter, parse_embedding, parse_lora
-from ldm.arguments import Parser
+from ldm.arguments import Parser, add_fields, add_machine, taken
 from ldm.errors import UserError
 from ldm.guides import check_paths, load_guides
 from ldm.jobs import Request, Settings
@@ -149,50 +148,20 @@ def adapters_of(given: Mapping[str, Any]) -> tuple[Adapter, ...]:
 
 def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     """The options that were given, and only they: defaults live in the library."""
-    defaults = Settings()
     about, _, examples = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        description=about,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    parser = Parser(description=about, epilog=examples)
     add = parser.add_argument_group("what to draw").add_argument
     add("--prompt", action="append", metavar="TEXT", help="may be given several times")
     add("--from-file", metavar="FILE", help="a prompt on each line; .jsonl and .csv: prompt, negative, seed")
     add("--negative", metavar="TEXT", help="what not to draw (default: nothing in particular)")
-    add("--n", type=int, help="pictures of each prompt (default 1)")
-    add("--seed", type=int, help="of the first picture; picture i has seed + i (default 0)")
-    add("--width", type=int, metavar="PX", help="default: what the model was trained at")
-    add("--height", type=int, metavar="PX", help="default: what the model was trained at")
+    add("--n", type=int, metavar="N", help="pictures of each prompt [1]")
+    add("--seed", type=int, metavar="N", help="of the first picture; picture i has seed + i [0]")
     add("--reproduce", metavar="FILE.png", help="draw this picture again, from the settings inside it")
 
     add = parser.add_argument_group("how to draw").add_argument
-    add("--cfg", type=float, metavar="SCALE", help=f"guidance; 1 is none (default {defaults.cfg})")
-    add("--cfg-rescale", type=float, metavar="SHARE", help="0 to 1, against over-exposure (default 0)")
-    add(
-        "--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at these sigmas only (default: all)"
-    )
-    add("--perp-negative", type=float, metavar="WEIGHT", help="the negative acts across the prompt only (try 1)")
-    add(
-        "--guide-model", metavar="MODEL", help="a worse model to steer away from, in the negative's place; scale: --cfg"
-    )
-    add("--classifier", metavar="FOLDER", help="of tools/train_noisy_classifier.py, to steer by")
-    add("--classifier-class", metavar="NAME", help="what to steer to, one that the classifier knows")
-    add("--classifier-scale", type=float, metavar="SCALE", help=f"default {defaults.classifier_scale:g}")
-    add("--threshold", metavar="KIND", help="static or dynamic: keep latents in their range at large guidance")
-    add("--threshold-bound", type=float, metavar="X", help="that range (default 4 deviations; pixel models 1)")
-    add(
-        "--steps", type=int, help=f"of the sampler (default {defaults.steps}); heun and dpm_2 take two evaluations each"
-    )
-    add("--sampler", metavar="NAME", help=f"as 'dpmpp_2m' or 'DPM++ 2M Karras' (default {defaults.sampler})")
-    add("--list-samplers", action="store_true", help="print the samplers and grids, a line each, and end")
-    add("--spacing", metavar="NAME", help=f"of the levels: {', '.join(catalogue.GRIDS)} (default trailing)")
-    add("--sigmas", type=float, nargs="+", metavar="SIGMA", help="the levels themselves, in place of spacing and steps")
-    add("--eta", type=float, help="share of fresh noise, for the samplers that take it; 0 is deterministic")
+    add_fields(add, Settings, [field.name for field in dataclasses.fields(Settings) if field.name != "options"])
     add("--option", dest="options", action="append", metavar="NAME=VALUE", help="of the sampler; --list-samplers")
-    add("--tile", type=int, metavar="PX", help="decode in tiles of this side: large pictures in less memory")
+    add("--list-samplers", action="store_const", const=True, help="print the samplers and grids, a line each, and end")
 
     add = parser.add_argument_group("with what, and where to").add_argument
     kinds = "ours, diffusers, Stable Diffusion's .safetensors or .ckpt"
@@ -201,17 +170,17 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add("--set", action="append", metavar="KEY=VALUE", help="what a foreign model does not say: parameterization=v")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="merged into the model; may be given several times")
     add("--embedding", action="append", metavar="FILE", help="a textual inversion, whose word prompts may then use")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
-    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), help="default auto: fp16 on a GPU, else fp32")
-    add("--attention", choices=("sdpa", "xformers"), help="default sdpa, torch's own; xformers: the extra, CUDA alone")
-    add("--batch-size", type=int, metavar="N", help="pictures drawn at once (default 4)")
-    add("--out", metavar="FOLDER", help="numbered on from what is there (default outputs)")
-    add("--grid", action="store_true", help="write all pictures on one sheet too")
+    add_machine(add, None, None)
+    add("--attention", choices=("sdpa", "xformers"), help="[sdpa], torch's own; xformers: the extra, CUDA alone")
+    add("--batch-size", type=int, metavar="N", help="pictures drawn at once [4]")
+    add("--out", metavar="FOLDER", help="numbered on from what is there [outputs]")
+    add("--grid", action="store_const", const=True, help="write all pictures on one sheet too")
     for word in sys.argv[1:] if words is None else words:  # it goes into the picture and onto the terminal
         if not word.isascii() and any("\ud800" <= letter <= "\udfff" for letter in word):
             raise UserError(f"the argument '{word[:100]}' is not UTF-8; check the terminal's encoding")
-    given = vars(parser.parse_args(words))
-    return {name: tuple(value) if name in ("cfg_interval", "sigmas") else value for name, value in given.items()}
+    arguments = parser.parse_args(words)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    return given | taken(arguments, Settings)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import Any  # noqa: E402
 import data_speed  # noqa: E402 (beside this file)
 import train_speed  # noqa: E402
 
-from ldm.arguments import Parser  # noqa: E402
+from ldm.arguments import COUNT, Parser  # noqa: E402
 from ldm.errors import UserError, run  # noqa: E402
 from ldm.files import atomic_write_text  # noqa: E402
 
@@ -39,9 +39,6 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "txt2img.py"
 
 def main() -> None:
     arguments = parse()
-    for name in ("runs", "steps", "batch", "side", "length", "threads", "rounds"):
-        if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
-            raise UserError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
     if arguments.command in ("trace", "loaded", "trained"):
         {"trace": trace, "loaded": loaded, "trained": train_speed.trained}[arguments.command](arguments)
         return
@@ -53,7 +50,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="start | unet | load | train | data")
 
     first = commands.add_parser("start", help="seconds from a fresh process to the first picture, and where they go")
@@ -61,26 +58,26 @@ def parse() -> argparse.Namespace:
     for command in (first, traced):
         command.add_argument("--model", default="icons", help="shipped name, directory or file")
         command.add_argument("--prompt", default="a red heart")
-        command.add_argument("--steps", type=int, default=30)
+        command.add_argument("--steps", type=COUNT, default=30)
         command.add_argument("--cfg", type=float, default=7.5)
-    first.add_argument("--runs", type=int, default=5, help="measured runs of each kind; one more goes before")
+    first.add_argument("--runs", type=COUNT, default=5, help="measured runs of each kind; one more goes before")
     traced.add_argument("--spawned", type=float, required=True)
     traced.add_argument("--out", required=True)
 
     network = commands.add_parser("unet", help="a training step and a guided sampling step of a configuration's U-Net")
     network.add_argument("--config", required=True, help="YAML of scripts/train_diffusion.py")
     network.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
-    network.add_argument("--side", type=int, default=16, help="of the latent")
-    network.add_argument("--length", type=int, default=32, help="of the context, tokens")
-    network.add_argument("--batch", type=int, default=32, help="samples of a training step")
-    network.add_argument("--pictures", type=int, default=1, help="of a sampling step; guidance doubles the batch")
+    network.add_argument("--side", type=COUNT, default=16, help="of the latent")
+    network.add_argument("--length", type=COUNT, default=32, help="of the context, tokens")
+    network.add_argument("--batch", type=COUNT, default=32, help="samples of a training step")
+    network.add_argument("--pictures", type=COUNT, default=1, help="of a sampling step; guidance doubles the batch")
     network.add_argument("--seconds", type=float, default=10.0, help="how long each is measured")
-    network.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    network.add_argument("--threads", type=COUNT, help="CPU threads; default: torch's choice")
 
     memory = commands.add_parser("load", help="peak memory and seconds of loading a model onto the CPU, and diffusers'")
     memory.add_argument("--model", help="a diffusers directory; default: v1's shapes in float16, random, made for this")
     memory.add_argument("--precision", nargs="+", choices=("fp32", "fp16"), default=["fp32", "fp16"])
-    memory.add_argument("--runs", type=int, default=3, help="fresh processes of each kind; the median counts")
+    memory.add_argument("--runs", type=COUNT, default=3, help="fresh processes of each kind; the median counts")
     one = commands.add_parser("loaded")  # what `load` runs in a process of its own
     one.add_argument("--model", required=True)
     one.add_argument("--precision", required=True)

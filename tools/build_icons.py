@@ -37,8 +37,8 @@ from icons.masters import Master, master, read_pack
 from icons.rasterise import render_all, thumbnail
 from icons.sources import NAMES, SOURCES
 
-from ldm.arguments import Parser
-from ldm.errors import UserError, run
+from ldm.arguments import COUNT, Parser
+from ldm.errors import UserError, instead, run
 from ldm.files import atomic_write_text
 
 HELD_OUT_PROMPTS = 1000
@@ -185,11 +185,9 @@ def _count(lost: dict[str, dict[str, int]], source: str, reason: str) -> None:
 
 def _arguments() -> argparse.Namespace:
     assert __doc__ is not None
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the set")
-    parser.add_argument(
-        "--work", type=Path, default=Path("data/icons-work"), help="cache of downloads and renders [%(default)s]"
-    )
+    parser.add_argument("--work", type=Path, default=Path("data/icons-work"), help="cache of downloads and renders")
     parser.add_argument(
         "--from-masters", type=Path, metavar="PACK", help="folder of a dense pack to build from instead"
     )
@@ -198,25 +196,21 @@ def _arguments() -> argparse.Namespace:
         type=int,
         choices=(1, 2, 3),
         default=2,
-        help="licences: 1 MIT, Apache-2.0, public domain; 2 and CC-BY; 3 and CC-BY-SA [%(default)s]",
+        help="licences: 1 MIT, Apache-2.0, public domain; 2 and CC-BY; 3 and CC-BY-SA",
     )
     parser.add_argument("--sources", help=f"only these, separated by commas: {', '.join(SOURCES)}")
-    parser.add_argument("--size", type=int, default=128, help="pixels on a side [%(default)s]; a pack keeps its own")
-    parser.add_argument(
-        "--draws", type=int, default=1, help="times each background, pair and tint is drawn [%(default)s]"
-    )
-    parser.add_argument("--limit", type=int, help="at most so many drawings of each source: to try a build quickly")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="[%(default)s]")
+    parser.add_argument("--size", type=COUNT, default=128, help="pixels on a side; a pack keeps its own")
+    parser.add_argument("--draws", type=COUNT, default=1, help="times each background, pair and tint is drawn")
+    parser.add_argument("--limit", type=COUNT, help="at most so many drawings of each source: to try a build quickly")
+    parser.add_argument("--processes", type=COUNT, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    if min(args.size, args.draws, args.processes, args.limit or 1) < 1:
-        parser.error("--size, --draws, --limit and --processes must be at least 1")
     args.sources = [key for key in args.sources.split(",") if key] if args.sources else None
     unknown = [key for key in args.sources or () if key not in SOURCES]
     if unknown:
-        parser.error(f"no source is called {unknown[0]}; there are {', '.join(SOURCES)}")
+        raise UserError(f"no source is called '{unknown[0]}'{instead(unknown[0], SOURCES)}; --help lists them")
     too_free = [key for key in args.sources or () if SOURCES[key].tier > args.tier]
     if too_free:
-        parser.error(
+        raise UserError(
             f"{too_free[0]} is of tier {SOURCES[too_free[0]].tier}; say --tier {SOURCES[too_free[0]].tier} as well"
         )
     return args

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ldm.arguments import Parser
+from ldm.arguments import NATURAL, Bounded, Parser
 from ldm.config import DataConfig
 from ldm.data.cache import Store
 from ldm.data.check import SetReport, check_shards, join, text
@@ -73,18 +73,15 @@ def draw(report: SetReport, path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("shards", nargs="+", help="files, globs, braces, URLs, as data.shards takes them")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one [%(default)s]")
+    parser.add_argument("--workers", type=NATURAL, default=os.cpu_count() or 1, help="processes; 0: this one")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the histograms")
     parser.add_argument("--index", action="store_true", help="write SHARD.index beside each shard that is a file")
     parser.add_argument("--allow-pipe", action="store_true", help="run commands (pipe:...) among the shards")
     parser.add_argument("--cache", default="", help="folder for copies of remote shards")
-    parser.add_argument("--cache-gb", type=float, default=50.0, help="10^9 bytes that they take [%(default)s]")
-    arguments = parser.parse_args()
-    if arguments.workers < 0:
-        parser.error("--workers must be at least 0")
-    return arguments
+    parser.add_argument("--cache-gb", type=Bounded(float, 0), default=50.0, help="10^9 bytes that they take")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -73,10 +73,10 @@ class Cast(Mapping[str, Tensor]):
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", help="shipped name, checkpoint directory or file, or hf:owner/name")
     parser.add_argument("output", type=Path, help="a directory, or a file if it ends in .safetensors")
-    parser.add_argument("--to", choices=FORMATS, default="native", help="the layout to write (default native)")
+    parser.add_argument("--to", choices=FORMATS, default="native", help="the layout to write")
     parser.add_argument("--precision", choices=PRECISIONS, default="keep", help="of the stored weights")
     parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of files with two sets")
     parser.add_argument("--vae", metavar="MODEL", help="take the autoencoder of this checkpoint")

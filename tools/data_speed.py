@@ -20,20 +20,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ldm.arguments import COUNT, NATURAL
+
 OURS, PLAIN, FOLDER = "ldm", "webdataset", "ImageFolder"
 
 
 def add_commands(commands: Any) -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="samples/s from tar to tensor, beside webdataset and ImageFolder")
-    data.add_argument("--pictures", type=int, default=2000, help="in all")
-    data.add_argument("--per-shard", type=int, default=250)
-    data.add_argument("--picture-side", type=int, default=320, help="shorter side of the JPEGs, pixels")
-    data.add_argument("--size", type=int, default=256, help="of the tensors, pixels")
-    data.add_argument("--batch", type=int, default=32)
-    data.add_argument("--batches", type=int, default=20, help="that are timed in each turn")
-    data.add_argument("--rounds", type=int, default=5)
-    data.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    data.add_argument("--seek", type=int, default=10_000, help="samples in the shard in which seeking is measured")
+    data.add_argument("--pictures", type=COUNT, default=2000, help="in all")
+    data.add_argument("--per-shard", type=COUNT, default=250)
+    data.add_argument("--picture-side", type=COUNT, default=320, help="shorter side of the JPEGs, pixels")
+    data.add_argument("--size", type=COUNT, default=256, help="of the tensors, pixels")
+    data.add_argument("--batch", type=COUNT, default=32)
+    data.add_argument("--batches", type=COUNT, default=20, help="that are timed in each turn")
+    data.add_argument("--rounds", type=COUNT, default=5)
+    data.add_argument("--workers", type=NATURAL, nargs="+", default=[0, 1, 2])
+    data.add_argument("--seek", type=NATURAL, default=10_000, help="samples in the shard in which seeking is measured")
     return data
 
 

@@ -21,7 +21,8 @@ from studies import guidance, interpolate, samplers, steps_table, toy
 from studies.subject import make_subject
 
 import ldm
-from ldm.device import choose_device
+from ldm.arguments import COUNT, Parser
+from ldm.device import PRECISIONS, choose_device
 from ldm.errors import UserError, run
 from ldm.metrics.crew import muster
 from ldm.metrics.figures import Measures
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     steps = commands.add_parser("steps-table", help="quality against eta and the number of DDIM steps")
     curves = commands.add_parser("samplers", help="quality against evaluations, for all samplers")
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
 
     for command, pictures in ((steps, f"{MANY}, on a GPU {MANY_ON_GPU}"), (curves, 200), (scales, 400)):
         default = pictures if isinstance(pictures, int) else None
-        command.add_argument("--pictures", type=int, default=default, help=f"in a cell (default {pictures})")
+        command.add_argument("--pictures", type=COUNT, default=default, help=f"in a cell (default {pictures})")
         command.add_argument(
             "--where", action="append", default=[], metavar="FIELD=VALUE,...", help=f"{WHERE_HELP} (default: {RECIPE})"
         )
@@ -63,7 +64,7 @@ def parse() -> argparse.Namespace:
             "--compile", action="store_true", help="torch.compile the U-Net: for long tables; the same up to rounding"
         )
     steps.add_argument(
-        "--pictures-of-long", type=int, help=f"in a cell of 1000 steps (default {FEW}, on a GPU {MANY_ON_GPU})"
+        "--pictures-of-long", type=COUNT, help=f"in a cell of 1000 steps (default {FEW}, on a GPU {MANY_ON_GPU})"
     )
     mixing.add_argument("--concepts", nargs=2, default=["red apple", "dog face"], help="the two pictures' names")
     mixing.add_argument("--style", default="noto emoji")
@@ -71,7 +72,7 @@ def parse() -> argparse.Namespace:
     for command in (steps, curves, scales, mixing):
         command.add_argument("--model", default="icons", help="shipped name, directory or file")
         command.add_argument("--shards", required=True, help="the real pictures that the model was trained on")
-        command.add_argument("--precision", default="auto")
+        command.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     for command in (steps, curves, scales, mixing, plane):
         command.add_argument("--output", required=True, help="folder of results")
         command.add_argument("--quick", action="store_true", help="a small one, of which the figures say little")

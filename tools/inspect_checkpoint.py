@@ -8,7 +8,6 @@ Nothing in the file is executed. The exit code is 1 if a network could not be lo
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections import Counter
@@ -30,7 +29,7 @@ LONG = 12  # entries; longer lists are counted
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", help="shipped name, checkpoint directory or file, or hf:owner/name")
     parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of files with two sets")
     arguments = parser.parse_args()

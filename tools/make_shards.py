@@ -36,7 +36,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.arguments import Parser
+from ldm.arguments import COUNT, NATURAL, Bounded, Parser
 from ldm.data import samples
 from ldm.data.shards import BadSample, Record
 from ldm.data.tables import rows
@@ -294,30 +294,19 @@ def _encoded(picture: Image.Image, options: Options) -> bytes:
 
 def _arguments() -> argparse.Namespace:
     assert __doc__ is not None
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("pictures", type=Path, help="folder of pictures")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--table", type=Path, help="CSV, TSV, JSONL or Parquet file with a row for each picture")
-    parser.add_argument("--image-column", default="image", help="column with the picture's path [%(default)s]")
-    parser.add_argument("--caption-column", default="caption", help="column with the caption [%(default)s]")
-    parser.add_argument("--size", type=int, default=0, help="reduce the shorter side to this; 0 keeps [%(default)s]")
-    parser.add_argument("--format", choices=("webp", "jpg", "png"), default="webp", help="[%(default)s]")
-    parser.add_argument("--quality", type=int, default=90, help="of webp and jpg, 1 to 100 [%(default)s]")
-    parser.add_argument("--per-shard", type=int, default=1000, help="pictures in a shard [%(default)s]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes [%(default)s]")
-    parser.add_argument("--holdout", type=float, default=0.0, help="share of pictures for val shards [%(default)s]")
-    args = parser.parse_args()
-    checks = {
-        "--size": args.size >= 0,
-        "--quality": 1 <= args.quality <= 100,
-        "--per-shard": args.per_shard >= 1,
-        "--workers": args.workers >= 1,
-        "--holdout": 0 <= args.holdout < 1,
-    }
-    for option, fine in checks.items():
-        if not fine:
-            parser.error(f"{option} is out of range")
-    return args
+    parser.add_argument("--image-column", default="image", help="column with the picture's path")
+    parser.add_argument("--caption-column", default="caption", help="column with the caption")
+    parser.add_argument("--size", type=NATURAL, default=0, help="reduce the shorter side to this; 0 keeps")
+    parser.add_argument("--format", choices=("webp", "jpg", "png"), default="webp")
+    parser.add_argument("--quality", type=Bounded(int, 1, 100), default=90, help="of webp and jpg, 1 to 100")
+    parser.add_argument("--per-shard", type=COUNT, default=1000, help="pictures in a shard")
+    parser.add_argument("--workers", type=COUNT, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--holdout", type=Bounded(float, 0, 0.99), default=0.0, help="share of pictures for val shards")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

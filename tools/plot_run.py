@@ -9,13 +9,12 @@ and states that were gone back to stand as dotted lines.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from ldm.arguments import Parser
+from ldm.arguments import COUNT, Parser
 from ldm.errors import UserError, run
 from ldm.files import atomic_write, read_text
 
@@ -23,14 +22,12 @@ USUAL = ("loss", "validation/loss", "validation/psnr", "l1", "images_per_s", "wa
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training")
     parser.add_argument("--keys", nargs="+", help="what to draw; 'levels' is the loss of all noise levels in one panel")
-    parser.add_argument("--smooth", type=int, default=1, help="mean over so many lines of the log")
+    parser.add_argument("--smooth", type=COUNT, default=1, help="mean over so many lines of the log")
     parser.add_argument("--output", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()
-    if arguments.smooth < 1:
-        raise UserError(f"--smooth is {arguments.smooth}; it must be at least 1")
     logs = {str(path): read_log(path) for path in arguments.runs}
     keys = arguments.keys or [key for key in USUAL if any(key in line for log in logs.values() for line in log)]
     keys += ["levels"] if not arguments.keys and any(map(_levels, logs.values())) else []

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.arguments import Parser
+from ldm.arguments import COUNT, Parser, add_machine
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import native
 from ldm.conditioning.clip import TextTower
@@ -129,7 +129,7 @@ def visible_gpus() -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML of scripts/train_diffusion.py to take settings from")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
     parser.add_argument("--autoencoder", help="checkpoint of the autoencoder (setting: autoencoder)")
@@ -137,19 +137,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shards", help="pictures with captions (setting: data.shards)")
     parser.add_argument("--where", action="append", metavar="FIELD=VALUE,...", help=f"{WHERE_HELP}; may be repeated")
     parser.add_argument("--output", help="folder of the latents (setting: latents)")
-    parser.add_argument("--size", type=int, help="pixels (setting: data.size)")
+    parser.add_argument("--size", type=COUNT, help="pixels (setting: data.size)")
     parser.add_argument("--flip", action="store_true", help="the mirrored pictures too (setting: data.flip)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures encoded at once")
-    parser.add_argument("--shard-samples", type=int, default=1024, help="an interrupted run goes on at a whole shard")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--precision", default="fp32", help="of the networks: fp32 (as in training), fp16, bf16")
-    parser.add_argument("--processes", type=int, default=1, help="that encode at a time [%(default)s]")
+    parser.add_argument("--batch", type=COUNT, default=64, help="pictures encoded at once")
+    parser.add_argument("--shard-samples", type=COUNT, default=1024, help="an interrupted run goes on at a whole shard")
+    add_machine(parser.add_argument, precision="fp32")  # as in training
+    parser.add_argument("--processes", type=COUNT, default=1, help="that encode at a time")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # which of them this is
     arguments = parser.parse_intermixed_args()
-    counts = {"batch": arguments.batch, "shard-samples": arguments.shard_samples, "processes": arguments.processes}
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"--{name} is {count}; it must be at least 1")
     if arguments.part is not None and not 0 <= arguments.part < arguments.processes:
         raise UserError(f"--part is {arguments.part}; of {arguments.processes} processes it is below that, from 0 on")
     return arguments

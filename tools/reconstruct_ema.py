@@ -7,10 +7,9 @@ The run must have had loop.ema_widths, as (0.05, 0.1), and loop.ema_snapshot_eve
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from ldm.arguments import Parser
+from ldm.arguments import NATURAL, POSITIVE, Parser
 from ldm.errors import UserError, run
 
 PLAYERS = {
@@ -20,10 +19,14 @@ PLAYERS = {
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="the output of a training that has finished")
-    parser.add_argument("--width", type=float, required=True, help="of the average, a share of the run: 0.01 to 0.25")
-    parser.add_argument("--step", type=int, default=0, help="as if the run had ended there; default: its last snapshot")
+    parser.add_argument(
+        "--width", type=POSITIVE, required=True, help="of the average, a share of the run: 0.01 to 0.25"
+    )
+    parser.add_argument(
+        "--step", type=NATURAL, default=0, help="as if the run had ended there; default: its last snapshot"
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory of the model to write")
     arguments = parser.parse_args()
 

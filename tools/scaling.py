@@ -9,11 +9,10 @@ formulas are the functions below, and each is a line of arithmetic. Replace the 
 
 from __future__ import annotations
 
-import argparse
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
-from ldm.arguments import Parser
+from ldm.arguments import Parser, add_fields, taken
 from ldm.errors import UserError, run
 
 DAY = 86_400.0  # seconds
@@ -170,10 +169,9 @@ def summary(inputs: Inputs) -> str:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Inputs):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=field.default)
-    inputs = replace(Inputs(), **vars(parser.parse_args()))
+    parser = Parser(description=__doc__)
+    add_fields(parser.add_argument, Inputs)
+    inputs = Inputs(**taken(parser.parse_args(), Inputs))
     for field in fields(Inputs):
         value = getattr(inputs, field.name)
         if value <= 0 and field.name not in ("overlap", "latency"):

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from ldm.arguments import Parser
+from ldm.arguments import COUNT, NATURAL, POSITIVE, Parser
 from ldm.errors import UserError, run
 from ldm.metrics.accuracy import prototypes, ranks
 from ldm.metrics.augment import Augmentation, augment
@@ -46,24 +46,20 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--shards", required=True, help="shards of real pictures with a name and a style in their json")
     parser.add_argument("--where", nargs="*", default=[], help=WHERE_HELP)
     parser.add_argument("--output", required=True, help="folder of the classifier")
     parser.add_argument("--concepts", help="YAML list of the concepts to learn; default: all with --pictures pictures")
-    parser.add_argument("--pictures", type=int, default=5, help="pictures a concept must have to be learnt")
+    parser.add_argument("--pictures", type=COUNT, default=5, help="pictures a concept must have to be learnt")
     parser.add_argument("--left-out", default="twemoji", help="the style it never sees")
-    parser.add_argument("--size", type=int, default=64, help="pixels")
-    parser.add_argument("--channels", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    for name in ("size", "channels", "steps", "batch", "pictures"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
-    return arguments
+    parser.add_argument("--size", type=COUNT, default=64, help="pixels")
+    parser.add_argument("--channels", type=COUNT, default=32)
+    parser.add_argument("--steps", type=COUNT, default=600)
+    parser.add_argument("--batch", type=COUNT, default=64)
+    parser.add_argument("--rate", type=POSITIVE, default=3e-3)
+    parser.add_argument("--seed", type=NATURAL, default=0)
+    return parser.parse_args()
 
 
 def choose(

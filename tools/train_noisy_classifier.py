@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.arguments import Parser
+from ldm.arguments import COUNT, NATURAL, POSITIVE, Parser
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import native
 from ldm.config import DataConfig
 from ldm.data.latent_writing import LatentSources
-from ldm.device import choose_device
+from ldm.device import DEVICES, choose_device
 from ldm.errors import UserError, run
 from ldm.guidance.latents import latent_probe
 from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, save_noisy_classifier
@@ -74,28 +74,25 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="the model to be guided, or a checkpoint of its autoencoder")
     parser.add_argument("--shards", required=True, help="shards of pictures with a class in their json")
     parser.add_argument("--where", nargs="*", default=[], help=WHERE_HELP)
     parser.add_argument("--output", required=True, help="folder of the classifier")
     parser.add_argument("--label", default="name", metavar="FIELD", help="json field with the class (default name)")
     parser.add_argument("--classes", help="YAML list of the classes to learn; default: all with --pictures pictures")
-    parser.add_argument("--pictures", type=int, default=5, help="pictures a class must have to be learnt")
-    parser.add_argument("--views", type=int, default=8, help="latents kept of each picture")
-    parser.add_argument("--size", type=int, default=0, help="pixels (default: what the model was trained at)")
+    parser.add_argument("--pictures", type=COUNT, default=5, help="pictures a class must have to be learnt")
+    parser.add_argument("--views", type=COUNT, default=8, help="latents kept of each picture")
+    parser.add_argument("--size", type=NATURAL, default=0, help="pixels (default: what the model was trained at)")
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--sigma-min", type=float, default=NoisyClassifierConfig.sigma_min, help="of the levels")
     parser.add_argument("--sigma-max", type=float, default=NoisyClassifierConfig.sigma_max, help="of the levels")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--steps", type=COUNT, default=2000)
+    parser.add_argument("--batch", type=COUNT, default=128)
+    parser.add_argument("--rate", type=POSITIVE, default=1e-3)
+    parser.add_argument("--seed", type=NATURAL, default=0)
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     arguments = parser.parse_args()
-    for name in ("pictures", "views", "steps", "batch"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
     if arguments.channels < 2 or arguments.channels % 2:
         raise UserError(f"--channels is {arguments.channels}; choose an even number")
     if not 0 < arguments.sigma_min < arguments.sigma_max < math.inf:

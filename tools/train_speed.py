@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ldm.arguments import COUNT
+
 WARM = 3  # steps that are not counted: the first ones allocate, compile and fill the optimizer's state
 
 
@@ -28,14 +30,14 @@ def add_commands(commands: Any) -> tuple[argparse.ArgumentParser, argparse.Argum
     for command in (speed, one):
         command.add_argument("--config", required=True, help="YAML of scripts/train_diffusion.py")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
-        command.add_argument("--side", type=int, default=16, help="of the latent")
-        command.add_argument("--length", type=int, default=32, help="of the context, tokens")
-        command.add_argument("--batch", type=int, default=8, help="samples of a training step")
-        command.add_argument("--threads", type=int, default=1, help="CPU threads")
+        command.add_argument("--side", type=COUNT, default=16, help="of the latent")
+        command.add_argument("--length", type=COUNT, default=32, help="of the context, tokens")
+        command.add_argument("--batch", type=COUNT, default=8, help="samples of a training step")
+        command.add_argument("--threads", type=COUNT, default=1, help="CPU threads")
         command.add_argument("--compile", action="store_true", help="torch.compile on both sides")
         command.add_argument("--device", default="cpu")
         command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of autocast")
-    speed.add_argument("--rounds", type=int, default=10, help="pairs of steps")
+    speed.add_argument("--rounds", type=COUNT, default=10, help="pairs of steps")
     one.add_argument("--by", choices=("ldm", "diffusers"), required=True)
     return speed, one
 

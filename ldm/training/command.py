@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ class TrainingArguments:
 
 def training_arguments(description: str | None) -> TrainingArguments:
     """`--config FILE [--resume auto] key=value ...` from the command line."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     parser.add_argument("--config", metavar="FILE", help="YAML of settings; see configs/")
     parser.add_argument("--resume", choices=["auto"], help="auto: go on from the output folder if it holds a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")

@@ -218,8 +218,8 @@ def test_bad_tables_and_folders_end_in_a_sentence(folder, tmp_path, monkeypatch)
     assert "no such file or folder" in refused(folder, "--table", tmp_path / "gone.csv")
     assert "has no pictures" in refused(none)
     assert "is not a folder" in refused(tmp_path / "nowhere")
-    assert "--holdout is out of range" in refused(folder, "--holdout", 1.5)
-    assert "invalid int value: 'many'" in refused(folder, "--size", "many")
+    assert "--holdout is 1.5; it must be between 0 and 0.99" in refused(folder, "--holdout", 1.5)
+    assert "--size is 'many'; it must be a whole number" in refused(folder, "--size", "many")
 
 
 def test_parquet_is_read(folder, tmp_path, monkeypatch):

@@ -95,8 +95,8 @@ def test_a_classifier_is_trained_and_judges_prompts(command, tiny_checkpoint, to
 
     for given, complaint in (
         (("--left-out", "flat emoji"), "was trained on the style 'flat emoji'"),
-        (("--seed", -5), "the first seed is -5"),
-        (("--n", 0), "0 pictures in batches of 16"),
+        (("--seed", -5), "--seed is -5; it must be at least 0"),
+        (("--n", 0), "--n is 0; it must be at least 1"),
         (("--steps", 0), "0 steps were asked for"),
     ):
         code, _, err = command(
@@ -114,7 +114,7 @@ def test_mistakes_end_in_one_sentence(command, toy, tmp_path):
         ("tools/train_classifier.py", (*words, "--steps", 0), "--steps is 0"),
         ("tools/train_classifier.py", (*words, "--where", "style"), "and got 'style'"),
         ("scripts/evaluate.py", ("autoencoder", *words, "--model", tmp_path / "none"), "no model"),
-        ("scripts/evaluate.py", ("autoencoder", *words, "--size", -3), "pictures of -3 pixels"),
+        ("scripts/evaluate.py", ("autoencoder", *words, "--size", -3), "--size is -3; it must be at least 1"),
         ("scripts/evaluate.py", ("autoencoder", *words, "--size", 8), "smaller than the window of SSIM"),
         ("scripts/evaluate.py", ("autoencoder", *words, "--size", 33), "multiples of 4"),
         ("scripts/evaluate.py", ("prompts", *words, "--classifier", tmp_path, "--concepts", concepts), "no classifier"),

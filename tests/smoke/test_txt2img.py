@@ -230,8 +230,8 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
     expected = {
         "did you mean 'ddim'": [*cat, "--sampler", "dim"],
         "0 steps": [*cat, "--steps", "0"],
-        "invalid int value: 'many'": [*cat, "--steps", "many"],
-        "unrecognized arguments: --sede": [*cat, "--sede", "3"],
+        "--steps is 'many'; it must be a whole number": [*cat, "--steps", "many"],
+        "unknown option '--sede'; did you mean '--seed'?": [*cat, "--sede", "3"],
         "one of the two": [],
         "'bad   byte' is not UTF-8": ["--prompt", "bad \udcff byte"],
         "the width is 400000 pixels": [*cat, "--width", "400000"],

@@ -162,7 +162,7 @@ def test_mistakes_end_in_one_sentence(tool, tmp_path):
         (("--part", -1), "--part is -1"),
         (("--text", tmp_path / "none"), "none"),
         (("--shards", tmp_path / "none.tar"), "no file matches"),
-        (("--precision", "int3"), "no precision 'int3'"),
+        (("--precision", "int3"), "--precision is 'int3'; there are auto, fp32, fp16, bf16"),
     ):
         code, _, err = tool(output, *words)
         assert code == 1, words

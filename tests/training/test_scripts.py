@@ -57,7 +57,7 @@ def test_an_unknown_key_in_a_process_of_its_own(tmp_path):
         (["loss.perceptual_net=vgg"], "there is no perceptual network 'vgg'"),
         (["model.kind=identity"], "the identity codec has nothing to train"),
         (["steps"], "'steps' is not of the form key=value"),
-        (["--resume", "never"], "invalid choice: 'never'"),
+        (["--resume", "never"], "--resume is 'never'; there are auto"),
     ],
 )
 def test_stage_one(words, said, tmp_path, monkeypatch, capsys):

@@ -10,19 +10,18 @@ things and skin tones. With --held-out: the names whose picture in exactly one o
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.arguments import Parser
 from ldm.data.shards import ShardReader, expand, index_shard
 from ldm.errors import UserError, run
 
 
 def main() -> None:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="masters/ of tools/build_icons.py, or a dense pack")
     parser.add_argument("--styles", required=True, help="styles, separated by commas")
     parser.add_argument("--held-out", action="store_true", help="what one style holds out and the others train")
