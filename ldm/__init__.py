@@ -18,9 +18,11 @@ Importing this costs nothing: the names below are fetched when they are first us
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing's own takes longer to import than all else that a script begins with
 if TYPE_CHECKING:
+    from typing import Any
+
     from ldm.errors import UserError
     from ldm.image_io import grid, read_metadata, save_png, to_pil
     from ldm.model import LatentDiffusion, load

@@ -133,7 +133,8 @@ class Bounded:
         value = self.kind(word)
         if not self.low <= value <= self.high:
             bounds = f"at least {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
-            raise argparse.ArgumentTypeError(f"it must be {bounds if self.low != SMALLEST else 'a finite number above 0'}")
+            bounds = "a finite number above 0" if self.low == SMALLEST else bounds
+            raise argparse.ArgumentTypeError(f"it must be {bounds}")
         return value
 
 

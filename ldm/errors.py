@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import sys
 from collections.abc import Callable, Iterable
 
 
@@ -35,21 +34,22 @@ def explain_os_error(error: OSError, doing: str) -> UserError:
         return UserError(f"the file-size limit was reached while {doing}; raise the limit or choose another folder")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"permission denied while {doing}; choose a folder you may write to")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return UserError(f"no such file or folder ({error.filename}) while {doing}; check the path")
+    file = error.filename2 or error.filename
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return UserError(f"there is a file where a folder is needed ({file}) while {doing}; choose another path")
+    if error.errno == errno.EISDIR:
+        return UserError(f"there is a folder where a file is needed ({file}) while {doing}; choose another path")
+    if error.errno == errno.ENOENT:
+        return UserError(f"no such file or folder ({file}) while {doing}; check the path")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"the name is too long while {doing}; choose a shorter one")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return UserError(f"too many files are open while {doing}; raise the limit by ulimit -n")
     return UserError(f"{error.strerror or error} while {doing}")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; user errors end in one sentence and exit code 1, Ctrl-C in 130."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted: what was finished before is on disk, nothing is half-written", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away: nothing to say and nobody to hear it
-        sys.exit(1)
+    """As in ldm.script, for tools that do not begin by it."""
+    from ldm import script
+
+    script.run(main)

@@ -14,6 +14,8 @@ may be started by accelerate-launch on several processes. docs/evaluation.md tel
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import argparse
 import sys
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import COUNT, NATURAL, Bounded, Parser, add_fields, add_machine, taken
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.jobs import Settings
 from ldm.options import WHERE_HELP, split_list, where_of
 

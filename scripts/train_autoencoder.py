@@ -5,7 +5,8 @@ accelerate-launch scripts/train_autoencoder.py --config configs/autoencoder/icon
 
 from __future__ import annotations
 
-from ldm.errors import run
+from ldm.script import run
+
 from ldm.training.command import training_arguments
 
 

@@ -5,7 +5,8 @@ accelerate-launch scripts/train_clip.py --config configs/clip/icons.yaml data.sh
 
 from __future__ import annotations
 
-from ldm.errors import run
+from ldm.script import run
+
 from ldm.training.command import training_arguments
 
 

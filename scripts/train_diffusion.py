@@ -7,7 +7,8 @@ accelerate-launch scripts/train_diffusion.py init=icons lora.rank=8 data.shards=
 
 from __future__ import annotations
 
-from ldm.errors import run
+from ldm.script import run
+
 from ldm.training.command import training_arguments
 
 

@@ -5,7 +5,8 @@ accelerate-launch scripts/train_embedding.py init=icons word='<mine>' begin_with
 
 from __future__ import annotations
 
-from ldm.errors import run
+from ldm.script import run
+
 from ldm.training.command import training_arguments
 
 

@@ -369,6 +369,6 @@ CORPUS: list[tuple[Callable[[Path], None], str]] = [
     (page, "neither safetensors nor torch's"),
     (pointer, "git lfs pull"),
     (pipe, "is not a file"),
-    (folder, "Is a directory"),
+    (folder, "a folder where a file is needed"),
     (control_codes, "not finite"),
 ]

@@ -1,0 +1,57 @@
+"""How a script begins and ends. Scripts and tools import this first of all, before anything that takes its time.
+
+Python turns Ctrl-C into an exception wherever the program is, and in the middle of an import that gets lost: who can do
+without a package takes any failure of its import for its absence (torch then goes on without half of numpy), and
+compiled code passes another error on. So an import is not interrupted here, it is the end of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from ldm.errors import UserError
+
+INTERRUPTED = "\ninterrupted: what was finished before is on disk, nothing is half-written\n"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            try:
+                os.write(2, INTERRUPTED.encode())
+            finally:
+                os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as of jobs in the background
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; user errors end in one sentence and exit code 1, Ctrl-C in 130."""
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        if _is_interrupt(error):
+            print(INTERRUPTED, end="", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        if isinstance(error, BrokenPipeError):
+            sys.stderr.close()  # the reader of our output went away: nothing to say and nobody to hear it
+            sys.exit(1)
+        raise
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what became of it: clearing up may fail where it came too early (argparse's does)."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None

@@ -1,0 +1,125 @@
+"""A script ends in one sentence: of a mistake, and of Ctrl-C, whenever that comes."""
+
+from __future__ import annotations
+
+from ldm.script import INTERRUPTED, run
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from ldm.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("no shard at x; check the path"), 1, "error: no shard at x; check the path\n"),
+        (KeyboardInterrupt(), 130, INTERRUPTED),
+    ],
+)
+def test_a_script_ends_in_one_sentence(capsys, error, code, said):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        run(main)
+    assert exit_.value.code == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_what_is_no_user_error_keeps_its_traceback():
+    def main() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(main)
+
+
+def test_what_becomes_of_ctrl_c_in_clearing_up_is_still_ctrl_c(capsys):
+    """As in argparse, whose clearing up after intermixed arguments fails if these were not begun."""
+
+    def main() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            _ = main.not_there  # type: ignore[attr-defined]
+
+    with pytest.raises(SystemExit) as exit_:
+        run(main)
+    assert exit_.value.code == 130 and capsys.readouterr().err == INTERRUPTED
+
+
+def heed_interrupts() -> None:
+    """Where the tests were started in the background, a shell has told them, and so their children, to ignore these."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def begin(*words: str | Path, folder: Path | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        preexec_fn=heed_interrupts,
+    )
+
+
+IMPORTS = """
+from ldm.script import run
+def main():
+    import optional
+    print("went on without it")
+run(main)
+"""
+SWALLOWS = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000): pass
+except BaseException:
+    pass
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_import_that_takes_ctrl_c_for_the_absence_of_a_package(tmp_path, ignored):
+    """Unless it is ignored, as by jobs that a script of a shell starts in the background."""
+    (tmp_path / "optional.py").write_text(SWALLOWS)
+    (tmp_path / "main.py").write_text(
+        f"import signal; signal.signal(2, signal.SIG_IGN)\n{IMPORTS}" if ignored else IMPORTS
+    )
+    out, err = (process := begin(tmp_path / "main.py")).communicate(timeout=60)
+    assert (process.returncode, out, err) == ((0, "went on without it\n", "") if ignored else (130, "", INTERRUPTED))
+
+
+FIRST_SECONDS = [
+    ("train_diffusion.py", "autoencoder=nowhere", "output=none", "data.shards=x.tar"),
+    ("txt2img.py", "--prompt", "a cat", "--steps", "9999"),
+    ("evaluate.py", "likelihood", "--shards", str(ROOT / "tests/fixtures/icons/val-0000.tar")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", FIRST_SECONDS, ids=lambda words: words[0])
+def test_ctrl_c_in_the_first_seconds(tmp_path, words: Sequence[str]):
+    """While torch is imported, for the most part. (What comes before a script's first line is Python's own.)"""
+    rng = random.Random(0)
+    for _ in range(6):
+        before = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import ldm.script"], check=True)
+        start = 2 * (time.monotonic() - before)
+        process = begin(ROOT / "scripts" / words[0], *words[1:], folder=tmp_path)
+        time.sleep(rng.uniform(start, max(2, 10 * start)))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (130, "", INTERRUPTED) or err.startswith("error: no such file")
