@@ -6,9 +6,11 @@ The popular user interfaces write a sampler and its grid in one name, as "DPM++ 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from ldm.errors import UserError
@@ -128,6 +130,20 @@ def check_options(sampler: str, options: Mapping[str, Value]) -> dict[str, Value
             what = {int: "a whole number", float: "a number", str: "a word"}[kind]
             raise UserError(f"the option {name} of {sampler} is '{value}'; it must be {what}") from None
     return made
+
+
+def check_levels(sigmas: Iterable[float]) -> list[float]:
+    """The levels of a grid (N + 1,), which are strictly decreasing, finite, and 0 or more. Raises UserError."""
+    levels = list(sigmas)
+    if len(levels) < 2:
+        raise UserError(f"the grid of sigmas has {len(levels)} levels; one step takes 2, such as 14.6, 0")
+    for sigma in levels:
+        if not 0 <= sigma < math.inf:
+            raise UserError(f"the grid of sigmas has {sigma:g}, which is negative or not finite; choose 0 or more")
+    for above, below in pairwise(levels):
+        if below >= above:
+            raise UserError(f"the grid of sigmas goes from {above:g} to {below:g}; each level must be below the last")
+    return levels
 
 
 def listing() -> str:

@@ -30,7 +30,8 @@ from ldm.guidance import (
     static_threshold,
 )
 from ldm.guides import Guides, load_guides
-from ldm.jobs import Request, Settings, batches
+from ldm.inputs import check_images, check_masks
+from ldm.jobs import Request, Settings, batches, real
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid, start, tail
 from ldm.sampling.step import solver_state
 
@@ -50,6 +51,8 @@ class Begin:
     `image`: (B, 3, H, W) in [-1, 1], one for each request, H and W divisible by f.
     `strength`: in (0, 1], the share of the grid's steps that are walked, from the picture noised to where they begin.
     `mask`: (B, 1, H, W) in [0, 1], 1 where the picture is drawn anew and 0 where it stays; None draws all of it.
+
+    Raises UserError for anything else; `inputs` makes these of all that may be given.
     """
 
     image: Tensor
@@ -57,14 +60,22 @@ class Begin:
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        wanted = (len(self.image), 1, *self.image.shape[2:])
-        if self.mask is not None and self.mask.shape != wanted:
-            raise UserError(f"the mask is {tuple(self.mask.shape)} and the picture asks for {wanted}; make it fit")
+        real(self.strength, "the strength")
+        check_images(self.image)
+        if self.mask is not None:
+            check_masks(self.mask, self.image)
 
-    def check(self, requests: int) -> None:
-        """Raise UserError unless there is one for each request."""
+    def check(self, requests: int, settings: Settings) -> None:
+        """Raise UserError unless there is one for each request, of the size that `settings` ask for, if they do."""
         if len(self.image) != requests:
             raise UserError(f"{len(self.image)} pictures to begin from were given for {requests} requests; match them")
+        height, width = self.image.shape[2:]
+        for name, asked, side in (("width", settings.width, width), ("height", settings.height, height)):
+            if asked not in (None, side):
+                raise UserError(
+                    f"settings.{name} is {asked}, and the picture to begin from is {width} x {height} pixels, which is "
+                    "the size of what is drawn; leave it out, or resize the picture"
+                )
 
     def rows(self, rows: slice) -> Begin:
         """Those of some of the pictures."""
@@ -87,11 +98,14 @@ def draw(
     Outside a mask the pixels are those of the given picture, untouched by the autoencoder.
     Raises UserError for settings that the model cannot follow, and for a picture that is not finite in float32 either.
     """
+    settings = settings.check()
     if begin is not None:
-        begin.check(len(requests))
-    drawn = []
-    guides = load_guides(model, settings.check())
-    for first, batch in zip(range(0, len(requests), batch_size), batches(requests, batch_size), strict=True):
+        begin.check(len(requests), settings)
+    parts = batches(requests, batch_size)
+    guides = load_guides(model, settings)
+    drawn: list[Tensor] = []
+    for batch in parts:
+        first = sum(map(len, drawn))
         own = None if begin is None else begin.rows(slice(first, first + len(batch)))
         last = deque(sample(model, batch, settings, guides, own), maxlen=1).pop()
         image = decode(model, last, settings.tile).cpu()
@@ -117,6 +131,8 @@ def sample(
     tower does not read (PromptCut).
     """
     settings = settings.check()
+    if begin is not None:
+        begin.check(len(requests), settings)
     shape = latent_shape(model, settings) if begin is None else model.codec.latent_shape(*begin.image.shape[2:])
     overlap = None if settings.tile is None else model.codec.overlap(settings.tile)  # refused before the first step
     sigmas = make_sigmas(model, settings)
@@ -128,7 +144,6 @@ def sample(
         with _memory_told(len(requests)):
             x = start(noise.initial(), model.law.schedule, sigmas)
     else:
-        begin.check(len(requests))
         sigmas = tail(sigmas, begin.strength)
         with torch.no_grad(), _memory_told(len(requests)):
             image = begin.image.to(model.device)
@@ -205,6 +220,8 @@ def decode(model: LatentDiffusion, step: Step, tile: int | None = None) -> Tenso
     Where the autoencoder overflows in half precision it runs once more in float32; raises UserError if that is not
     finite either, so that a broken picture is never passed on.
     """
+    if not isinstance(step, Step):
+        raise UserError(f"decode takes a step that sample yields, and got a {type(step).__name__}")
     with torch.no_grad(), _memory_told(len(step.x)):
         latent = finish(step.x, model.law.schedule, torch.tensor([step.sigma_next]))
         if tile is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,10 @@ class Settings:
 
     def check(self) -> Settings:
         """The same in the library's names and types; raises UserError for what no model could do."""
+        return self._typed()._named()
+
+    def _named(self) -> Settings:
+        """The same in the library's names, checked."""
         sampler, spelled, implied = catalogue.resolve(self.sampler)
         spacing = self.spacing or spelled or "trailing"
         if spacing not in catalogue.GRIDS:
@@ -72,8 +78,8 @@ class Settings:
         if self.eta is not None and "eta" in self.options:
             raise UserError(f"eta is {self.eta:g} and {self.options['eta']} among the sampler's options; say one")
         options = {**implied, **self.options, **({} if self.eta is None else {"eta": self.eta})}
-        if self.sigmas and not all(map(math.isfinite, self.sigmas)):
-            raise UserError(f"the list of sigmas has {self.sigmas}; choose finite numbers")
+        if self.sigmas:
+            catalogue.check_levels(self.sigmas)
         if self.steps < 1:
             raise UserError(f"{self.steps} steps were asked for; choose at least 1")
         if not math.isfinite(self.cfg):
@@ -97,13 +103,26 @@ class Settings:
             spacing=spacing,
             eta=None,
             options=catalogue.check_options(sampler, options),
-            steps=len(self.sigmas) - 1 if len(self.sigmas) > 1 else self.steps,
+            steps=len(self.sigmas) - 1 if self.sigmas else self.steps,
         )
 
     def but(self, cfg: float | None = None, steps: int | None = None, sampler: str | None = None) -> Settings:
         """The same with those of these that are not None."""
         given = {"cfg": cfg, "steps": steps, "sampler": sampler}
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    def _typed(self) -> Settings:
+        """The same in Python's own types (numpy's numbers are none for JSON); raises UserError for other things."""
+        convert = {"int": whole, "float": real, "str": _word, "tuple": _reals, "dict": _table}
+        given = {f.name: (getattr(self, f.name), str(f.type)) for f in dataclasses.fields(self)}
+        made = {
+            name: convert[kind.partition(" ")[0].partition("[")[0]](value, name)
+            for name, (value, kind) in given.items()
+            if value is not None or not kind.endswith("None")
+        }
+        if self.cfg_interval is not None and len(made["cfg_interval"]) != 2:
+            raise UserError(f"cfg_interval is {_shown(self.cfg_interval)}; give low and high in sigma")
+        return dataclasses.replace(self, **made)
 
     def _check_guides(self) -> None:
         weight, bound = self.perp_negative, self.threshold_bound
@@ -125,21 +144,95 @@ class Settings:
 
 def expand(requests: Sequence[Request], n: int) -> list[Request]:
     """`n` pictures of each request, on seeds seed, seed + 1, ...; raises UserError for a bad count, seed or text."""
-    if n < 1:
-        raise UserError(f"{n} pictures of each prompt were asked for; choose at least 1")
-    return [dataclasses.replace(request, seed=request.seed + i).check() for request in requests for i in range(n)]
+    return [
+        dataclasses.replace(request, seed=request.seed + i).check() for request in requests for i in range(_count(n))
+    ]
 
 
-def of_prompts(prompts: Sequence[str], negative: str = "", seed: int = 0, n: int = 1) -> list[Request]:
-    """`n` pictures of each prompt, prompt by prompt; picture i of them all has seed + i. Raises UserError."""
-    return expand([Request(prompt, negative, seed + n * i) for i, prompt in enumerate(prompts)], n)
+def of_prompts(
+    prompts: str | Iterable[str], negative: str | Iterable[str] = "", seed: int | Iterable[int] = 0, n: int = 1
+) -> list[Request]:
+    """`n` pictures of each prompt, prompt by prompt; one `negative` for all, or one for each prompt.
+
+    `seed`: one for each picture, or a number: picture i of them all then has seed + i. Raises UserError.
+    """
+    texts, n = _texts(prompts, "prompt"), _count(n)
+    negatives = [negative] * len(texts) if isinstance(negative, str) else _texts(negative, "negative prompt")
+    if len(negatives) != len(texts):
+        raise UserError(f"{len(negatives)} negative prompts were given for {len(texts)} prompts; give one for each")
+    count = n * len(texts)
+    if isinstance(seed, Iterable) and not isinstance(seed, str) and getattr(seed, "shape", None) != ():
+        seeds = [whole(one, "a seed") for one in seed]
+        if len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds were given for {count} pictures; give one for each, or a number")
+    else:
+        first = whole(seed, "the seed")
+        seeds = list(range(first, first + count))
+    return [Request(texts[i // n], negatives[i // n], one).check() for i, one in enumerate(seeds)]
 
 
 def batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
     """`requests` in order, `size` at a time; the last batch may be smaller. Raises UserError for a size below 1."""
-    if size < 1:
+    if whole(size, "the batch size") < 1:
         raise UserError(f"a batch of {size} pictures was asked for; choose at least 1")
     return (requests[i : i + size] for i in range(0, len(requests), size))
+
+
+def whole(value: Any, what: str) -> int:
+    """`value`, numpy's and torch's numbers too, as an int; raises UserError for what is no whole number."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError as error:
+        raise UserError(f"{what} is {_shown(value)}, which is not a whole number") from error
+
+
+def real(value: Any, what: str) -> float:
+    """`value` as Python's own number, an int or a float, which may be NaN; raises UserError for what is no number."""
+    number = value.item() if getattr(value, "shape", None) == () else value  # numpy's and torch's
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise UserError(f"{what} is {_shown(value)}, which is not a number")
+    return number
+
+
+def _word(value: Any, what: str) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{what} is {_shown(value)}, which is not a text")
+    return os.fspath(value)
+
+
+def _reals(value: Any, what: str) -> tuple[float, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise UserError(f"{what} is {_shown(value)}, which is not a list of numbers")
+    return tuple(real(one, f"a number of {what}") for one in value)
+
+
+def _table(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{what} is {_shown(value)}; give each by its name, as {{'eta': 1}}")
+    return dict(value)
+
+
+def _count(n: Any) -> int:
+    if whole(n, "n") < 1:
+        raise UserError(f"{n} pictures of each prompt were asked for; choose at least 1")
+    return whole(n, "n")
+
+
+def _texts(given: Any, what: str) -> list[str]:
+    """A text or several, as a list of one or more; raises UserError."""
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
+    if not isinstance(given, Iterable) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"the {what} is {_shown(given)}; give a text, or a list of texts")
+    if not texts:
+        raise UserError(f"an empty list of {what}s was given; give at least one")
+    return texts
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 # ---------------------------------------------------------------- prompt files

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ldm.checkpoints.record import Checkpoint
     from ldm.conditioning.clip import TextTower
     from ldm.diffusion import Law
+    from ldm.inputs import Picture
     from ldm.sampling import Step
     from ldm.unet.unet import UNet
 
@@ -110,68 +111,75 @@ class LatentDiffusion:
         self,
         prompt: str | Sequence[str],
         *,
-        negative: str = "",
+        negative: str | Sequence[str] = "",
         cfg: float | None = None,
         steps: int | None = None,
         sampler: str | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         n: int = 1,
         batch_size: int = 4,
         settings: Settings = Settings(),
     ) -> Tensor:
         """`n` pictures of each prompt, prompt by prompt: (B, 3, H, W), float32 in [-1, 1], on the CPU.
 
-        Picture i has seed + i, whatever the batch size. `settings` has everything else that there is to choose; `cfg`,
-        `steps` and `sampler` go before what it says of them. Raises UserError.
+        Picture i has seed + i, whatever the batch size; or a seed for each is given, and a negative for each prompt.
+        `settings` has everything else that there is to choose; `cfg`, `steps` and `sampler` go before what it says of
+        them. Raises UserError.
         """
         from ldm import generate
 
-        requests = of_prompts(_list(prompt), negative, seed, n)
+        requests = of_prompts(prompt, negative, seed, n)
         return generate.draw(self, requests, settings.but(cfg, steps, sampler), batch_size)
 
     def img2img(
         self,
-        image: Tensor,
+        image: Picture | Sequence[Picture],
         prompt: str | Sequence[str],
         *,
         strength: float = 0.75,
-        mask: Tensor | None = None,
-        negative: str = "",
+        mask: Picture | Sequence[Picture] | None = None,
+        negative: str | Sequence[str] = "",
         cfg: float | None = None,
         steps: int | None = None,
         sampler: str | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch_size: int = 4,
         settings: Settings = Settings(),
     ) -> Tensor:
-        """`image` (B, 3, H, W) in [-1, 1] drawn again after `prompt` (one, or B), on the CPU; as `txt2img` otherwise.
+        """`image` drawn again after `prompt`: (B, 3, H, W), float32 in [-1, 1], on the CPU; as `txt2img` otherwise.
 
+        `image` and `mask` may be tensors, (B, 3, H, W) in [-1, 1] and (B, 1, H, W) in [0, 1], paths, Pillow's pictures,
+        arrays of uint8, or lists of these (ldm/inputs.py). One prompt serves all pictures, one picture all prompts.
         `strength`: in (0, 1], the share of the steps that are walked: 0.75 keeps the composition, 1 hardly anything.
-        `mask`: (B, 1, H, W) in [0, 1]: draw anew where it is 1; where it is 0 the pixels stay as they are.
+        `mask`: draw anew where it is 1 (white); where it is 0 the pixels stay as they are. One serves all pictures.
         """
         from ldm import generate
+        from ldm.inputs import as_images, as_masks
 
-        prompts = [prompt] * len(image) if isinstance(prompt, str) else list(prompt)
-        begin = generate.Begin(image, strength, mask)
+        images = as_images(image)
+        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
         requests = of_prompts(prompts, negative, seed)
+        if len(images) == 1:
+            images = images.expand(len(requests), -1, -1, -1)
+        begin = generate.Begin(images, strength, None if mask is None else as_masks(mask, images))
         return generate.draw(self, requests, settings.but(cfg, steps, sampler), batch_size, begin)
 
     def sample(
         self,
         prompt: str | Sequence[str],
         *,
-        negative: str = "",
+        negative: str | Sequence[str] = "",
         cfg: float | None = None,
         steps: int | None = None,
         sampler: str | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         n: int = 1,
         settings: Settings = Settings(),
     ) -> Iterator[Step]:
         """What `txt2img` does, in one batch, step by step; `decode` shows one. Raises UserError at the first step."""
         from ldm import generate
 
-        return generate.sample(self, of_prompts(_list(prompt), negative, seed, n), settings.but(cfg, steps, sampler))
+        return generate.sample(self, of_prompts(prompt, negative, seed, n), settings.but(cfg, steps, sampler))
 
     def decode(self, step: Step, tile: int | None = None) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [-1, 1], of the state after `step`; `tile` is Settings'.
@@ -287,7 +295,3 @@ def find(model: str | Path) -> Path:
             f"there is no model '{model}': it is neither one that ships ({names}) nor a directory or file{remote}"
         )
     return path
-
-
-def _list(prompt: str | Sequence[str]) -> list[str]:
-    return [prompt] if isinstance(prompt, str) else list(prompt)

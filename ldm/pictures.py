@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from ldm.errors import UserError, explain_os_error
@@ -35,12 +34,13 @@ class BadPicture(Exception):
     """A picture that cannot be used; the message says why, as "the picture ..."."""
 
 
-def read(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture in a file (PNG, JPEG, WebP), upright and in RGB. Raises UserError."""
+def read(given: Image.Image | str | os.PathLike[str]) -> Image.Image:
+    """A picture's file (PNG, JPEG, WebP), or a picture that is open -> upright, in 8 bits, alpha kept. UserError."""
     try:
-        return rgb(decode(contents(path)))
+        return upright(given) if isinstance(given, Image.Image) else decode(contents(given))
     except BadPicture as error:
-        raise UserError(f"{path}: {error}; give a sound PNG, JPEG or WebP") from error
+        where = "" if isinstance(given, Image.Image) else f"{given}: "
+        raise UserError(f"{where}{error}; give a sound PNG, JPEG or WebP") from error
 
 
 def contents(path: str | os.PathLike[str]) -> bytes:
@@ -164,6 +164,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         raise BadPicture("the picture has floating-point pixels, whose range nobody knows; convert it to 8 bits")
     if not picture.mode.startswith("I"):
         return picture
+    import numpy as np
+
     levels = np.asarray(picture)
     if levels.min() < 0 or levels.max() >= 2**16:
         raise BadPicture(f"the picture has pixels from {levels.min()} to {levels.max()}; convert it to 8 bits")

@@ -157,7 +157,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for name, words in {
         "missing.png": "there is no picture",
         "a\0b": "there is no picture",
-        ".": "s a directory",
+        ".": "a folder",
         "empty.png": "does not decode",
         "text.png": "does not decode",
         "a.gif": "give a sound PNG, JPEG or WebP",

@@ -32,6 +32,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ldm.catalogue import check_levels
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 
@@ -101,18 +102,10 @@ def listed(schedule: Schedule, sigmas: Sequence[float]) -> Tensor:
 
     Raises UserError for anything else, and for a first level beyond the schedule's last, which no model knows.
     """
-    levels = torch.tensor(list(sigmas), dtype=torch.float64)
-    if len(levels) < 2:
-        raise UserError(f"the list of sigmas has {len(levels)} levels; one step takes 2, such as 14.6, 0")
-    if not bool(levels.isfinite().all()) or float(levels.min()) < 0:
-        raise UserError("the list of sigmas has a level that is negative or not finite; choose 0 or more")
-    for index in range(len(levels) - 1):
-        if levels[index + 1] >= levels[index]:
-            above, below = float(levels[index]), float(levels[index + 1])
-            raise UserError(f"the list of sigmas goes from {above:g} to {below:g}; each level must be below the last")
+    levels = torch.tensor(check_levels(sigmas), dtype=torch.float64)
     if levels[0] > schedule.sigma_max * (1 + 1e-6):  # a written number is rounded
         raise UserError(
-            f"the list of sigmas begins at {float(levels[0]):g}, but the model's noise schedule ends at "
+            f"the grid of sigmas begins at {float(levels[0]):g}, but the model's noise schedule ends at "
             f"{schedule.sigma_max:g}; begin there or below"
         )
     return levels

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ldm.catalogue import check_levels
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
@@ -68,8 +69,8 @@ def rates(schedule: Schedule, sigma: float) -> tuple[float, float]:
 
 def check_grid(schedule: Schedule, sigmas: Tensor) -> None:
     """Raise UserError for a grid that leaves the law's time; a step to 0 is none of its business."""
-    levels = sigmas[sigmas > 0]
-    first, last = float(levels[0]), float(levels[-1])
+    levels = [sigma for sigma in check_levels(map(float, sigmas)) if sigma > 0]
+    first, last = levels[0], levels[-1]
     low, high = schedule.sigma_min * (1 - 1e-9), schedule.sigma_max * (1 + 1e-9)
     if len(levels) > 1 and (first > high or last < low):
         raise UserError(

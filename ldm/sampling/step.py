@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ldm.catalogue import check_levels
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import Schedule
 
@@ -68,9 +69,12 @@ def flow(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
 
 
 def trajectory(x: Tensor, sigmas: Tensor, advance: Advance) -> Iterator[Step]:
-    """Every sampler's loop: `advance` over each interval of the grid, from `x` (B, C, h, w) at its first level."""
+    """Every sampler's loop: `advance` over each interval of the grid, from `x` (B, C, h, w) at its first level.
+
+    Raises UserError for a grid that is none.
+    """
+    levels = check_levels(map(float, sigmas))
     x = solver_state(x)
-    levels = [float(sigma) for sigma in sigmas]
     for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         x, x0 = advance(x, sigma, sigma_next)
         yield Step(index, len(levels) - 1, sigma, sigma_next, x, x0)

@@ -296,3 +296,19 @@ def test_nonsense_is_refused() -> None:
         with pytest.raises(UserError, match="rtol of ode"):
             ode(rtol=tolerance)
     assert largest_eta(torch.tensor([14.6, 0.0])) == math.inf
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_a_grid_that_does_not_go_down_is_refused(name: str) -> None:
+    x, noise = torch.zeros(1, *SHAPE), NoiseStream([0], SHAPE)
+    for levels in (
+        [1.0, 2.0, 0.0],
+        [2.0, 2.0, 0.0],
+        [2.0, 0.0, 1.0],
+        [2.0, math.nan],
+        [math.inf, 1.0],
+        [-1.0, 0.0],
+        [1.0],
+    ):
+        with pytest.raises(UserError, match="grid"):
+            list(BOUND[name](lambda x, sigma: x, x, torch.tensor(levels, dtype=torch.float64), noise))
