@@ -11,12 +11,16 @@ from pathlib import Path
 from ldm.errors import UserError, explain_os_error
 
 
+class Taken(Exception):
+    """There is a file of that name already."""
+
+
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, new: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; it becomes `path` when the block ends without error.
 
-    Raises UserError if the folder cannot be made or written, or the disk is full; the old file then stays
-    as it was and the temporary one is removed.
+    With `new` raises Taken if there is a file at `path` by then, whoever made it. Raises UserError if the folder cannot
+    be made or written, or the disk is full; the old file then stays as it was and the temporary one is removed.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -29,7 +33,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; a result is as readable as any other
-        os.replace(temporary, path)
+        if new:
+            _claim(path, temporary)
+        else:
+            os.replace(temporary, path)
     except OSError as error:
         raise explain_os_error(error, f"writing {path}") from error
     finally:
@@ -37,15 +44,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def atomic_write_bytes(path: str | Path, content: bytes) -> None:
+def atomic_write_bytes(path: str | Path, content: bytes, new: bool = False) -> None:
     """Write `content` to `path` atomically."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, new) as temporary:
         temporary.write_bytes(content)
 
 
-def atomic_write_text(path: str | Path, content: str) -> None:
+def atomic_write_text(path: str | Path, content: str, new: bool = False) -> None:
     """Write `content` to `path` atomically, as UTF-8."""
-    atomic_write_bytes(path, content.encode("utf-8"))
+    atomic_write_bytes(path, content.encode("utf-8"), new)
 
 
 def read_text(path: str | Path) -> str:
@@ -56,6 +63,20 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise explain_os_error(error, f"reading {path}") from error
+
+
+def _claim(path: Path, temporary: Path) -> None:
+    """Give a file a name that no other process has or gets, over a network too; raises Taken."""
+    try:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.replace(temporary, path)
+    except FileExistsError as error:
+        raise Taken(str(path)) from error
 
 
 def _umask() -> int:

@@ -5,8 +5,10 @@ A PNG carries two texts: "parameters", to be read by people in the usual viewers
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from ldm import pictures
 from ldm.errors import UserError, explain_os_error
-from ldm.files import atomic_write
+from ldm.files import Taken, atomic_write_bytes
 from ldm.plain import parse_json
 
 if TYPE_CHECKING:
@@ -42,13 +44,38 @@ def save_png(image: Tensor, path: str | Path, metadata: Mapping[str, Any] | None
     An infinite number in it is written as the word "inf" or "-inf", since JSON has none.
     Raises UserError for a picture that is not finite, and for a folder or disk that does not take it.
     """
-    picture = to_pil(image)
-    texts = PngInfo()
+    atomic_write_bytes(path, _png(image, metadata))
+
+
+def save_numbered(
+    image: Tensor,
+    folder: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    prefix: str = "",
+    first: int | None = None,
+) -> Path:
+    """As `save_png`, to `folder`/NNNNN.png behind a prefix; the path.
+
+    The number is the first that is free from `first` on (None: from above the highest of a picture there). Other
+    processes may write into the folder too: each name is given once.
+    """
+    content, number = _png(image, metadata), next_number(folder) if first is None else first
+    while True:
+        path = Path(folder) / f"{prefix}{number:05d}.png"
+        try:
+            atomic_write_bytes(path, content, new=True)
+            return path
+        except Taken:
+            number += 1
+
+
+def _png(image: Tensor, metadata: Mapping[str, Any] | None) -> bytes:
+    picture, texts, content = to_pil(image), PngInfo(), io.BytesIO()
     if metadata:
         texts.add_text("parameters", readable(metadata))
         texts.add_text("ldm", json.dumps(_finite(metadata), allow_nan=False))
-    with atomic_write(path) as temporary:
-        picture.save(temporary, "PNG", pnginfo=texts)
+    picture.save(content, "PNG", pnginfo=texts)
+    return content.getvalue()
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -126,8 +153,7 @@ def check_folder(folder: str | Path) -> None:
     """Make `folder` and a file in it, and remove the file; raises UserError now rather than after the work is done."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with atomic_write(Path(folder) / ".probe") as temporary:
-            temporary.write_bytes(b"\0")
-        (Path(folder) / ".probe").unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:  # of no name: others may be preparing the same folder
+            probe.write(b"\0")
     except OSError as error:
         raise explain_os_error(error, f"preparing the output folder {folder}") from error

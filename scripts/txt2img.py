@@ -7,6 +7,8 @@ python scripts/txt2img.py --reproduce outputs/00000.png
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import dataclasses
 import sys
 import warnings
@@ -14,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ldm import catalogue, errors, image_io, jobs, provenance
+from ldm import catalogue, image_io, jobs, provenance
 from ldm.adapters.record import Adapter, parse_embedding, parse_lora
 from ldm.arguments import Parser, add_fields, add_machine, taken
 from ldm.errors import UserError
@@ -89,26 +91,23 @@ def main() -> None:
         print(f"warning: {notice}", file=sys.stderr)
     warnings.simplefilter("ignore", generate.PromptCut)  # said above, once
 
-    first = image_io.next_number(folder)
-    sheet: list[tuple[torch.Tensor, Request]] = []
+    sheet: list[tuple[torch.Tensor, Request, Path]] = []
     with tqdm(total=len(batches) * settings.steps, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
         for batch in batches:
             last = watch(generate.sample(model, batch, settings, guides), bar)
             images = generate.decode(model, last, settings.tile).cpu()
             for index in range(len(batch)) if recipe is None else [recipe.index]:
-                path = folder / f"{image_io.next_number(folder):05d}.png"  # another run may be writing here too
                 record = provenance.record(model, settings, batch, index, guides.hashes)
-                image_io.save_png(images[index], path, record)
+                path = image_io.save_numbered(images[index], folder, record)
                 bar.write(f"{path}  seed {batch[index].seed}", file=sys.stdout)
                 sys.stdout.flush()
                 if "grid" in given:
-                    sheet.append((images[index], batch[index]))
+                    sheet.append((images[index], batch[index], path))
     if sheet:
-        path = folder / f"grid-{first:05d}.png"
-        pictures, requests = zip(*sheet, strict=True)
+        pictures, requests, paths = zip(*sheet, strict=True)
         record = provenance.record_sheet(model, settings, requests)
-        image_io.save_png(image_io.grid(torch.stack(pictures)), path, record)
-        print(path)
+        whole = image_io.grid(torch.stack(pictures))
+        print(image_io.save_numbered(whole, folder, record, "grid-", first=int(paths[0].stem)))
 
 
 def watch(steps: Iterator[Step], bar: tqdm[NoReturn]) -> Step:
@@ -184,4 +183,4 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import UserError
-from ldm.files import atomic_write, atomic_write_bytes, atomic_write_text, read_text
+from ldm.files import Taken, atomic_write, atomic_write_bytes, atomic_write_text, read_text
 
 
 def names(folder: Path) -> list[str]:
@@ -30,6 +30,25 @@ def test_nothing_is_at_the_path_before_the_block_ends(tmp_path):
         temporary.write_bytes(b"half")
         assert not path.exists() and temporary.parent == tmp_path
     assert path.read_bytes() == b"half"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_name_is_given_once(tmp_path, monkeypatch, links):
+    """On file systems without hard links too."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: os.open(tmp_path, os.O_WRONLY))  # some OSError
+    path = tmp_path / "file"
+    atomic_write_bytes(path, b"first", new=True)
+    with pytest.raises(Taken):
+        atomic_write_bytes(path, b"second", new=True)
+    assert path.read_bytes() == b"first" and names(tmp_path) == ["file"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask()
+
+
+def umask() -> int:
+    before = os.umask(0)
+    os.umask(before)
+    return before
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +91,7 @@ def test_pictures_without_our_settings(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "other.jpg")
     for path, words in [
         (tmp_path / "missing.png", "there is no picture"),
-        (tmp_path, "a folder"),
+        (tmp_path, "a folder where a file is needed"),
         (tmp_path / "text.png", "not a PNG"),
         (tmp_path / "torn.png", "not a PNG"),
         (tmp_path / "other.jpg", "not a PNG"),
@@ -131,6 +133,52 @@ def test_a_grid_without_columns_is_full_where_it_can_be():
         return (image_io.grid(torch.zeros(count, 3, 1, 1), gap=0)).shape[-1]
 
     assert [columns(n) for n in (1, 2, 3, 4, 6, 7, 8, 16, 32)] == [1, 2, 2, 2, 3, 3, 4, 4, 8]
+
+
+def in_processes(count: int, work: Callable[[int], None]) -> None:
+    """`work` in so many processes at once, each of which must come to its end."""
+    read, write = os.pipe()  # which all wait at, so that none is done before the last has begun
+    children = []
+    for number in range(count):
+        if child := os.fork():
+            children.append(child)
+            continue
+        try:
+            os.close(write)
+            os.read(read, 1)
+            work(number)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(write)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * count
+    os.close(read)
+
+
+def test_of_many_who_write_into_one_folder_none_loses_a_picture(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        image_io.check_folder(tmp_path)
+        for picture in range(20):
+            image = torch.full((3, 2, 2), (20 * number + picture) / 127.5 - 1)
+            image_io.save_numbered(image, tmp_path, {"seed": 20 * number + picture})
+        image_io.save_numbered(image, tmp_path, {"seed": number}, "grid-", first=0)
+
+    in_processes(4, work)
+    pictures, sheets = [sorted(tmp_path.glob(pattern)) for pattern in ("0*.png", "grid-*.png")]
+    assert len(list(tmp_path.iterdir())) == 84
+    assert [path.name for path in pictures] == [f"{i:05d}.png" for i in range(80)]
+    assert [path.name for path in sheets] == [f"grid-{i:05d}.png" for i in range(4)]
+    seeds = [image_io.read_metadata(path)["seed"] for path in pictures]
+    assert [np.array(Image.open(path))[0, 0, 0] for path in pictures] == seeds
+    for number in range(4):  # of each process all, in its own order
+        assert [seed for seed in seeds if seed // 20 == number] == [20 * number + picture for picture in range(20)]
+    assert sorted(image_io.read_metadata(path)["seed"] for path in sheets) == [0, 1, 2, 3]
+
+
+def test_a_sheet_that_is_left_over_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "grid-00000.png").write_bytes(b"old")
+    assert image_io.save_numbered(torch.zeros(3, 2, 2), tmp_path, prefix="grid-", first=0).name == "grid-00001.png"
+    assert (tmp_path / "grid-00000.png").read_bytes() == b"old"
 
 
 def test_numbers_go_on_from_the_highest(tmp_path: Path) -> None:

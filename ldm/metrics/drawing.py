@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from ldm import generate
 from ldm.errors import UserError
-from ldm.files import atomic_write_text, read_text
+from ldm.files import Taken, atomic_write_text, read_text
 from ldm.guides import load_guides
 from ldm.image_io import save_png
 from ldm.jobs import MAX_SEED, Request, Settings
@@ -119,8 +120,9 @@ def settle(path: Path, document: dict[str, Any]) -> None:
     """Write `document` to `path`, or see that it is what stands there; raises UserError if it is not, or is damaged."""
     wanted = json.loads(json.dumps(document))
     if not path.exists():
-        atomic_write_text(path, json.dumps(wanted, indent=1) + "\n")
-        return
+        with suppress(Taken):  # by another process, which may be about to draw otherwise
+            atomic_write_text(path, json.dumps(wanted, indent=1) + "\n", new=True)
+            return
     try:
         found = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:

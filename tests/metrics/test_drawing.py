@@ -1,6 +1,7 @@
 """Pictures that are drawn to be measured: by any number of processes, in any number of runs, the same bytes."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,13 @@ def test_damaged_files_beside_the_pictures_are_named(tiny_model, tmp_path):
         (tmp_path / "drawing.json").write_text(content)
         with pytest.raises(UserError, match=said):
             draw(tiny_model, one, tmp_path, Crew())
+
+
+def test_two_that_begin_at_once_agree_upon_how_it_is_drawn(tiny_model, tmp_path, monkeypatch):
+    draw(tiny_model, DRAWING, tmp_path, Crew())
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # the other one has written it meanwhile
+    with pytest.raises(UserError, match="what was made with another first_seed; choose another folder"):
+        draw(tiny_model, Drawing(CAPTIONS, DRAWING.settings, 1, seed=9, batch_size=2), tmp_path, Crew())
 
 
 def test_seeds_are_not_negative_and_have_63_bits():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import importlib.util
 import json
 import os
@@ -20,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm import errors, image_io
+from ldm import image_io
 from ldm.model import SHIPPED
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
@@ -37,7 +39,7 @@ class Cli:
         self.capsys.readouterr()
         code = 0
         try:
-            errors.run(self.script.main)
+            run(self.script.main)
         except SystemExit as end:
             code = int(end.code or 0)
         out, err = self.capsys.readouterr()
@@ -239,7 +241,7 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
         "a batch of 0": [*cat, "--batch-size", "0"],
         "there is no model": [*cat, "--model", str(tmp_path / "missing")],
         "preparing the output folder": [*cat, "--model", str(tmp_path), "--out", str(tmp_path / "file" / "out")],
-        "writing /proc/": [*cat, "--model", str(tmp_path), "--out", "/proc"],
+        "preparing the output folder /proc;": [*cat, "--model", str(tmp_path), "--out", "/proc"],
         "not UTF-8": ["--from-file", str(tmp_path / "latin.txt")],
         "line 2 is not valid JSON": ["--from-file", str(tmp_path / "bad.jsonl")],
         "carries no settings": ["--reproduce", str(tmp_path / "plain.png")],
