@@ -50,8 +50,47 @@ def test_prompt_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.csv", "Prompt,NEGATIVE, Seed\na cat,red,3\na dog,,\n"),
+        ("p.csv", "\ufeffprompt;negative;seed\r\na cat;red;3\r\na dog\r\n;;\r\n"),
+        ("p.CSV", '"prompt"\t"negative"\t"seed"\t\t\n"a cat"\tred\t3\t\t\na dog\t\t\t\t\n'),
+        ("p.tsv", "\nprompt\tnegative\tseed\na cat\tred\t3\na dog\n"),
+        ("p.csv", "sep=;\nprompt;seed;negative\na cat;3;red\na dog;;\n"),
+        ("p.json", '[{"Prompt": "a cat", "negative": "red", "seed": 3}, {"prompt": "a dog", "seed": null}]'),
+        ("p.json", '\ufeff[{"prompt": "a cat", "negative": "red", "seed": 3}, "a dog"]'),
+        ("p.jsonl", '{"PROMPT": "a cat", "negative": "red", "seed": "3"}\n{"prompt": "a dog", "negative": null}\n'),
+    ],
+)
+def test_one_list_of_prompts_in_the_forms_that_people_have(tmp_path: Path, name: str, text: str) -> None:
+    requests = jobs.read_prompts(write(tmp_path / name, text), "n", 5)
+    assert requests == [Request("a cat", "red", 3), Request("a dog", "n", 6)]
+
+
+def test_a_text_with_the_other_delimiters_stays_whole(tmp_path: Path) -> None:
+    table = 'prompt;seed\n"a cat; ""sitting"", one line\nand another";3\n'
+    (request,) = jobs.read_prompts(write(tmp_path / "p.csv", table))
+    assert request == Request('a cat; "sitting", one line\nand another', "", 3)
+    assert jobs.read_prompts(write(tmp_path / "q.csv", 'prompt\n"a cat, sitting"\n')) == [Request("a cat, sitting")]
+    assert jobs.read_prompts(write(tmp_path / "q.json", '["a", "b, c"]')) == [Request("a"), Request("b, c", "", 1)]
+    assert jobs.read_prompts(write(tmp_path / "r.json", '{"prompt": "a"}')) == [Request("a")]
+
+
+@pytest.mark.parametrize(
     ("name", "text", "words"),
     [
+        ("p.json", "[]", "no prompts"),
+        ("p.json", '["a", 3]', "entry 2 is not a JSON object"),
+        ("p.json", '["a", ', "p.json is not valid JSON"),
+        ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', "must end in .jsonl"),
+        ("p.json", "[" * 100_000, "p.json is not valid JSON"),
+        ("p.json", '{"a.png": "a cat"}', "unknown column 'a.png'"),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' is set twice"),
+        ("p.jsonl", '{"prompt": "a", "Prompt": "b"}', "line 1 has two columns 'prompt'"),
+        ("p.csv", "prompt,seed,prompt\na,1,b\n", "line 1 has two columns 'prompt'"),
+        ("p.csv", "prompt;seed\na cat; sitting;3\n", "line 2 has more cells"),
+        ("p.csv", "prompt\n", "no prompts"),
+        ("p.csv", "", "no prompts"),
         ("p.txt", "\n \n", "no prompts"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2"),
         ("p.jsonl", '"a"\n', "line 1"),
