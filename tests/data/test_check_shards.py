@@ -1,6 +1,5 @@
 """The report of a set of shards names what was put into it."""
 
-import runpy
 import sys
 from pathlib import Path
 
@@ -10,18 +9,21 @@ from PIL import Image
 from ldm.data.index import parse
 from ldm.errors import run
 
-from .shard_maker import picture, sample, write_tar
+from .shard_maker import make, picture, sample, write_tar
 
-TOOL = str(Path(__file__).parents[2] / "tools" / "check_shards.py")
+TOOL = Path(__file__).parents[2] / "tools" / "check_shards.py"
+sys.path.insert(0, str(TOOL.parent))
+
+import check_shards  # noqa: E402
 
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
     def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [TOOL, *map(str, words)])
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, words)])
         code = 0
         try:
-            run(runpy.run_path(TOOL)["main"])
+            run(check_shards.main)
         except SystemExit as end:
             code = int(end.code or 0)
         said = capsys.readouterr()
@@ -80,6 +82,23 @@ def test_what_is_wrong_is_counted_by_reason_and_named(tool, tmp_path):
     ):
         assert part in out
     assert "\x1b" not in out
+
+
+def test_splits_may_number_their_samples_alike_and_share_no_picture(tool, tmp_path):
+    (tmp_path / "p").mkdir()
+    for i in range(12):
+        (tmp_path / "p" / f"{i}.png").write_bytes(picture(i))
+        (tmp_path / "p" / f"{i}.txt").write_text("a thing")
+    make(tmp_path / "p", tmp_path / "out", "--holdout", 0.4, "--per-shard", 3, "--format", "png")
+    found = sorted(path.name for path in (tmp_path / "out").glob("*.tar"))
+    assert {"train-00000.tar", "train-00001.tar", "val-00000.tar"} <= set(found)
+    code, out, _ = tool(f"{tmp_path}/out/*.tar", "--workers", 0)
+    assert code == 0 and "no two samples have the same key" in out and "the same picture" in out
+    (tmp_path / "out" / "train-00009.tar").write_bytes((tmp_path / "out" / "train-00000.tar").read_bytes())
+    (tmp_path / "out" / "val-00009.tar").write_bytes((tmp_path / "out" / "train-00000.tar").read_bytes())
+    code, out, _ = tool(f"{tmp_path}/out/*.tar", "--workers", 0)
+    assert "duplicates  6 with the key of another" in out and "(train-00009.tar#0 = train-00000.tar#0" in out
+    assert "duplicates  6 with the picture of another" in out  # a picture of training among the held-out ones
 
 
 def test_nothing_that_can_be_used_is_an_error(tool, tmp_path):
