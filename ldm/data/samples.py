@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
 CAPTIONS = ("txt", "variants")
+NO_CAPTION = "no caption"
 HEAD = 2**16  # bytes in which a PNG's or JPEG's size is found, unless it has a large thumbnail before it
 
 
@@ -34,7 +35,7 @@ def fault(members: Members) -> str | None:
     if not any(members.get(name, (0, 0))[1] for name in PICTURES):
         return "no picture"
     if "json" not in members and not members.get("txt", (0, 0))[1]:
-        return "no caption"
+        return NO_CAPTION
     return None
 
 
@@ -44,9 +45,11 @@ def decode(record: Record, caption: str, rng: random.Random) -> Sample:
     `caption` is "txt" (the .txt, else the json's `caption`, else the first of its `captions`) or "variants" (one of
     the json's `captions`, drawn with `rng`; a sample without any falls back to "txt"). Raises BadSample.
     """
-    meta = _meta(record)
+    meta = read_meta(record)
     text = choose_caption(record, meta, caption, rng)
-    content = next(record.fields[name] for name in PICTURES if record.fields.get(name))
+    content = next((record.fields[name] for name in PICTURES if record.fields.get(name)), None)
+    if content is None:
+        raise BadSample("no picture")
     return Sample(decode_picture(content), text, record.key, meta)
 
 
@@ -91,7 +94,7 @@ def choose_caption(record: Record, meta: dict[str, Any], caption: str, rng: rand
     elif variants:
         text = variants[0]
     else:
-        raise BadSample("no caption")
+        raise BadSample(NO_CAPTION)
     if not text:
         raise BadSample("the caption is empty")
     if not _is_text(text):
@@ -117,7 +120,8 @@ def check_caption(caption: str) -> None:
         raise UserError(f"data.caption is '{caption}'; it must be one of {', '.join(CAPTIONS)}")
 
 
-def _meta(record: Record) -> dict[str, Any]:
+def read_meta(record: Record) -> dict[str, Any]:
+    """The sample's json, {} where it has none. Raises BadSample for anything but an object."""
     if "json" not in record.fields:
         return {}
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ class Against:
             if self.held_out:
                 self.measures.check_counts(space, count, len(self.held_out), held_out=True)
 
-    def figures(self, drawn: Source, size: int, crew: Crew, kept: Path | None = None) -> dict[str, float]:
-        """Those of `drawn`; all processes make features, the first one tells the figures (the others get none).
+    def measured(
+        self, drawn: Source, size: int, crew: Crew, kept: Path | None = None
+    ) -> tuple[dict[str, float], Source, Against]:
+        """The figures of `drawn`, and both sides without the pictures that did not decode.
 
-        `kept`: the folder of the features of `drawn`; None: beside those of the real sides. Raises UserError for sets
-        that are too small.
+        All processes make features, the first one tells the figures (the others get none). `kept`: the folder of the
+        features of `drawn`; None: beside those of the real sides. Raises UserError for sets that are too small.
         """
         sides = [(drawn, kept or self.cache), (self.real, self.cache)]
         sides += [(self.held_out, self.cache)] if self.held_out else []
@@ -54,7 +56,8 @@ class Against:
             if self.held_out:
                 found |= between(features[0], features[2], self.measures, held_out=True)
             found |= alone(features[0], drawn, self.measures)
-        return found
+        whole = [side.only(features.rows) for (side, _), features in zip(sides, made[0], strict=True)]
+        return found, whole[0], replace(self, real=whole[1], held_out=whole[2] if self.held_out else None)
 
     def protocol(self, drawn: Source, size: int, drawing: Mapping[str, Any] | None) -> dict[str, Any]:
         """All that the figures depend on beside the subject."""
@@ -87,7 +90,7 @@ def evaluate_model(
     against.check(drawing.count, all(drawing.captions))
     drawn = draw(model, drawing, folder, crew, against.bar)
     side = drawing.settings.width or model.config.image_size
-    figures = against.figures(drawn, side, crew, folder.parent / "features")
+    figures, drawn, against = against.measured(drawn, side, crew, folder.parent / "features")
     made = against.protocol(drawn, side, drawing.protocol(model))
     subject = {**protocol.subject_of(model, weights), "pictures": drawn.digest}
     sources = {"captions": drawing.captions_from, **against.sources()}
@@ -99,6 +102,7 @@ def evaluate_pictures(drawn: Source, size: int, against: Against, crew: Crew) ->
     if size < 1:
         raise UserError(f"pictures of {size} pixels were asked for; choose a --size of at least 1")
     against.check(len(drawn), drawn.captioned)
-    figures, made = against.figures(drawn, size, crew), against.protocol(drawn, size, None)
+    figures, drawn, against = against.measured(drawn, size, crew)
+    made = against.protocol(drawn, size, None)
     subject = {"name": drawn.name, "pictures": drawn.digest}
     return protocol.result(figures, subject, made, sources=against.sources())

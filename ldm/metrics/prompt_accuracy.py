@@ -47,6 +47,7 @@ def evaluate_prompts(
         raise UserError(f"the classifier was trained on the style '{left_out}'; name the one it left out")
     where = {"name": list(concepts), **where}
     pictures, real = read_pictures(shards, where, classifier.config.size), open_source(shards, "--shards", where)
+    real = real.only(real.images(0, len(real), size=1)[0])
     judge = Judge(classifier, pictures, concepts)
     prompts = make_prompts(pictures, concepts, styles)
     asked = [prompt for prompt in prompts for _ in range(n)]

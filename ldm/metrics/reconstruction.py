@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -23,6 +24,8 @@ from ldm.metrics.figures import space_of, table
 from ldm.metrics.moments import Moments
 from ldm.metrics.quality import WINDOW, psnr, ssim
 from ldm.metrics.sources import RESIZE, Source
+
+logger = logging.getLogger(__name__)
 
 PERCEPTUAL = {"efficientnet-lite0": "perceptual[efficientnet-lite0]", "lpips": "LPIPS[vgg]"}
 
@@ -64,9 +67,10 @@ def evaluate_autoencoder(
     sides = {space.name: (Moments.empty(space.width), Moments.empty(space.width)) for space in spaces}
     latents = Moments.empty(codec.latent_channels)
     sums: dict[str, float] = {}
-    count, furthest = 0, 0.0
+    kept: list[int] = []
+    furthest = 0.0
     for start in tqdm(range(0, len(source), batch_size), unit="batch", disable=not bar):
-        _, images = source.images(start, start + batch_size, size)
+        rows, images = source.images(start, start + batch_size, size)
         if not images:
             continue
         image = torch.stack(images)
@@ -81,10 +85,13 @@ def evaluate_autoencoder(
                 moments.update(space(side)[:, : space.width])
         latents.update(rearrange(latent.float(), "b c h w -> (b h w) c"))
         furthest = max(furthest, float(latent.abs().max()))
-        count += len(image)
-    if not count:
+        kept += rows
+    if not kept:
         raise UserError(f"none of the {len(source)} pictures of {source.name} can be decoded")
 
+    count = len(kept)
+    if count < len(source):
+        logger.warning("%d of the %d pictures of %s do not decode", len(source) - count, len(source), source.name)
     figures: dict[str, float] = {"pictures": count, **{key: value / count for key, value in sums.items()}}
     for space in spaces:
         key = "rFID" if space.name.startswith("inception") else "rFD"
@@ -99,7 +106,7 @@ def evaluate_autoencoder(
             "size": size,
             "resize": RESIZE,
             "precision": precision_name(dtype),
-            "pictures": source.protocol(),
+            "pictures": source.only(kept).protocol(),
             "perceptual": [_network(key, distance) for key, distance in distances.items()],
             "spaces": [space.protocol() for space in spaces],
         },

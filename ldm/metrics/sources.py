@@ -9,9 +9,9 @@ one agrees between libraries; Parmar et al. 2022).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,11 +19,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.data.samples import PICTURES, choose_caption, decode_picture
+from ldm.data.folders import Picture, caption_fields, find_pictures, read_file
+from ldm.data.samples import NO_CAPTION, PICTURES, choose_caption, decode_picture, read_meta
 from ldm.data.shards import BadSample, Members, Record, ShardReader, ShardSet, open_set
 from ldm.data.transforms import square, to_tensor
 from ldm.errors import UserError, explain_os_error
-from ldm.files import read_text
 from ldm.jobs import Request, read_prompts
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,10 @@ class Source:
                     raise explain_os_error(error, f"reading {place}") from error
         return kept, images
 
+    def only(self, rows: Sequence[int]) -> Source:
+        """The items of these numbers: those that decoded."""
+        return replace(self, items=tuple(self.items[row] for row in rows))
+
     def protocol(self) -> dict[str, object]:
         """What a figure must say of it."""
         filtered = {"where": {name: list(values) for name, values in self.where.items()}} if self.where else {}
@@ -84,24 +88,44 @@ class Source:
 
 
 def open_source(name: str, what: str, where: Mapping[str, Sequence[str]] | None = None) -> Source:
-    """The pictures of a folder (all below it; captions in .txt files beside them) or of tar shards.
+    """The pictures of a folder (all below it, with the captions beside them) or of tar shards.
 
-    `what` names the option in messages. Raises UserError for what is not there, or holds no pictures.
+    A picture that cannot be read is left out and one whose caption cannot be used has none, which is logged. `what`
+    names the option in messages. Raises UserError for what is not there, or holds no pictures.
     """
+    items, left_out, mute = [], Counter(), Counter()
+    shards = None
     if Path(name).is_dir():
         if where:
             raise UserError(f"{what} is a folder, whose pictures have no fields; give shards to choose by field")
-        paths = sorted(path for path in Path(name).rglob("*") if path.suffix.lower().lstrip(".") in PICTURES)
-        if not paths:
-            raise UserError(f"{what}: the folder {name} has no pictures ({', '.join(PICTURES)})")
-        return of_files(name, paths, [_beside(path) for path in paths])
-    shards = open_set(name, what, _fault, where)
-    items = []
-    with ShardReader(shards.shards, shards.store) as reader:
-        for shard, index in enumerate(shards.shards):
-            for number in range(len(index)):
-                record = reader.read(shard, number)
-                items.append(Item(_sha(_content(record)), _caption(record), (shard, number)))
+        found = find_pictures(Path(name), PICTURES)
+        left_out.update(reason for _, reason in found.left_out)
+        for picture in sorted(found.pictures, key=lambda picture: picture.path):
+            try:
+                content = read_file(picture.path)
+            except BadSample as error:
+                left_out[str(error)] += 1
+                continue
+            items.append(Item(_sha(content), _beside(picture, mute), picture.path))
+        if not items:
+            raise UserError(f"{what}: the folder {name} has no pictures ({', '.join([*PICTURES, *left_out])})")
+    else:
+        shards = open_set(name, what, _fault, where)
+        with ShardReader(shards.shards, shards.store) as reader:
+            for shard, index in enumerate(shards.shards):
+                for number in range(len(index)):
+                    try:
+                        record = reader.read(shard, number)
+                    except BadSample as error:
+                        left_out[str(error)] += 1
+                        continue
+                    items.append(Item(_sha(_content(record)), _caption(record, mute), (shard, number)))
+    for counts, words in (
+        (left_out, "%d entries of %s are left out: %s"),
+        (mute, "%d captions of %s are not used: %s"),
+    ):
+        for reason, count in counts.items():
+            logger.warning(words, count, name, reason)
     return Source(name, _ordered(items), where or {}, shards)
 
 
@@ -171,17 +195,22 @@ def _picture(reader: ShardReader, shard: int, number: int) -> bytes:
     return _content(reader.read(shard, number))
 
 
-def _caption(record: Record) -> str:
+def _caption(record: Record, mute: Counter[str]) -> str:
+    """ "" where there is none; why it cannot be used is counted in `mute`."""
     try:
-        meta = json.loads(record.fields.get("json", b"{}"))
-        return choose_caption(record, meta if isinstance(meta, dict) else {}, "txt", random.Random(0))
-    except (BadSample, ValueError, RecursionError):
+        return choose_caption(record, read_meta(record), "txt", random.Random(0))
+    except BadSample as error:
+        mute.update({str(error)} - {NO_CAPTION})
         return ""
 
 
-def _beside(path: Path) -> str:
-    text = path.with_suffix(".txt")
-    return " ".join(read_text(text).split()) if text.is_file() else ""
+def _beside(picture: Picture, mute: Counter[str]) -> str:
+    try:
+        record = Record(picture.path.name, "", caption_fields(picture.beside))
+    except BadSample as error:
+        mute[str(error)] += 1
+        return ""
+    return " ".join(_caption(record, mute).split())
 
 
 def _sha(content: bytes) -> str:

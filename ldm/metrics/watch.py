@@ -42,7 +42,7 @@ def watch(model: LatentDiffusion, config: FiguresConfig, data: DataConfig, sampl
     against.check(drawing.count, captioned=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        return against.figures(draw(model, drawing, folder / "pictures", crew), data.size, crew, folder)
+        return against.measured(draw(model, drawing, folder / "pictures", crew), data.size, crew, folder)[0]
 
 
 @functools.lru_cache(maxsize=1)

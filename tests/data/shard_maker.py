@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ldm.data.shards import ShardReader, index_shard
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
@@ -51,3 +55,30 @@ def text_shards(folder: Path, counts: Iterable[int]) -> str:
     for shard, count in enumerate(counts):
         write_tar(folder / f"{shard:03d}.tar", [(f"s{shard}-{i:04d}.txt", b"x") for i in range(count)])
     return str(folder / "*.tar")
+
+
+# ---------------------------------------------------------------- tools/make_shards.py, as people run it
+
+TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
+
+
+def command(pictures: Path, output: Path, *options: object) -> list[str]:
+    return [sys.executable, str(TOOL), str(pictures), "--output", str(output), "--workers", "1", *map(str, options)]
+
+
+def make(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*args), capture_output=True, text=True)  # type: ignore[arg-type]
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def records(output: Path, glob: str = "*.tar"):
+    indices = [index_shard(path) for path in sorted(output.glob(glob))]
+    reader = ShardReader(indices)
+    return [reader.read(shard, i) for shard, index in enumerate(indices) for i in range(len(index))]
+
+
+def left_out(output: Path) -> dict[str, list[str]]:
+    found = json.loads((output / "report.json").read_text())["left_out"]
+    return {reason: sorted(names) for reason, names in found.items()}

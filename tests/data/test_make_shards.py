@@ -18,30 +18,10 @@ from PIL import Image
 
 from ldm.config import DataConfig
 from ldm.data.loader import Loader
-from ldm.data.shards import ShardReader, index_shard
 from ldm.data.tables import rows
 from ldm.errors import UserError
 
-from .shard_maker import picture
-
-TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
-
-
-def command(pictures: Path, output: Path, *options: object) -> list[str]:
-    return [sys.executable, str(TOOL), str(pictures), "--output", str(output), "--workers", "1", *map(str, options)]
-
-
-def make(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*args), capture_output=True, text=True)  # type: ignore[arg-type]
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def records(output: Path, glob: str = "*.tar"):
-    indices = [index_shard(path) for path in sorted(output.glob(glob))]
-    reader = ShardReader(indices)
-    return [reader.read(shard, i) for shard, index in enumerate(indices) for i in range(len(index))]
+from .shard_maker import TOOL, command, make, picture, records
 
 
 def hashes(output: Path) -> dict[str, str]:
@@ -218,6 +198,9 @@ def test_bad_tables_and_folders_end_in_a_sentence(folder, tmp_path, monkeypatch)
     assert "no such file or folder" in refused(folder, "--table", tmp_path / "gone.csv")
     assert "has no pictures" in refused(none)
     assert "is not a folder" in refused(tmp_path / "nowhere")
+    assert "name it with --table" in refused(folder, "--caption-column", "text")
+    (none / ".cache").mkdir()
+    assert "has no pictures" in refused(none) and ".cache was not read: it is hidden" in refused(none)
     assert "--holdout is 1.5; it must be between 0 and 0.99" in refused(folder, "--holdout", 1.5)
     assert "--size is 'many'; it must be a whole number" in refused(folder, "--size", "many")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import ldm.metrics.features as features
 from ldm.errors import UserError
@@ -104,6 +105,28 @@ def test_a_model_is_measured_and_said_how(evaluate, words, tmp_path):
         "--compare", tmp_path / "a" / "figures.json", tmp_path / "b.json", "--besides", "drawing,held_out"
     )
     assert code == 0 and "difference" in out
+
+
+def test_what_does_not_decode_is_counted_nowhere(evaluate, tmp_path):
+    """Neither in what is printed nor in the protocol, whose hash is that of the same pictures without it."""
+    made = []
+    for name, content in (("whole", None), ("torn", b""), ("odd", b"no picture")):
+        for side, count in (("drawn", 6), ("real", 5)):
+            folder = tmp_path / name / side
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (40 * i, 9 * count, 0)).save(folder / f"{i}.png")
+            if content is not None:
+                (folder / "3b.png").write_bytes(content)
+                (folder / "3b.txt").write_bytes(b"gr\xfcn")
+        code, out, _ = evaluate(
+            "generation", "--pictures", tmp_path / name / "drawn", "--size", 8, "--reference", tmp_path / name / "real",
+            *SMALL, "--space", "toy", "--figures", "kernel", "--output", tmp_path / f"{name}.json",
+        )  # fmt: skip
+        assert code == 0 and "6 pictures against 5 real ones, 8 px" in out
+        document = json.loads((tmp_path / f"{name}.json").read_text())
+        made.append((document["figures"], document["protocol"], document["subject"]["pictures"]))
+    assert made[0] == made[1] == made[2]
 
 
 def test_a_sweep_draws_its_curves(evaluate, words, tmp_path):

@@ -57,6 +57,15 @@ def test_the_frechet_distance_of_decoded_pictures(colours):
     assert found["pictures"] == 30
 
 
+def test_what_does_not_decode_is_not_counted(colours, tmp_path, caplog):
+    paths = [item.place for item in colours[1].items]
+    (tmp_path / "torn.png").write_bytes(paths[0].read_bytes()[:40])
+    with_torn = of_files("colours", [*paths, tmp_path / "torn.png"], [""] * 31)
+    whole, found = (evaluate_autoencoder(Halved(), source, 12) for source in (colours[1], with_torn))
+    assert found["figures"] == whole["figures"] and found["protocol"]["pictures"] == whole["protocol"]["pictures"]
+    assert "1 of the 31 pictures of colours do not decode" in caplog.text
+
+
 def test_psnr_is_of_the_decoded_before_they_are_rounded(colours):
     x, source = colours
     error = np.square(x / 2 - 10.4).mean(1)

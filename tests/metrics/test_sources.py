@@ -57,6 +57,36 @@ def test_what_does_not_decode_is_left_out(tmp_path):
     assert {source.items[row].place.stem for row in rows} == {"p", "r"}
 
 
+def test_a_caption_that_cannot_be_read_stops_nothing(tmp_path, caplog):
+    folder = paint(tmp_path / "a", "pqrstu")
+    (folder / "p.txt").write_bytes("gr\u00fcn".encode("latin-1"))
+    (folder / "q.txt").unlink()
+    (folder / "q.json").write_text("{")
+    (folder / "r.txt").unlink()
+    (folder / "r.txt").mkdir()
+    (folder / "s.txt").rename(folder / "S.TXT")
+    (folder / "t.txt").rename(folder / "t.caption")
+    (folder / "u.txt").unlink()
+    (folder / "u.json").write_text('["one", "two"]')
+    found = {item.place.stem: item.caption for item in open_source(str(folder), "--pictures").items}
+    assert found == {"p": "", "q": "", "r": "", "s": "picture 3", "t": "picture 4", "u": "one"}
+    assert "1 captions of" in caplog.text and "not used: the caption is not UTF-8" in caplog.text
+
+
+def test_hidden_copies_are_no_pictures_and_what_cannot_be_read_is_left_out(tmp_path, caplog):
+    folder = paint(tmp_path / "a", "pq")
+    for hidden in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+        paint(folder / hidden, "z")
+    (folder / "._p.png").write_bytes(b"\0")
+    (folder / "gone.png").symlink_to("nowhere")
+    (folder / "round.png").symlink_to("round.png")
+    (folder / "again").symlink_to(folder)
+    source = open_source(str(folder), "--pictures")
+    assert [item.place.name for item in sorted(source.items, key=lambda item: item.place)] == ["p.png", "q.png"]
+    for words in ("it is hidden", "it cannot be read", "a link to a folder that is read already"):
+        assert words in caplog.text
+
+
 def test_shards_with_fields(tmp_path):
     shard = toy_shard(tmp_path / "toy.tar")
     everything = open_source(shard, "--reference")
