@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -46,10 +46,3 @@ def explain_os_error(error: OSError, doing: str) -> UserError:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return UserError(f"too many files are open while {doing}; raise the limit by ulimit -n")
     return UserError(f"{error.strerror or error} while {doing}")
-
-
-def run(main: Callable[[], None]) -> None:
-    """As in ldm.script, for tools that do not begin by it."""
-    from ldm import script
-
-    script.run(main)

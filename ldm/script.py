@@ -13,8 +13,6 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from ldm.errors import UserError
-
 INTERRUPTED = "\ninterrupted: what was finished before is on disk, nothing is half-written\n"
 
 
@@ -35,6 +33,8 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is 
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; user errors end in one sentence and exit code 1, Ctrl-C in 130."""
+    from ldm.errors import UserError  # not above: what is imported there goes before Ctrl-C is heeded
+
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import copy
 import dataclasses
 import runpy
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from ldm import generate, image_io, provenance
 from ldm.checkpoints.record import Checkpoint
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.guidance.latents import latent_probe
 from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, save_noisy_classifier
 from ldm.guides import load_guides

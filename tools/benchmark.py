@@ -15,6 +15,8 @@ import time
 
 BEGUN = time.time()  # before any other import, for the traced process
 
+from ldm.script import run  # noqa: E402
+
 import argparse  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -30,7 +32,7 @@ import data_speed  # noqa: E402 (beside this file)
 import train_speed  # noqa: E402
 
 from ldm.arguments import COUNT, Parser  # noqa: E402
-from ldm.errors import UserError, run  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
 from ldm.files import atomic_write_text  # noqa: E402
 
 PAGE = 4096  # bytes that a machine reads together

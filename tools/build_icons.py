@@ -18,6 +18,8 @@ OUTPUT.
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import argparse
 import hashlib
 import json
@@ -38,7 +40,7 @@ from icons.rasterise import render_all, thumbnail
 from icons.sources import NAMES, SOURCES
 
 from ldm.arguments import COUNT, Parser
-from ldm.errors import UserError, instead, run
+from ldm.errors import UserError, instead
 from ldm.files import atomic_write_text
 
 HELD_OUT_PROMPTS = 1000

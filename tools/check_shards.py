@@ -13,6 +13,8 @@ The exit code is 1 if anything is unusable, torn or bad.
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import argparse
 import hashlib
 import itertools
@@ -40,7 +42,7 @@ from ldm.data.records import BadSample, shown
 from ldm.data.shards import ShardReader
 from ldm.data.sources import base_name, expand_sources, is_file
 from ldm.data.tars import NotATar
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_bytes
 
 CAPTION_EDGES = (0, 10, 20, 40, 80, 160, 320, 640)  # characters; the last bin is open

@@ -8,6 +8,8 @@ python tools/convert_checkpoint.py stable-diffusion-2/ one.safetensors --to orig
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,7 +21,7 @@ from torch import Tensor
 from ldm.arguments import Parser
 from ldm.checkpoints import export, native
 from ldm.checkpoints.opening import WEIGHTS, open_checkpoint, parse_settings
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.model import find
 
 PRECISIONS = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -14,6 +14,8 @@ core is fastest. --quick is a small experiment that ends in a minute.
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import argparse
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from studies.subject import make_subject
 import ldm
 from ldm.arguments import COUNT, Parser
 from ldm.device import PRECISIONS, choose_device
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.metrics.crew import muster
 from ldm.metrics.figures import Measures
 from ldm.options import WHERE_HELP, where_of

@@ -8,6 +8,8 @@ Nothing in the file is executed. The exit code is 1 if a network could not be lo
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import hashlib
 import json
 from collections import Counter
@@ -21,7 +23,7 @@ from ldm.checkpoints.architectures import extra_channels, name_of
 from ldm.checkpoints.opening import WEIGHTS, open_checkpoint
 from ldm.checkpoints.record import Checkpoint
 from ldm.config import to_dict
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.model import find
 from ldm.plain import read_json
 

@@ -16,6 +16,8 @@ shard when it is called again; pictures or captions that were changed meanwhile 
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import argparse
 import hashlib
 import io
@@ -46,7 +48,7 @@ from ldm.data.records import BadSample, Record, shown
 from ldm.data.sources import first_line
 from ldm.data.tables import column_of, rows
 from ldm.data.writing import write_shard
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.files import atomic_write_text, read_text
 
 MANIFEST, REPORT = "shards.json", "report.json"

@@ -9,13 +9,15 @@ and states that were gone back to stand as dotted lines.
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from ldm.arguments import COUNT, Parser
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.files import atomic_write, read_text
 
 USUAL = ("loss", "validation/loss", "validation/psnr", "l1", "images_per_s", "waiting")  # panels unless told otherwise

@@ -17,6 +17,8 @@ on with the same N.
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import argparse
 import dataclasses
 import os
@@ -42,7 +44,7 @@ from ldm.data.latent_writing import (
 )
 from ldm.data.latents import MANIFEST, latent_fingerprint
 from ldm.device import choose_device, choose_precision, precision_name
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.options import WHERE_HELP, where_of
 
 

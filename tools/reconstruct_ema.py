@@ -7,10 +7,12 @@ The run must have had loop.ema_widths, as (0.05, 0.1), and loop.ema_snapshot_eve
 
 from __future__ import annotations
 
+from ldm.script import run
+
 from pathlib import Path
 
 from ldm.arguments import NATURAL, POSITIVE, Parser
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 
 PLAYERS = {
     "unet": ("unet", ""),

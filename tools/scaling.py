@@ -9,11 +9,13 @@ formulas are the functions below, and each is a line of arithmetic. Replace the 
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import math
 from dataclasses import dataclass, fields
 
 from ldm.arguments import Parser, add_fields, taken
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 
 DAY = 86_400.0  # seconds
 

@@ -10,6 +10,8 @@ another hand drew it than drew the styles that the shipped model learns, and it 
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import argparse
 import time
 from collections import Counter
@@ -19,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from ldm.arguments import COUNT, NATURAL, POSITIVE, Parser
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.metrics.accuracy import prototypes, ranks
 from ldm.metrics.augment import Augmentation, augment
 from ldm.metrics.classifier import Classifier, ClassifierConfig, save_classifier

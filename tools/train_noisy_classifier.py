@@ -10,6 +10,8 @@ held out, and at the end its class is guessed at several levels.
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import argparse
 import math
 import time
@@ -27,7 +29,7 @@ from ldm.checkpoints import native
 from ldm.config import DataConfig
 from ldm.data.latent_writing import LatentSources
 from ldm.device import DEVICES, choose_device
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.guidance.latents import latent_probe
 from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, save_noisy_classifier
 from ldm.metrics.augment import Augmentation, augment

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from unet.small import randomize
 
 import ldm
-from ldm import errors, image_io
+from ldm import image_io
+from ldm import script as scripts
 from ldm.adapters import use
 from ldm.adapters.low_rank import AdaptedUNet
 from ldm.adapters.record import Adapter, parse_lora
@@ -88,7 +89,7 @@ def test_the_script_writes_them_down_and_draws_again(
 
     def run(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["txt2img.py", *map(str, words), "--device", "cpu"])
-        errors.run(script.main)
+        scripts.run(script.main)
         return capsys.readouterr().err
 
     lora, word = files / "a.safetensors", files / "word.safetensors"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import importlib.util
 import json
 import resource
@@ -18,7 +20,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ldm
-from ldm import errors
 from ldm.checkpoints import native
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.reading import read_tensors
@@ -217,7 +218,7 @@ def test_the_script_says_it_and_ends(
     words = ["txt2img.py", "--prompt", "a cat", "--steps", "1", "--model", str(path), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as end:
-        errors.run(script.main)
+        run(script.main)
     out, err = capsys.readouterr()
     assert end.value.code == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert str(path) in err and (write is not hostile.not_a_number or "unet.conv_in.weight" in err)

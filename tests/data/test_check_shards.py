@@ -1,5 +1,7 @@
 """The report of a set of shards names what was put into it."""
 
+from ldm.script import run
+
 import sys
 from pathlib import Path
 
@@ -7,7 +9,6 @@ import pytest
 from PIL import Image
 
 from ldm.data.index import parse
-from ldm.errors import run
 
 from .shard_maker import make, picture, sample, write_tar
 

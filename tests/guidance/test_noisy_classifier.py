@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import copy
 import dataclasses
 import runpy
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
 from ldm.config import AutoencoderConfig
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 from ldm.guidance import classifier_guidance
 from ldm.guidance.latents import latent_probe, same_latents
 from ldm.guidance.noisy_classifier import (

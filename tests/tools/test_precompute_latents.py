@@ -1,5 +1,7 @@
 """What the tool writes is what encoding on the fly gives; it goes on where it stopped; it mixes no two models."""
 
+from ldm.script import run
+
 import runpy
 import sys
 from dataclasses import replace
@@ -14,7 +16,6 @@ from ldm.config import DataConfig
 from ldm.data.latents import LatentLoader, latent_fingerprint
 from ldm.data.loader import Loader
 from ldm.data.shards import expand
-from ldm.errors import run
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "precompute_latents.py")

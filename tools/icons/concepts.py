@@ -10,6 +10,8 @@ things and skin tones. With --held-out: the names whose picture in exactly one o
 
 from __future__ import annotations
 
+from ldm.script import run
+
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 from ldm.arguments import Parser
 from ldm.data.shards import ShardReader, expand, index_shard
-from ldm.errors import UserError, run
+from ldm.errors import UserError
 
 
 def main() -> None:
