@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .compose import a
 from .drawings import Drawing
 from .fetch import Unavailable
 
@@ -23,87 +24,43 @@ COUNT = 3000  # avatars of each style; pairs that differ in a detail alone go as
 _SCRIPT = Path(__file__).with_name("avatars.mjs")
 
 _HAIR_COLOURS = {
-    "black": "2c1b18",
-    "brown": "724133",
-    "blond": "e8c170",
-    "red": "c9442e",
-    "gray": "9a9a9a",
-    "white": "f0ede6",
-    "pink": "ec6fa8",
-    "blue": "3f7fe0",
-    "green": "3d9b56",
-    "purple": "8a4fd0",
-}
+    "black": "2c1b18", "brown": "724133", "blond": "e8c170", "red": "c9442e", "gray": "9a9a9a", "white": "f0ede6",
+    "pink": "ec6fa8", "blue": "3f7fe0", "green": "3d9b56", "purple": "8a4fd0",
+}  # fmt: skip
 _CLOTHES_COLOURS = {
-    "red": "dc2626",
-    "orange": "f97316",
-    "yellow": "facc15",
-    "green": "22a04b",
-    "blue": "2563eb",
-    "purple": "7e22ce",
-    "pink": "f48fb1",
-    "gray": "8a8a8a",
-    "black": "1c1c1c",
-    "white": "f4f4f4",
-}
+    "red": "dc2626", "orange": "f97316", "yellow": "facc15", "green": "22a04b", "blue": "2563eb", "purple": "7e22ce",
+    "pink": "f48fb1", "gray": "8a8a8a", "black": "1c1c1c", "white": "f4f4f4",
+}  # fmt: skip
 _BACKGROUNDS = {
-    "red": "ef9a9a",
-    "orange": "ffcc80",
-    "yellow": "fff59d",
-    "green": "a5d6a7",
-    "blue": "90caf9",
-    "purple": "ce93d8",
-    "pink": "f8bbd0",
-    "gray": "cfcfcf",
-    "white": "ffffff",
-}
+    "red": "ef9a9a", "orange": "ffcc80", "yellow": "fff59d", "green": "a5d6a7", "blue": "90caf9", "purple": "ce93d8",
+    "pink": "f8bbd0", "gray": "cfcfcf", "white": "ffffff",
+}  # fmt: skip
 
 _PERSONAS_HAIR = {  # "{}" takes the colour; cuts whose colour does not show (buzz cut, fade) are left out
-    "long": "with long {} hair",
-    "extraLong": "with very long {} hair",
-    "sideShave": "with side-shaved {} hair",
-    "shortCombover": "with short combed {} hair",
-    "curlyHighTop": "with a {} curly high top",
-    "bobCut": "with a {} bob cut",
-    "bobBangs": "with a {} bob with bangs",
-    "curly": "with curly {} hair",
-    "pigtails": "with {} pigtails",
-    "curlyBun": "with a {} curly bun",
-    "straightBun": "with a {} bun",
-    "mohawk": "with a {} mohawk",
-    "balding": "with balding {} hair",
-    "bald": "with a bald head",
-    "cap": "with a cap",
+    "long": "with long {} hair", "extraLong": "with very long {} hair", "sideShave": "with side-shaved {} hair",
+    "shortCombover": "with short combed {} hair", "curlyHighTop": "with a {} curly high top",
+    "bobCut": "with a {} bob cut", "bobBangs": "with a {} bob with bangs", "curly": "with curly {} hair",
+    "pigtails": "with {} pigtails", "curlyBun": "with a {} curly bun", "straightBun": "with a {} bun",
+    "mohawk": "with a {} mohawk", "balding": "with balding {} hair", "bald": "with a bald head", "cap": "with a cap",
     "beanie": "with a beanie",
-}
+}  # fmt: skip
 _PERSONAS_BEARD = {"walrus": "a walrus mustache", "goatee": "a goatee"}
 _PERSONAS_MOUTH = {
-    "smile": "smiling",
-    "bigSmile": "with a big smile",
-    "frown": "frowning",
-    "surprise": "surprised",
-    "smirk": "smirking",
-    "lips": "with full lips",
-    "pacifier": "with a pacifier",
-}
+    "smile": "smiling", "bigSmile": "with a big smile", "frown": "frowning", "surprise": "surprised",
+    "smirk": "smirking", "lips": "with full lips", "pacifier": "with a pacifier",
+}  # fmt: skip
 _PERSONAS_EYES = {"open": "", "happy": "", "glasses": " and glasses", "sunglasses": " and sunglasses"}
 
 _TOON_HAIR = {
-    "sideComed": "with side-combed {} hair",
-    "undercut": "with undercut {} hair",
-    "spiky": "with spiky {} hair",
+    "sideComed": "with side-combed {} hair", "undercut": "with undercut {} hair", "spiky": "with spiky {} hair",
     "bun": "with a {} bun",
-}
+}  # fmt: skip
 _TOON_BEARD = {"moustacheTwirl": "a twirled mustache", "fullBeard": "a full beard", "longBeard": "a long beard"}
 _TOON_MOUTH = {"laugh": "laughing", "angry": "angry", "agape": "mouth agape", "smile": "smiling", "sad": "sad"}
 _TOON_BROWS = {"angry": "angry", "sad": "sad"}
 _TOON_CLOTHES = {
-    "turtleNeck": "turtleneck",
-    "openJacket": "open jacket",
-    "dress": "dress",
-    "shirt": "shirt",
-    "tShirt": "t-shirt",
-}
+    "turtleNeck": "turtleneck", "openJacket": "open jacket", "dress": "dress", "shirt": "shirt", "tShirt": "t-shirt",
+}  # fmt: skip
 _TOON_SKIN = {"light": "f1c3a5", "medium": "b98e6a", "dark": "5c3829"}
 
 
@@ -155,8 +112,8 @@ def _persona(rng: random.Random) -> Person:
         "backgroundColor": [_BACKGROUNDS[ground]],
     }
     looks = _PERSONAS_HAIR[hair].format(colour) + (f" and {_PERSONAS_BEARD[beard]}" if beard else "")
-    wearing = f"wearing {_a(shirt)} shirt{_PERSONAS_EYES[eyes]}"
-    return options, f"a person {_agree(looks)} {wearing}, {_PERSONAS_MOUTH[mouth]}", f"on {_a(ground)} background"
+    wearing = f"wearing {a(shirt)} shirt{_PERSONAS_EYES[eyes]}"
+    return options, f"a person {_agree(looks)} {wearing}, {_PERSONAS_MOUTH[mouth]}", f"on {a(ground)} background"
 
 
 def _toon(rng: random.Random) -> Person:
@@ -179,15 +136,11 @@ def _toon(rng: random.Random) -> Person:
         "backgroundColor": [_BACKGROUNDS[ground]],
     }
     looks = _TOON_HAIR[hair].format(colour) + (f" and {_TOON_BEARD[beard]}" if beard else "")
-    person = f"a person {_agree(looks)} wearing {_a(shirt)} {_TOON_CLOTHES[clothes]}, {_TOON_MOUTH[mouth]}"
-    return options, f"{person}, {skin} skin tone", f"on {_a(ground)} background"
+    person = f"a person {_agree(looks)} wearing {a(shirt)} {_TOON_CLOTHES[clothes]}, {_TOON_MOUTH[mouth]}"
+    return options, f"{person}, {skin} skin tone", f"on {a(ground)} background"
 
 
 _PEOPLE = {"personas": _persona, "toon-head": _toon}
-
-
-def _a(colour: str) -> str:
-    return f"an {colour}" if colour[0] in "aeiou" else f"a {colour}"
 
 
 def _agree(looks: str) -> str:

@@ -1,5 +1,5 @@
 """Masters -> baked RGB samples: each sprite plain on white (silhouettes tinted), object sprites also on coloured
-backgrounds and in pairs, as ldm.data.compose draws them.
+backgrounds and in pairs, as compose.py draws them.
 
 What is drawn for a sample depends on that sample alone: its generator is seeded with the sprite's source and id, the
 kind and the number of the draw. In training shards some combinations never occur, so that they can be asked for in
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ldm.data.compose import BACKGROUNDS, RELATIONS, Composition, Sprite, on_background, pair, plain, tint
-
 from .captions import with_article
+from .compose import BACKGROUNDS, RELATIONS, Composition, Sprite, a, on_background, pair, plain, tint
 from .filters import concept
 from .masters import Master
 from .rasterise import lossless_webp
@@ -118,7 +117,7 @@ def held_out_prompts(masters: Iterable[Master], count: int) -> list[str]:
     """Up to `count` captions that no training sample has: objects of training on backgrounds and in pairs held out."""
     things = {(one.style, one.name): one for one in masters if one.object and one.split == "train"}
     prompts = {
-        f"{with_article(one.name)} on a{'n' if colour == 'orange' else ''} {colour} background, {one.style}"
+        f"{with_article(one.name)} on {a(colour)} background, {one.style}"
         for one in things.values()
         for colour in BACKGROUNDS
         if held_out(one.name, colour)

@@ -13,7 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .words import words
+
+def words(text: str) -> frozenset[str]:
+    """A list of words that is written as prose."""
+    return frozenset(text.split())
+
 
 TONES = ("medium-light", "medium-dark", "light", "medium", "dark")
 _TONE_MODIFIERS = frozenset(range(0x1F3FB, 0x1F400))

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
+from .captions import words
 from .drawings import Drawing, fit
-from .words import words
 
 FOLDER = Path("usr/share/openclipart/svg")
 _LEFT_OUT = words(  # flags, maps, signs, ornaments, screen themes; people/ holds traced photographs of persons

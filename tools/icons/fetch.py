@@ -12,11 +12,12 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ldm.errors import explain_os_error
 
-Fetch = Callable[[str, str, Path], Path]  # name, version, work folder -> folder of the package's files
+Fetch = Callable[[str, str, Path], Path]  # name, version, empty folder -> the folder below it with the package's files
 
 _TIMEOUT = 900  # seconds for one package
 
@@ -39,20 +40,17 @@ class Packages:
     def __init__(self, work: Path) -> None:
         self.missing: dict[str, str] = {}
         self._work = work.resolve()
-        self._offline: dict[Fetch, str] = {}
+        self._offline: dict[Fetch, Offline] = {}
 
     def get(self, fetch: Fetch, name: str, version: str) -> Path | None:
         """The package's folder, or None. `fetch` is npm_package or debian_package."""
-        folder = _folder(self._work, name, version)
-        if folder.is_dir():
-            return folder
-        if fetch in self._offline:
-            self.missing[name] = self._offline[fetch]
-            return None
+        folder = self._work / "packages" / re.sub(r"[^\w.+-]", "_", f"{name}-{version}")
         try:
-            return fetch(name, version, self._work)
+            if not folder.is_dir() and fetch in self._offline:
+                raise self._offline[fetch]
+            return folder if folder.is_dir() else _unpack(folder, partial(fetch, name, version))
         except Offline as error:
-            self._offline[fetch] = str(error)
+            self._offline[fetch] = error
             self.missing[name] = str(error)
         except Unavailable as error:
             self.missing[name] = str(error)
@@ -66,49 +64,35 @@ class Packages:
         return "; ".join(f"{', '.join(packages)} ({reason})" for reason, packages in reasons.items())
 
 
-def npm_package(name: str, version: str, work: Path) -> Path:
-    """The folder of an npm package's files, fetched if it is not in `work` yet. Raises Unavailable."""
-
-    def fetch(into: Path) -> Path:
-        npm = shutil.which("npm")
-        if npm is None:
-            raise Offline("npm is not installed")
-        command = [npm, "pack", f"{name}@{version}", "--pack-destination", str(into), "--fetch-retries=1"]
-        _run([*command, "--loglevel=error"], into)
-        archives = sorted(into.glob("*.tgz"))
-        if len(archives) != 1:
-            raise Unavailable("npm packed nothing")
-        with tarfile.open(archives[0]) as archive:
-            archive.extractall(into / "files", filter="data")
-        return into / "files" / "package"
-
-    return _once(_folder(work, name, version), fetch)
+def npm_package(name: str, version: str, into: Path) -> Path:
+    """An npm package. Raises Unavailable."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise Offline("npm is not installed")
+    command = [npm, "pack", f"{name}@{version}", "--pack-destination", str(into), "--fetch-retries=1"]
+    _run([*command, "--loglevel=error"], into)
+    archives = sorted(into.glob("*.tgz"))
+    if len(archives) != 1:
+        raise Unavailable("npm packed nothing")
+    with tarfile.open(archives[0]) as archive:
+        archive.extractall(into / "files", filter="data")
+    return into / "files" / "package"
 
 
-def debian_package(name: str, version: str, work: Path) -> Path:
-    """The folder of a Debian package's files, fetched if it is not in `work` yet. Raises Unavailable."""
-
-    def fetch(into: Path) -> Path:
-        if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-            raise Unavailable("there is no apt-get and dpkg on this machine")
-        _run(["apt-get", "download", f"{name}={version}"], into)
-        archives = sorted(into.glob("*.deb"))
-        if len(archives) != 1:
-            raise Unavailable("apt-get downloaded nothing")
-        _run(["dpkg", "-x", archives[0].name, "files"], into)
-        return into / "files"
-
-    return _once(_folder(work, name, version), fetch)
+def debian_package(name: str, version: str, into: Path) -> Path:
+    """A Debian package. Raises Unavailable."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        raise Unavailable("there is no apt-get and dpkg on this machine")
+    _run(["apt-get", "download", f"{name}={version}"], into)
+    archives = sorted(into.glob("*.deb"))
+    if len(archives) != 1:
+        raise Unavailable("apt-get downloaded nothing")
+    _run(["dpkg", "-x", archives[0].name, "files"], into)
+    return into / "files"
 
 
-def _folder(work: Path, name: str, version: str) -> Path:
-    return work / "packages" / re.sub(r"[^\w.+-]", "_", f"{name}-{version}")
-
-
-def _once(target: Path, fetch: Callable[[Path], Path]) -> Path:
-    """`fetch(temporary folder)` gives a folder below it; it becomes `target`, whole or not at all."""
-    if target.is_dir():
-        return target
+def _unpack(target: Path, fetch: Callable[[Path], Path]) -> Path:
+    """What is fetched into a temporary folder becomes `target`, whole or not at all."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:

@@ -12,8 +12,7 @@ import re
 
 import numpy as np
 
-from .captions import TONES
-from .words import words
+from .captions import TONES, words
 
 _TEST_CONCEPT = 15  # of 1000
 _TEST_COMBO = 40  # of 1000

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from ldm.data.compose import (
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from icons.compose import (
     BACKGROUNDS,
     PALETTE,
     RELATIONS,

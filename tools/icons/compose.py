@@ -86,7 +86,7 @@ def on_background(sprite: Sprite, rng: Random, colours: Sequence[str] = BACKGROU
         return None
     name = choose(rng, fit)
     picture = over(inset(sprite.picture), PALETTE[name])
-    caption = f"{sprite.phrase} on {_a(name)} background, {sprite.style}"
+    caption = f"{sprite.phrase} on {a(name)} background, {sprite.style}"
     return Composition(picture, caption, {"kind": "background", "background": name})
 
 
@@ -118,12 +118,12 @@ def tint(silhouette: Sprite, rng: Random) -> Composition:
     Only the silhouette's alpha counts. The two colours are at least 100 apart in RGB.
     """
     colour = choose(rng, tuple(PALETTE))
-    grounds = [name for name in PALETTE if _distance(PALETTE[name], PALETTE[colour]) >= _CONTRAST]
+    grounds = [name for name in PALETTE if np.linalg.norm(np.subtract(PALETTE[name], PALETTE[colour])) >= _CONTRAST]
     ground = choose(rng, grounds)
     shape = inset(silhouette.picture).getchannel("A")
     picture = Image.new("RGB", silhouette.picture.size, PALETTE[ground])
     picture.paste(Image.new("RGB", silhouette.picture.size, PALETTE[colour]), mask=shape)
-    caption = f"{_a(colour)} {silhouette.name} icon on {_a(ground)} background"
+    caption = f"{a(colour)} {silhouette.name} icon on {a(ground)} background"
     return Composition(picture, caption, {"kind": "tint", "background": ground, "colour": colour})
 
 
@@ -164,11 +164,8 @@ def choose(rng: Random, options: Sequence[T]) -> T:
     return options[int(float(rng.random()) * len(options))]
 
 
-def _distance(a: Colour, b: Colour) -> float:
-    return float(np.linalg.norm(np.subtract(a, b)))
-
-
-def _a(colour: str) -> str:
+def a(colour: str) -> str:
+    """A colour's name with its article."""
     return f"an {colour}" if colour[0] in "aeiou" else f"a {colour}"
 
 
