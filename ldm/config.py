@@ -287,8 +287,8 @@ class DiffusionTraining:
     init: str = ""  # a model to go on from: it says what `model`, `schedule` and the target are
     init_set: tuple[str, ...] = ()  # what it does not say of itself, as --set of txt2img: [parameterization=eps]
     lora: LoraConfig = LoraConfig()
-    autoencoder: str = ""  # a directory that train_autoencoder.py wrote; empty: the identity codec
-    text: str = ""  # a directory that train_clip.py wrote
+    autoencoder: str = ""  # a model whose autoencoder is taken, as of train_autoencoder.py; empty: the identity codec
+    text: str = ""  # a model whose text tower is taken, as of train_clip.py
     latents: str = ""  # shards that tools/precompute_latents.py wrote; empty: encode data.shards on the fly
     model: UNetConfig = UNetConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -42,7 +42,7 @@ class Guides:
 
 def check_paths(settings: Settings) -> None:
     """Raises UserError, without torch, if what `settings` name is not there."""
-    from ldm.model import find
+    from ldm.find import find
 
     if settings.guide_model is not None:
         find(settings.guide_model)

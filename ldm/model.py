@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config import ModelConfig, ScheduleConfig, changed
 from ldm.errors import UserError
+from ldm.find import find
 from ldm.jobs import Settings, of_prompts
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from ldm.inputs import Picture
     from ldm.sampling import Step
     from ldm.unet.unet import UNet
-
-SHIPPED = {"icons": Path(__file__).parent / "assets" / "icons"}
-"""The models inside the package: name -> checkpoint directory."""
 
 
 class CheckpointNotice(UserWarning):
@@ -231,7 +228,6 @@ def load(
     Raises:
         UserError: what is not there, damaged, of another architecture, or not a text-to-picture model.
     """
-    from ldm.checkpoints import networks
     from ldm.checkpoints.opening import open_checkpoint
     from ldm.device import choose_device, choose_precision
     from ldm.unet.attention import check_backend
@@ -248,7 +244,8 @@ def load(
         checkpoint = checkpoint.with_settings(settings)
     for notice in checkpoint.notices:
         warnings.warn(notice, CheckpointNotice, stacklevel=2)
-    codec, text, unet = networks.build(checkpoint, where, dtype)
+    codec = checkpoint.load("autoencoder", where, dtype)
+    text, unet = checkpoint.load("text", where, dtype), checkpoint.load("unet", where, dtype)
     unet.set_attention_backend(attention)
     made = assemble(checkpoint.config, codec, text, unet, name=str(model), path=path)
     named = None if vae is None else str(vae)
@@ -276,22 +273,3 @@ def assemble(
             "pair others"
         )
     return LatentDiffusion(config, codec, text, unet, law, name, path)
-
-
-def find(model: str | Path) -> Path:
-    """The checkpoint that `model` names: a shipped name, a directory, a file, or `hf:owner/name`. Raises UserError."""
-    if model in SHIPPED:
-        return SHIPPED[str(model)]
-    if str(model).startswith("hf:"):
-        from ldm.checkpoints.hub import fetch
-
-        return fetch(str(model).removeprefix("hf:"))
-    path = Path(model)
-    if not path.exists():
-        names = ", ".join(SHIPPED)
-        could_be = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
-        remote = f"; hf:{model} would fetch it from Hugging Face" if could_be else ""
-        raise UserError(
-            f"there is no model '{model}': it is neither one that ships ({names}) nor a directory or file{remote}"
-        )
-    return path

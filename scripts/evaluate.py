@@ -142,17 +142,18 @@ def what_to_draw(arguments: argparse.Namespace, captions: tuple[str, ...]) -> Dr
 
 def autoencoder(arguments: argparse.Namespace) -> None:
     """PSNR, SSIM, perceptual distances and rFID of decoded pictures; the latents' statistics."""
-    from ldm.checkpoints import native
+    from ldm.checkpoints.opening import open_checkpoint
     from ldm.device import choose_device, choose_precision
     from ldm.metrics.brief import brief
     from ldm.metrics.features import make_space
     from ldm.metrics.reconstruction import autoencoder_table, evaluate_autoencoder
     from ldm.metrics.sources import open_source
-    from ldm.model import find
 
-    path, device = find(arguments.model), choose_device(arguments.device)
-    codec = native.load_autoencoder(path, device, choose_precision(arguments.precision, device))
-    size = native.read_config(path).image_size if arguments.size is None else arguments.size
+    model, device = open_checkpoint(arguments.model).only("autoencoder"), choose_device(arguments.device)
+    for notice in model.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    codec = model.load("autoencoder", device, choose_precision(arguments.precision, device))
+    size = model.config.image_size if arguments.size is None else arguments.size
     source = open_source(arguments.shards, "--shards", where_of(arguments.where))
     spaces = [make_space(name, device.type) for name in arguments.space]
     document = evaluate_autoencoder(
@@ -332,7 +333,7 @@ def add_likelihood(command: argparse.ArgumentParser) -> None:
 
 
 def add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", default="icons", help="shipped name, directory or file")
+    command.add_argument("--model", default="icons", help="shipped name, directory or file, or hf:owner/name")
     command.add_argument("--batch-size", type=COUNT, default=16, metavar="N", help="pictures at once")
     add_machine(command.add_argument)
     command.add_argument("--output", metavar="JSON", help="write figures and protocol")

@@ -15,11 +15,17 @@ from ldm.training.command import training_arguments
 def main() -> None:
     arguments = training_arguments(__doc__)
     from ldm import config
+    from ldm.find import find
+
+    settings = config.load(config.DiffusionTraining, arguments.config, arguments.overrides)
+    names = (settings.init,) if settings.init else (settings.autoencoder, settings.text)
+    for name in filter(None, names):
+        find(name)  # before torch is imported, which takes seconds
+
     from ldm.training.loop import prepare_output, train
     from ldm.training.processes import make_accelerator
     from ldm.training.stage_two import DiffusionStage
 
-    settings = config.load(config.DiffusionTraining, arguments.config, arguments.overrides)
     output = prepare_output(settings.output, settings.resume)
     accelerator = make_accelerator(settings.loop, output)
     stage = DiffusionStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)

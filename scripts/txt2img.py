@@ -20,9 +20,10 @@ from ldm import catalogue, image_io, jobs, provenance
 from ldm.adapters.record import Adapter, parse_embedding, parse_lora
 from ldm.arguments import Parser, add_fields, add_machine, taken
 from ldm.errors import UserError
+from ldm.find import SHIPPED, find
 from ldm.guides import check_paths, load_guides
 from ldm.jobs import Request, Settings
-from ldm.model import SHIPPED, CheckpointNotice, find
+from ldm.model import CheckpointNotice
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -34,6 +34,7 @@ import train_speed  # noqa: E402
 from ldm.arguments import COUNT, Parser  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import atomic_write_text  # noqa: E402
+from ldm.find import find  # noqa: E402
 
 PAGE = 4096  # bytes that a machine reads together
 SCRIPT = Path(__file__).parents[1] / "scripts" / "txt2img.py"
@@ -244,10 +245,10 @@ def seconds_each(work: Callable[[], object], seconds: float) -> float:
 def load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of each precision and library: seconds until all weights are in memory, their bytes, the peak above imports."""
     figures: dict[str, Any] = {}
-    if arguments.model and not (Path(arguments.model) / "model_index.json").is_file():
-        raise UserError(f"{arguments.model} is not a diffusers directory, the one kind that both libraries load")
     with tempfile.TemporaryDirectory() as folder:
-        path = arguments.model or str(random_v1(Path(folder) / "v1"))
+        path = str(find(arguments.model) if arguments.model else random_v1(Path(folder) / "v1"))
+        if not (Path(path) / "model_index.json").is_file():
+            raise UserError(f"{arguments.model} is not a diffusers directory, the one kind that both libraries load")
         print("weights held, peak memory above what the imports take, their ratio, seconds")
         for precision in arguments.precision:
             for library in ("ldm", "diffusers"):

@@ -22,7 +22,6 @@ from ldm.arguments import Parser
 from ldm.checkpoints import export, native
 from ldm.checkpoints.opening import WEIGHTS, open_checkpoint, parse_settings
 from ldm.errors import UserError
-from ldm.model import find
 
 PRECISIONS = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = ("native", *export.FORMATS)
@@ -35,14 +34,14 @@ def main() -> None:
             f"{arguments.output} would be a pickle by its name, and none is written; name a directory, or a file that "
             "ends in .safetensors"
         )
-    checkpoint = open_checkpoint(find(arguments.model), arguments.weights)
+    checkpoint = open_checkpoint(arguments.model, arguments.weights)
     if checkpoint.two_sets and arguments.weights == "auto":
         raise UserError(
             f"{checkpoint.path} has raw and averaged weights of the U-Net, and one of them would be lost; say which to "
             "keep: --weights ema draws better pictures, --weights raw is what training goes on with"
         )
     if arguments.vae:
-        checkpoint = checkpoint.with_autoencoder(open_checkpoint(find(arguments.vae)))
+        checkpoint = checkpoint.with_autoencoder(open_checkpoint(arguments.vae))
     checkpoint = checkpoint.with_settings(parse_settings(arguments.set))
     dtype = PRECISIONS[arguments.precision]
     states = {name: Cast(checkpoint.state(name), dtype) for name in checkpoint.parts}

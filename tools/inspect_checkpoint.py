@@ -24,7 +24,6 @@ from ldm.checkpoints.opening import WEIGHTS, open_checkpoint
 from ldm.checkpoints.record import Checkpoint
 from ldm.config import to_dict
 from ldm.errors import UserError
-from ldm.model import find
 from ldm.plain import read_json
 
 LONG = 12  # entries; longer lists are counted
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of files with two sets")
     arguments = parser.parse_args()
 
-    checkpoint = open_checkpoint(find(arguments.model), arguments.weights)
+    checkpoint = open_checkpoint(arguments.model, arguments.weights)
     print(f"{checkpoint.path}: {name_of(checkpoint.config)}, {checkpoint.layout}")
     if extra_channels(checkpoint.config) > 0:
         count = extra_channels(checkpoint.config)

@@ -9,8 +9,8 @@ or with the file and the words of the training to come:
 
 Written are posterior moments (in float32: beside the contexts they are small) of each picture, with --flip of its
 mirror image too, and the context of each of its captions (float16), with a fingerprint of the networks and the picture
-size. Both networks are native checkpoints, which tools/convert_checkpoint.py makes of foreign ones. The tool goes on
-where an earlier run of it was interrupted, and refuses a folder of other latents. With --processes N the samples are
+size. Both networks may come from any file that --model of scripts/txt2img.py takes. The tool goes on where an earlier
+run of it was interrupted, and refuses a folder of other latents. With --processes N the samples are
 divided into N ranges, each encoded by a process (and GPU, where there are several) of its own; an interrupted run goes
 on with the same N.
 """
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from ldm.arguments import COUNT, Parser, add_machine
 from ldm.autoencoder.codec import Codec
-from ldm.checkpoints import native
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning.clip import TextTower
 from ldm.config import DiffusionTraining, load
 from ldm.data.latent_writing import (
@@ -58,12 +58,15 @@ def main() -> None:
             return
     device = choose_device(arguments.device)
     dtype = choose_precision(arguments.precision, device)
-    codec = native.load_autoencoder(config.autoencoder, device, dtype)
-    tower = native.load_text(config.text, device, dtype)
+    autoencoder = open_checkpoint(config.autoencoder).only("autoencoder")
+    text = open_checkpoint(config.text).only("text")
+    for notice in (*autoencoder.notices, *text.notices):
+        print(f"note: {notice}", file=sys.stderr)
+    codec, tower = autoencoder.load("autoencoder", device, dtype), text.load("text", device, dtype)
     codec.latent_shape(config.data.size, config.data.size)  # UserError for a size that f does not divide
 
     sources = LatentSources(config.data)
-    fingerprint = latent_fingerprint(config.autoencoder, config.text, config.data)
+    fingerprint = latent_fingerprint(autoencoder, text, config.data)
     part, parts = (0, 1) if arguments.part is None else (arguments.part, arguments.processes)
     first, stop = (len(sources) * edge // parts for edge in (part, part + 1))
     folder = config.latents if arguments.part is None else part_folder(config.latents, part, parts)

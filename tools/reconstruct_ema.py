@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from ldm.script import run
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.arguments import NATURAL, POSITIVE, Parser
 from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLAYERS = {
     "unet": ("unet", ""),
@@ -33,15 +38,17 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from ldm.checkpoints import native
+    from ldm.checkpoints.opening import open_checkpoint
     from ldm.training.posthoc import reconstruct
 
-    config = native.read_config(arguments.run)
+    model = open_checkpoint(arguments.run)
+    config = model.config
     player = "unet" if config.unet is not None else "autoencoder"
     if getattr(config, player) is None:
         raise UserError(f"{arguments.run} holds no U-Net and no autoencoder, whose averages could be made")
     tensors, residual = reconstruct(arguments.run, player, arguments.width, arguments.step)
     part, prefix = PLAYERS[player]
-    parts = {name: native.read_part(arguments.run, name) for name in native.part_names(config)}
+    parts: dict[str, Mapping[str, Tensor]] = {name: model.state(name) for name in model.parts}
     parts[part] = {**parts[part], **{name.removeprefix(prefix): tensor for name, tensor in tensors.items()}}
     native.save(arguments.output, config, parts)
     print(f"wrote {arguments.output}: width {arguments.width:g}, its profile is met to {100 * residual:.2g} %")

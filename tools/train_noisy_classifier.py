@@ -14,6 +14,7 @@ from ldm.script import run
 
 import argparse
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from ldm.arguments import COUNT, NATURAL, POSITIVE, Parser
 from ldm.autoencoder.codec import Codec
-from ldm.checkpoints import native
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import DataConfig
 from ldm.data.latent_writing import LatentSources
 from ldm.device import DEVICES, choose_device
@@ -34,7 +35,6 @@ from ldm.guidance.latents import latent_probe
 from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, save_noisy_classifier
 from ldm.metrics.augment import Augmentation, augment
 from ldm.metrics.pictures import read_concepts
-from ldm.model import find
 from ldm.options import WHERE_HELP, where_of
 
 ASKED_AT = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # sigmas at which held-out pictures are classified
@@ -44,10 +44,11 @@ def main() -> None:
     arguments = parse()
     torch.manual_seed(arguments.seed)
     device = choose_device(arguments.device)
-    path = find(arguments.model)
-    model = native.read_config(path)
-    codec = native.load_autoencoder(path, device, config=model)
-    size = arguments.size or model.image_size
+    model = open_checkpoint(arguments.model).only("autoencoder")
+    for notice in model.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    codec = model.load("autoencoder", device)
+    size = arguments.size or model.config.image_size
     codec.latent_shape(size, size)  # UserError for a size that f does not divide
 
     wanted = read_concepts(arguments.classes) if arguments.classes else ()

@@ -14,28 +14,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import networks
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.reading import read_metadata, read_tensors
 from ldm.checkpoints.record import Checkpoint, Part
+from ldm.checkpoints.run_folder import gone_on
 from ldm.checkpoints.writing import write_tensors
 from ldm.config import ModelConfig, from_dict, to_dict
 from ldm.errors import UserError
 from ldm.files import atomic_write
 from ldm.plain import parse_json, read_json
-
-if TYPE_CHECKING:
-    from ldm.autoencoder.codec import Codec
-    from ldm.conditioning.clip import TextTower
-    from ldm.unet.unet import UNet
 
 FORMAT = "ldm-1"
 PARTS = ("autoencoder", "text", "unet")
@@ -122,47 +116,14 @@ def read_config(path: str | Path) -> ModelConfig:
     return check_size(from_dict(ModelConfig, plain, str(where)), str(where))
 
 
-def load_autoencoder(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    config: ModelConfig | None = None,
-) -> Codec:
-    """The codec of the checkpoint at `path`: weights, shift and scale.
-
-    Here and below: the network comes frozen and in evaluation mode; `config` is what read_config(path) gave, if the
-    caller has it already. Raises UserError for a file that is missing, torn, a pickle, without this part, or of
-    another architecture than its config says.
-    """
-    return networks.load_autoencoder(_one(path, "autoencoder", config), device, dtype)
-
-
-def load_text(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    config: ModelConfig | None = None,
-) -> TextTower:
-    """The text tower of the checkpoint at `path`; see load_autoencoder."""
-    return networks.load_text(_one(path, "text", config), device, dtype)
-
-
-def load_unet(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    config: ModelConfig | None = None,
-) -> UNet:
-    """The U-Net of the checkpoint at `path`; see load_autoencoder."""
-    return networks.load_unet(_one(path, "unet", config), device, dtype)
-
-
 def open_native(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, for those who read other formats too."""
+    """The checkpoint at `path`. Raises UserError for a file that is missing, torn, or a pickle."""
     config = read_config(path)
     parts = {name: _part(path, name) for name in part_names(config)}
-    layout = "native directory" if path.is_dir() else "native file"
-    return Checkpoint(path, layout, config, parts)
+    if path.is_dir():
+        remarks = tuple(filter(None, [gone_on(path)]))
+        return Checkpoint(path, "native directory", config, parts, remarks=remarks)
+    return Checkpoint(path, "native file", config, parts)
 
 
 def is_native(document: str) -> bool:
@@ -170,54 +131,24 @@ def is_native(document: str) -> bool:
     return document.lstrip().startswith("{")
 
 
-def _one(path: str | Path, name: str, config: ModelConfig | None) -> Checkpoint:
-    """The checkpoint at `path` with one part in sight: the files of the others are not looked at."""
-    path = Path(path)
-    config = config or read_config(path)
-    parts = {name: _part(path, name)} if name in part_names(config) else {}
-    return Checkpoint(path, "native", config, parts)
-
-
 def _part(path: Path, name: str) -> Part:
-    file, prefix = _place(path, name)
+    file, prefix = (path / f"{name}.safetensors", "") if path.is_dir() else (path, f"{name}.")
     stored = read_tensors(file)
     scope = tuple(key for key in stored if key.startswith(prefix))
     return Part(stored, lambda keys: {key: (prefix + key,) for key in keys}, scope, str(file))
 
 
-def read_part(path: str | Path, name: str) -> dict[str, Tensor]:
-    """The state dict of one part ("autoencoder", "text", "unet") as it is stored, on the CPU; raises UserError."""
-    file, prefix = _place(Path(path), name)
-    stored = read_tensors(file)
-    return {key.removeprefix(prefix): stored[key] for key in stored if key.startswith(prefix)}
-
-
-def read_parts(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Several parts as they are stored, each key with its part's name in front ("unet.conv_in.weight")."""
-    return {f"{name}.{key}": value for name in names for key, value in read_part(path, name).items()}
-
-
-def _place(path: Path, name: str) -> tuple[Path, str]:
-    """The file that holds part `name`, and the prefix of its keys there."""
-    return (path / f"{name}.safetensors", "") if path.is_dir() else (path, f"{name}.")
-
-
 # ---------------------------------------------------------------- identity
 
 
-def fingerprint(weights: str | Path | Weights) -> str:
+def fingerprint(weights: Weights) -> str:
     """sha256, in hex, of names, types, shapes and bytes of all tensors, in the order of their names.
 
-    Of a module or state dict, or of a checkpoint's stored tensors (names then begin with "autoencoder.", "text.",
-    "unet."; a directory and a file with the same tensors agree). A checkpoint stored in half precision and the module
-    it loads into differ, since their numbers do.
+    Of a module or state dict, or of a checkpoint's stored tensors (`Checkpoint.tensors`: a directory and a file with
+    the same ones agree). A checkpoint stored in half precision and the module it loads into differ, since their numbers
+    do.
     """
-    if isinstance(weights, nn.Module):
-        state: Mapping[str, Tensor] = weights.state_dict()
-    elif isinstance(weights, Mapping):
-        state = weights
-    else:
-        state = read_parts(weights, part_names(read_config(weights)))
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().cpu().contiguous()

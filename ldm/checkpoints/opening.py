@@ -12,6 +12,7 @@ from ldm.checkpoints.reading import Tensors, read_tensors
 from ldm.checkpoints.record import Checkpoint
 from ldm.checkpoints.state import some
 from ldm.errors import UserError
+from ldm.find import find
 
 WEIGHTS = ("auto", "ema", "raw")
 
@@ -26,14 +27,15 @@ STRANGERS = {  # a tensor's name -> whose it is: said by name, since these are w
 }
 
 
-def open_checkpoint(path: str | Path, weights: str = "auto", settings: Mapping[str, Any] | None = None) -> Checkpoint:
-    """What lies at `path`: a native directory or file, an original single file, a diffusers directory, an autoencoder.
+def open_checkpoint(model: str | Path, weights: str = "auto", settings: Mapping[str, Any] | None = None) -> Checkpoint:
+    """What `model` names (`find`): a native directory or file, an original single file, a diffusers directory, an
+    autoencoder.
 
     No tensor is read yet. `weights`: where a file has raw and averaged U-Net weights, which are meant ("ema", "raw");
     "auto" takes the average and says so. `settings` replace what the files or the rules say, as
     {"parameterization": "v", "text.padding": "eot"}. Raises UserError for what is nothing of that, or damaged.
     """
-    path = Path(path)
+    path = find(model)
     if weights not in WEIGHTS:
         raise UserError(f"the weights asked for are '{weights}'; choose one of {', '.join(WEIGHTS)}")
     found = _open_directory(path, weights) if path.is_dir() else _open_file(path, weights)

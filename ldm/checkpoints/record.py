@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import networks
@@ -15,6 +16,11 @@ from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.state import Names, Source, Together, Translated, some
 from ldm.config import AutoencoderConfig, ModelConfig, from_dict, to_dict
 from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.autoencoder.codec import Codec
+    from ldm.conditioning.clip import TextTower
+    from ldm.unet.unet import UNet
 
 WORDS = {"autoencoder": "autoencoder", "text": "text tower", "unet": "U-Net"}
 
@@ -44,6 +50,34 @@ class Checkpoint:
     facts: Mapping[str, str] = field(default_factory=dict)  # what else the files say of themselves
     two_sets: bool = False  # raw and averaged weights of the U-Net are there; `parts` has those asked for
 
+    @overload
+    def load(
+        self, name: Literal["autoencoder"], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Codec: ...
+    @overload
+    def load(
+        self, name: Literal["text"], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> TextTower: ...
+    @overload
+    def load(
+        self, name: Literal["unet"], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> UNet: ...
+    def load(
+        self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Codec | TextTower | UNet:
+        """A part as a network, frozen and in evaluation mode; the autoencoder as the codec, with its shift and scale.
+
+        Raises UserError for a part that is not there, torn, or of another architecture than its config says.
+        """
+        from ldm.autoencoder.codec import Codec
+
+        config = self.config.autoencoder
+        if name == "autoencoder" and config is not None and self._identity:
+            return Codec(None, config)
+        network: Any = networks.skeleton(name, self.config, self.part(name).file)
+        networks.fill(network, self.state(name, network), device, dtype)
+        return Codec(network, config) if name == "autoencoder" and config is not None else network
+
     def state(self, name: str, network: nn.Module | None = None) -> Translated:
         """The tensors of a part ("autoencoder", "text", "unet"), as they are stored, each read when it is asked for.
 
@@ -66,9 +100,30 @@ class Checkpoint:
     def part(self, name: str) -> Part:
         """Where a part is; raises UserError if it is not there."""
         if name not in self.parts or getattr(self.config, name) is None:
-            present = ", ".join(part for part in self.parts if getattr(self.config, part) is not None) or "nothing"
-            raise UserError(f"{self.path} has no {name} (it has: {present}); name a checkpoint that has one")
+            present = [WORDS[part] for part in self.parts if getattr(self.config, part) is not None]
+            only = f"only its {' and '.join(present)}" if present else "nor any other network"
+            raise UserError(f"{self.path} has no {WORDS[name]}, {only}; name a checkpoint that has one")
         return self.parts[name]
+
+    def only(self, name: str) -> Checkpoint:
+        """The same with one part in sight, and what a user should read of that part. UserError if it is not there."""
+        if not (name == "autoencoder" and self._identity):
+            self.part(name)
+        settings = {name: getattr(self.config, name), "image_size": self.config.image_size}
+        return replace(
+            self,
+            config=ModelConfig(**settings),
+            parts={key: part for key, part in self.parts.items() if key == name},
+            assumed=tuple(key for key in self.assumed if key.startswith(f"{name}.")),
+            remarks=tuple(remark for remark in self.remarks if WORDS[name] in remark or not _names_part(remark)),
+            foreign=(),
+            two_sets=self.two_sets and name == "unet",
+        )
+
+    @property
+    def _identity(self) -> bool:
+        """Whether its codec is the one that changes nothing and has no weights."""
+        return self.config.autoencoder is not None and self.config.autoencoder.kind == "identity"
 
     def tensors(self) -> Mapping[str, Tensor]:
         """All parts as they are stored, each key with its part's name in front ("unet.conv_in.weight")."""
@@ -109,9 +164,8 @@ class Checkpoint:
 
         Raises UserError if `other` has none, or one with other latents.
         """
-        if "autoencoder" not in other.parts or other.config.autoencoder is None:
-            raise UserError(f"{other.path} has no autoencoder; name a checkpoint that has one")
-        ours, theirs = self.config.autoencoder, other.config.autoencoder
+        part, ours, theirs = other.part("autoencoder"), self.config.autoencoder, other.config.autoencoder
+        assert theirs is not None  # or there were no such part
         if ours is not None and (ours.channels_of_latent, ours.factor) != (theirs.channels_of_latent, theirs.factor):
             raise UserError(
                 f"the autoencoder in {other.path} makes latents of {_latent(theirs)}, the model takes {_latent(ours)}"
@@ -121,10 +175,14 @@ class Checkpoint:
         return replace(
             self,
             config=replace(self.config, autoencoder=theirs),
-            parts=self.parts | {"autoencoder": other.parts["autoencoder"]},  # type: ignore[operator]
+            parts={**self.parts, "autoencoder": part},
             assumed=tuple(key for key in self.assumed if not key.startswith("autoencoder.")),
             remarks=self.remarks + other.remarks,
         )
+
+
+def _names_part(remark: str) -> bool:
+    return any(word in remark for word in WORDS.values())
 
 
 def _value(config: ModelConfig, key: str) -> str:

@@ -30,7 +30,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ldm.checkpoints import native
-from ldm.config import DataConfig
+from ldm.checkpoints.record import Checkpoint
+from ldm.config import DataConfig, to_dict
 from ldm.data import samples, transforms
 from ldm.data.cache import Store
 from ldm.data.feed import Feed, Fetched
@@ -56,23 +57,20 @@ SHARDS = "set of pictures"  # the part of a fingerprint that names them
 logger = logging.getLogger(__name__)
 
 
-def latent_fingerprint(autoencoder: str, text: str, data: DataConfig) -> dict[str, str]:
+def latent_fingerprint(autoencoder: Checkpoint | None, text: Checkpoint | None, data: DataConfig) -> dict[str, str]:
     """What cached latents depend on: weights, how the text tower is read, picture transform, and shards of pictures.
 
-    `autoencoder` and `text` are checkpoints; empty means the identity codec, and no text. The codec's shift and scale
-    are not part of it, since moments are kept unscaled. The shards are known by their names and, where they are files,
-    their sizes; they are left out where `data.shards` is empty or names nothing that is there, as on a machine that
-    has the latents alone.
+    `autoencoder` and `text` are where these networks lie; None is the identity codec, and no text. The codec's shift
+    and scale are not part of it, since moments are kept unscaled. The shards are known by their names and, where they
+    are files, their sizes; they are left out where `data.shards` is empty or names nothing that is there, as on a
+    machine that has the latents alone. Raises UserError for a text tower or an autoencoder that is not there.
     """
     made = {"autoencoder": "identity", "text": "none", "pictures": f"{data.size} pixels, center crop"}
-    if autoencoder and "autoencoder" in native.part_names(native.read_config(autoencoder)):
-        made["autoencoder"] = native.fingerprint(native.read_part(autoencoder, "autoencoder"))
-    if text:
-        settings = native.read_config(text).text
-        if settings is None:
-            raise UserError(f"{text} has no text tower; name a checkpoint that train_clip.py wrote")
-        weights = native.fingerprint(native.read_part(text, "text"))
-        made["text"] = f"{weights} {json.dumps(asdict(settings), sort_keys=True)}"
+    if autoencoder is not None and "autoencoder" in autoencoder.parts:
+        made["autoencoder"] = native.fingerprint(autoencoder.state("autoencoder"))
+    if text is not None:
+        weights = native.fingerprint(text.state("text"))
+        made["text"] = f"{weights} {json.dumps(to_dict(text.config.text), sort_keys=True)}"
     if data.shards.strip():
         try:
             made[SHARDS] = _shards_print(expand_sources(data.shards, allow_pipe=data.allow_pipe))

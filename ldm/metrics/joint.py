@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import native
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning.image_tower import load_image_tower
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.errors import UserError, explain_os_error
+from ldm.find import find
 from ldm.metrics.features import FeatureSpace, resized
 
 
@@ -28,8 +30,9 @@ def own_clip(folder: str, device: str = "cpu") -> FeatureSpace:
     """The joint space of the towers in `folder`. Raises UserError where one is missing."""
     if not folder:
         raise UserError("name the folder of a CLIP with both towers, as clip=runs/clip; scripts/train_clip.py makes it")
-    text = native.load_text(folder, device)
-    tower = load_image_tower(folder)
+    path = find(folder)
+    text = open_checkpoint(path).load("text", device)
+    tower = load_image_tower(path)
     digest = hashlib.sha256((native.fingerprint(text) + native.fingerprint(tower)).encode()).hexdigest()
     tower = tower.to(device)
     side = tower.config.size

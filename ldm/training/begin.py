@@ -1,58 +1,62 @@
-"""A training that goes on from a model: its networks, and what they are, in place of the settings' own."""
+"""What stage two begins with: the networks that its settings name, or a model to go on from and what that is."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ldm.autoencoder.codec import Codec
-from ldm.checkpoints import networks
 from ldm.checkpoints.opening import open_checkpoint, parse_settings
+from ldm.checkpoints.record import WORDS, Checkpoint
 from ldm.conditioning.clip import TextTower
-from ldm.config import DataConfig, DiffusionLossConfig, DiffusionTraining, ModelConfig, ScheduleConfig
+from ldm.config import (
+    AutoencoderConfig,
+    DataConfig,
+    DiffusionLossConfig,
+    DiffusionTraining,
+    ModelConfig,
+    ScheduleConfig,
+)
 from ldm.errors import UserError
-from ldm.model import find
 from ldm.unet.unet import UNet
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """The networks of the model that a training begins with; the U-Net is ready to be trained."""
+    """The networks that a training of the U-Net begins with; the codec and the text tower stay as they are."""
 
     codec: Codec
-    text: TextTower
-    unet: UNet
-    notices: tuple[str, ...]  # what was assumed of a foreign model, and which of its weights were taken
+    text: TextTower | None  # None: the U-Net takes no captions
+    unet: UNet | None  # that of the model of init, ready to be trained; None: the training makes a new one
+    sources: Mapping[str, Checkpoint]  # part -> where it came from; the identity codec and a new U-Net have no place
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What was assumed of foreign files, and which of their weights were taken."""
+        return tuple(dict.fromkeys(notice for source in self.sources.values() for notice in source.notices))
 
 
-def begin(config: DiffusionTraining, device: torch.device) -> tuple[DiffusionTraining, Beginning | None]:
+def begin(config: DiffusionTraining, device: torch.device) -> tuple[DiffusionTraining, Beginning]:
     """`config` with the architecture, schedule and target of the model at `config.init`, and that model's networks;
     with its loss too, where the model says it and `config` sets none.
 
-    Without init: `config` with the usual target where none is named, and None. Raises UserError if init is no whole
-    model, if an autoencoder or text tower is named beside it, if the settings say that it is another model than it
-    says itself, or if a LoRA has no model to change.
+    Without init: `config` with the usual target where none is named, and the networks of `config.autoencoder` and
+    `config.text`. Raises UserError if init is no whole model, if an autoencoder or text tower is named beside it, if
+    the settings say that it is another model than it says itself, or if a LoRA has no model to change.
     """
     if not config.init:
-        if config.lora.rank:
-            raise UserError("a LoRA changes a model that is there; name it with init=PATH (or init=icons)")
-        if config.init_set:
-            raise UserError("init_set says what the model of init is; name that with init=PATH, or leave init_set out")
-        return dataclasses.replace(config, parameterization=config.parameterization or "v"), None
+        return _begin_anew(config, device)
     if config.autoencoder or config.text:
         raise UserError("init brings its own autoencoder and text tower; leave out autoencoder= and text=")
-    path = find(config.init)
-    checkpoint = open_checkpoint(path, settings=parse_settings(config.init_set))
+    checkpoint = open_checkpoint(config.init, settings=parse_settings(config.init_set))
     _check_agreement(config, checkpoint.config)
-    codec, text, unet = networks.build(checkpoint, device, torch.float32)
-    unet.requires_grad_(True)
+    unet = checkpoint.load("unet", device).requires_grad_(True)
     model = checkpoint.config
     filled = dataclasses.replace(
         config,
-        autoencoder=str(path) if codec.autoencoder is not None else "",
-        text=str(path),
         model=unet.config,
         schedule=model.schedule or config.schedule,
         parameterization=model.parameterization,
@@ -60,7 +64,25 @@ def begin(config: DiffusionTraining, device: torch.device) -> tuple[DiffusionTra
         learned_variance=model.learned_variance,
         loss=model.loss if model.loss and config.loss == DiffusionLossConfig() else config.loss,
     )
-    return filled, Beginning(codec, text, unet, checkpoint.notices)
+    codec, text = checkpoint.load("autoencoder", device), checkpoint.load("text", device)
+    return filled, Beginning(codec, text, unet, dict.fromkeys(WORDS, checkpoint))
+
+
+def _begin_anew(config: DiffusionTraining, device: torch.device) -> tuple[DiffusionTraining, Beginning]:
+    """What `begin` gives without init."""
+    if config.lora.rank:
+        raise UserError("a LoRA changes a model that is there; name it with init=PATH (or init=icons)")
+    if config.init_set:
+        raise UserError("init_set says what the model of init is; name that with init=PATH, or leave init_set out")
+    if config.model.context_width and not config.text:
+        raise UserError("model.context_width asks for captions but no text tower is named; say text=runs/clip")
+    named = {"autoencoder": config.autoencoder, "text": config.text if config.model.context_width else ""}
+    sources = {part: open_checkpoint(name).only(part) for part, name in named.items() if name}
+    identity = AutoencoderConfig(kind="identity", scale=(1.0,))
+    codec = sources["autoencoder"].load("autoencoder", device) if config.autoencoder else Codec(None, identity)
+    text = sources["text"].load("text", device) if "text" in sources else None
+    parameterization = config.parameterization or "v"
+    return dataclasses.replace(config, parameterization=parameterization), Beginning(codec, text, None, sources)
 
 
 def _check_agreement(config: DiffusionTraining, model: ModelConfig) -> None:

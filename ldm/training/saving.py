@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ldm.checkpoints.run_folder import saved_steps
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.training.guard import Guard
@@ -18,7 +19,7 @@ from ldm.training.meters import Meters
 from ldm.training.processes import from_all, from_main
 from ldm.training.sharding import pack, unpack
 from ldm.training.stage import Batches
-from ldm.training.state import Keep, load_state, read_part, save_state, saved_steps, tidy, write_part
+from ldm.training.state import Keep, load_state, read_part, save_state, tidy, write_part
 
 
 class Saver:

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.low_rank import AdaptedUNet
-from ldm.autoencoder.codec import Codec
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
 from ldm.checkpoints.lora import save_lora
-from ldm.conditioning.clip import TextTower
 from ldm.conditioning.dropout import drop
 from ldm.conditioning.record import Conditioning
-from ldm.config import AutoencoderConfig, DiffusionLossConfig, DiffusionTraining, ModelConfig
+from ldm.config import DiffusionLossConfig, DiffusionTraining, ModelConfig
 from ldm.data.latents import LatentBatch, LatentLoader, latent_fingerprint
 from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.diffusion import Law, check_loss, diffusion_loss, draw_levels, make_law
@@ -52,15 +50,14 @@ class DiffusionStage:
         if not 0 <= config.loss.caption_dropout <= 1:  # the settings' own, or what the model of init says
             raise UserError(f"loss.caption_dropout is a share from 0 to 1, not {config.loss.caption_dropout}")
         self.config, self.device = config, device
-        self.notices = () if began is None else began.notices
+        self.notices = began.notices
         self.law = make_law(config.schedule, config.parameterization, config.sigma_data, config.learned_variance)
         check_loss(config.loss, config.learned_variance)
-        self.codec = load_codec(config.autoencoder, device) if began is None else began.codec
-        self.text = self._text_tower() if began is None else began.text
+        self.codec, self.text = began.codec, began.text
         size = config.data.size
         self.latent_shape = self.codec.latent_shape(size, size)
         self._check_fits()
-        self.unet = UNet(config.model) if began is None else began.unet
+        self.unet = UNet(config.model) if began.unet is None else began.unet
         self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.unet.gradient_checkpointing = config.gradient_checkpointing
         self.unet.set_attention_backend(config.attention)
@@ -70,7 +67,7 @@ class DiffusionStage:
         self.null = self._condition([""])
         loop = config.loop
         if config.latents:
-            expected = latent_fingerprint(config.autoencoder, config.text, config.data)
+            expected = latent_fingerprint(began.sources.get("autoencoder"), began.sources.get("text"), config.data)
             data = dataclasses.replace(config.data, shards=config.latents)
             self.batches: Batches = LatentLoader(data, loop.global_batch, rank, world, loop.seed, expected)
         else:
@@ -211,13 +208,6 @@ class DiffusionStage:
     def _condition(self, captions: Sequence[str]) -> Conditioning | None:
         return None if self.text is None else Conditioning(self.text.encode(captions))
 
-    def _text_tower(self) -> TextTower | None:
-        if not self.config.model.context_width:
-            return None
-        if not self.config.text:
-            raise UserError("model.context_width asks for captions but no text tower is named; say text=runs/clip")
-        return native.load_text(self.config.text, self.device)
-
     def _check_fits(self) -> None:
         model, channels = self.config.model, self.latent_shape[0]
         for name in ("classes", "vector_width"):
@@ -266,10 +256,3 @@ def relative_error(output: Tensor, x0: Tensor, n: Tensor, sigma: Tensor, law: La
     """
     found = law.denoised(output, x0 + per_picture(sigma, x0) * n, sigma)
     return (1 + sigma.to(x0) ** -2) * (found - x0).square().flatten(1).mean(dim=1)
-
-
-def load_codec(path: str, device: torch.device) -> Codec:
-    """The frozen autoencoder at `path`; for an empty path the identity codec, which makes a pixel model."""
-    if not path:
-        return Codec(None, AutoencoderConfig(kind="identity", scale=(1.0,)))
-    return native.load_autoencoder(path, device)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ldm.checkpoints.run_folder import saved_steps
 from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_text
 
@@ -108,11 +109,6 @@ def read_part(output: Path, step: int, part: str = "", check: bool = False) -> d
         _verify(output, step, path.name)
     # Of others' shares few rows are wanted: these are mapped, not read.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True if part else None)
-
-
-def saved_steps(output: Path) -> list[int]:
-    """The steps that have a state, in rising order; damaged ones too."""
-    return sorted(int(p.stem) for p in (output / "state").glob("*.pt") if re.fullmatch(r"\d{8}", p.stem))
 
 
 def tidy(output: Path, step: int) -> None:

@@ -20,8 +20,8 @@ from ldm import script as scripts
 from ldm.adapters import use
 from ldm.adapters.low_rank import AdaptedUNet
 from ldm.adapters.record import Adapter, parse_lora
-from ldm.checkpoints import native
 from ldm.checkpoints.lora import save_lora
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.errors import UserError
 
 
@@ -30,7 +30,7 @@ def files(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A folder with a.safetensors and b.safetensors, LoRAs of the tiny model, and word.safetensors, "<new>"."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate("ab"):
-        unet = native.load_unet(tiny_checkpoint)
+        unet = open_checkpoint(tiny_checkpoint).load("unet")
         adapted = randomize(AdaptedUNet(unet, 2, 4.0, "attention"), seed)
         save_lora(folder / f"{name}.safetensors", adapted.lora(), unet, None)
     save_file({"<new>": torch.ones(2, 32)}, folder / "word.safetensors")

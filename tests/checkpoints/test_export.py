@@ -11,7 +11,7 @@ import torch
 
 from ldm.autoencoder.codec import Codec
 from ldm.autoencoder.kl import AutoencoderKL
-from ldm.checkpoints import export, networks
+from ldm.checkpoints import export
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning.clip import END, START, TextTower
 from ldm.config import AutoencoderConfig, ModelConfig
@@ -61,7 +61,7 @@ def test_a_short_token_table_is_written_whole(tmp_path: Path):
         "49,408 rows" in remark for remark in export.write(tmp_path / "m.safetensors", config, states, "original")
     )
     checkpoint = open_checkpoint(tmp_path / "m.safetensors")
-    tower = networks.load_text(checkpoint)
+    tower = checkpoint.load("text")
     assert config.text is not None
     ours = TextTower(config.text)
     ours.load_state_dict(states["text"])

@@ -12,7 +12,7 @@ import pytest
 from ldm.checkpoints import export
 from ldm.checkpoints.hub import fetch
 from ldm.errors import UserError
-from ldm.model import find
+from ldm.find import find
 
 from .small_models import SMALL, random_states
 

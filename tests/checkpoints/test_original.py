@@ -270,7 +270,7 @@ def test_a_round_trip_is_bit_identical(file: Path, states: dict[str, dict[str, T
 
 
 def test_a_config_that_does_not_go_with_its_tensors(file: Path, tmp_path: Path):
-    for changes, words in (({"unet": None}, "has no unet"), ({"text": None}, "has no text")):
+    for changes, words in (({"unet": None}, "has no U-Net"), ({"text": None}, "has no text tower")):
         document = json.dumps(to_dict(SMALL) | changes)
         save_file(load_file(file), tmp_path / "a.safetensors", {original_file.CONFIG: document})
         with pytest.raises(UserError, match=words):

@@ -141,6 +141,7 @@ def test_retrieval_does_not_punish_the_same_words():
 def test_a_run_leaves_what_others_read(tmp_path: Path):
     """Twelve steps on the fixture through the loop; the loss falls, both towers can be read back and agree."""
     from ldm.checkpoints import native
+    from ldm.checkpoints.opening import open_checkpoint
     from ldm.training.loop import train
     from ldm.training.processes import make_accelerator
 
@@ -151,7 +152,7 @@ def test_a_run_leaves_what_others_read(tmp_path: Path):
     assert len(losses) == 3 and losses[-1] < losses[0] < 1.5 * math.log(16)
     assert {"validation/loss", "validation/caption_to_picture_top5"} <= lines[-1].keys()
 
-    text, image = native.load_text(tmp_path), load_image_tower(tmp_path)
+    text, image = open_checkpoint(tmp_path).load("text"), load_image_tower(tmp_path)
     assert text.config == made.towers.text.config and len(text.config.token_ids) > 50
     assert native.read_config(tmp_path).image_size == 32
     assert json.loads((tmp_path / "image_tower.json").read_text())["logit_scale"] > 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import DataConfig, DiffusionLossConfig, DiffusionTraining, LoopConfig, ModelConfig
 from ldm.data.latent_writing import LatentSources, LatentWriter, merge_parts, part_folder
 from ldm.data.latents import LatentLoader, latent_fingerprint
@@ -102,15 +103,15 @@ def test_crop_and_size_are_what_the_pictures_path_records(tmp_path):
 
 
 def test_another_set_of_pictures_is_noticed_where_they_are_at_hand(tmp_path, source, caplog):
-    made = {**PRINT, **{k: v for k, v in latent_fingerprint("", "", source).items() if k == "set of pictures"}}
+    made = {**PRINT, **{k: v for k, v in latent_fingerprint(None, None, source).items() if k == "set of pictures"}}
     fill(tmp_path / "set", source, prints=made)
     again = replace(source, shards=str(tmp_path / "set"))
     LatentLoader(again, 4, 0, 1, 0, made)
-    gone = latent_fingerprint("", "", replace(source, shards=str(tmp_path / "away.tar")))
+    gone = latent_fingerprint(None, None, replace(source, shards=str(tmp_path / "away.tar")))
     assert "set of pictures" not in gone and "whether latents are of these pictures cannot be told" in caplog.text
     LatentLoader(again, 4, 0, 1, 0, PRINT)  # only the latents are at hand
     write_tar(tmp_path / "x.tar", [member for i in range(40) for member in sample(f"k{i}", i)])
-    other = latent_fingerprint("", "", source)["set of pictures"]
+    other = latent_fingerprint(None, None, source)["set of pictures"]
     with pytest.raises(UserError, match=r"are stale: they were made with another set of pictures; make them again"):
         LatentLoader(again, 4, 0, 1, 0, {**PRINT, "set of pictures": other})
 
@@ -162,7 +163,8 @@ def test_a_training_step_has_the_loss_that_it_has_on_the_fly(tmp_path, tiny_chec
         loss=DiffusionLossConfig(caption_dropout=0.3),
         loop=LoopConfig(steps=1, global_batch=8, seed=2),
     )
-    prints = latent_fingerprint(config.autoencoder, config.text, data)
+    model = open_checkpoint(tiny_checkpoint)
+    prints = latent_fingerprint(model, model, data)
     sources = LatentSources(data)
     writer = LatentWriter(tmp_path / "set", prints, sources.fingerprint, True, 7)
     with torch.inference_mode():
@@ -303,22 +305,24 @@ def test_the_fingerprint_follows_weights_reading_and_pictures_but_not_scale(tmp_
     from ldm.checkpoints import native
 
     data = DataConfig(size=32)
-    path = str(tiny_checkpoint)
-    first = latent_fingerprint(path, path, data)
-    assert latent_fingerprint(path, "", data)["text"] == "none"
-    assert latent_fingerprint("", path, data)["autoencoder"] == "identity"
-    assert latent_fingerprint(path, path, replace(data, size=64))["pictures"] != first["pictures"]
+    model = open_checkpoint(tiny_checkpoint)
+    first = latent_fingerprint(model, model, data)
+    assert latent_fingerprint(model, None, data)["text"] == "none"
+    assert latent_fingerprint(None, model, data)["autoencoder"] == "identity"
+    assert latent_fingerprint(model, model, replace(data, size=64))["pictures"] != first["pictures"]
     with pytest.raises(UserError, match=r"has no text tower"):
         native.save(tmp_path / "bare", ModelConfig(), {})
-        latent_fingerprint("", str(tmp_path / "bare"), data)
+        latent_fingerprint(None, open_checkpoint(tmp_path / "bare"), data)
     copy = tmp_path / "copy"
     shutil.copytree(tiny_checkpoint, copy)
     config = native.read_config(copy)
     assert config.autoencoder and config.text
     rescaled = replace(config, autoencoder=replace(config.autoencoder, scale=(3.0,)))
-    parts = {name: native.read_part(copy, name) for name in native.PARTS}
+    parts = {name: dict(open_checkpoint(copy).state(name)) for name in native.PARTS}
     native.save(copy, rescaled, parts)
-    assert latent_fingerprint(str(copy), str(copy), data) == first
+    model = open_checkpoint(copy)
+    assert latent_fingerprint(model, model, data) == first
     native.save(copy, replace(rescaled, text=replace(config.text, layer="penultimate")), parts)
-    changed = latent_fingerprint(str(copy), str(copy), data)
+    model = open_checkpoint(copy)
+    changed = latent_fingerprint(model, model, data)
     assert changed["text"] != first["text"] and changed["autoencoder"] == first["autoencoder"]

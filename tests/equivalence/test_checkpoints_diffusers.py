@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import ldm
-from ldm.checkpoints import export, networks
+from ldm.checkpoints import export
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.jobs import Settings
 from ldm.sampling import NoiseStream, ddim, finish, make_grid, start
@@ -54,14 +54,14 @@ def errors_here(path: Path, side: int, dtype: torch.dtype, there: dict[str, torc
     """Each of our networks' relative error against the peer's, on the peer's own inputs to it."""
     checkpoint = open_checkpoint(path)
     with torch.no_grad():
-        tower = networks.load_text(checkpoint, dtype=dtype)
+        tower = checkpoint.load("text", dtype=dtype)
         tokens, _ = tower.tokenize(PROMPTS)
         assert torch.equal(tokens, there["tokens"])
         made = {"text tower": tower(tokens)}
-        unet = networks.load_unet(checkpoint, dtype=dtype)
+        unet = checkpoint.load("unet", dtype=dtype)
         x, t, image = inputs(unet.config.in_channels, side, dtype)
         made["U-Net"] = unet(x, t, there["text tower"])
-        autoencoder = networks.load_autoencoder(checkpoint, dtype=dtype).autoencoder
+        autoencoder = checkpoint.load("autoencoder", dtype=dtype).autoencoder
         assert autoencoder is not None
         made["encode"] = autoencoder.to_moments(autoencoder.encoder(image))
         made["decode"] = autoencoder.decode(there["encode"][:, :4])
@@ -126,7 +126,7 @@ def test_a_guided_trajectory_in_float64(small: tuple[Any, Path], loaded: ldm.Lat
     """
     pipe, path = small
     checkpoint, schedule = open_checkpoint(path), loaded.law.schedule
-    unet, tower = (made(checkpoint, dtype=torch.float64) for made in (networks.load_unet, networks.load_text))
+    unet, tower = checkpoint.load("unet", dtype=torch.float64), checkpoint.load("text", dtype=torch.float64)
     noise = NoiseStream([SEED], (4, 8, 8)).initial().double()
     with torch.no_grad():
         contexts = [tower(tower.tokenize([words])[0]) for words in WORDS]

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm import image_io
-from ldm.model import SHIPPED
+from ldm.find import SHIPPED
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ldm.checkpoints import native
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import DataConfig
 from ldm.data.latents import LatentLoader, latent_fingerprint
 from ldm.data.loader import Loader
@@ -61,7 +62,8 @@ def test_cached_is_what_encoding_on_the_fly_gives(tool, tmp_path, tiny_checkpoin
     code, out, _ = tool(tmp_path / "latents")
     assert code == 0
     assert f"wrote 48 samples to {tmp_path / 'latents'}" in out
-    prints = latent_fingerprint(str(tiny_checkpoint), str(tiny_checkpoint), DATA)
+    model = open_checkpoint(tiny_checkpoint)
+    prints = latent_fingerprint(model, model, DATA)
     cached = LatentLoader(replace(DATA, shards=str(tmp_path / "latents")), 8, 0, 1, 3, prints)
     whole = {}
     for batch in islice(cached, 6):
@@ -106,7 +108,8 @@ def test_several_processes_make_the_same_samples_and_go_on_where_one_stopped(too
     code, out, err = tool(many, "--processes", 2)
     assert code == 0 and f"wrote 48 samples to {many}" in out, err
     assert sorted(contents(many)) == [*(f"latents-{i:05d}.tar" for i in range(6)), "latents.json"]
-    prints = latent_fingerprint(str(tiny_checkpoint), str(tiny_checkpoint), DATA)
+    model = open_checkpoint(tiny_checkpoint)
+    prints = latent_fingerprint(model, model, DATA)
     found = []
     for name in ("one", "many"):
         loader = LatentLoader(replace(DATA, shards=str(tmp_path / name), shuffle=0), 8, 0, 1, 3, prints)
@@ -123,7 +126,7 @@ def test_several_processes_make_the_same_samples_and_go_on_where_one_stopped(too
 def test_latents_of_another_model_are_refused(tool, tmp_path, tiny_checkpoint):
     assert tool(tmp_path / "latents")[0] == 0
     before = contents(tmp_path / "latents")
-    state = native.read_part(tiny_checkpoint, "autoencoder")
+    state = dict(open_checkpoint(tiny_checkpoint).state("autoencoder"))
     key = next(key for key in state if key.endswith("weight"))
     state[key] = state[key] + 1e-3
     config = replace(native.read_config(tiny_checkpoint), text=None, unet=None, schedule=None)

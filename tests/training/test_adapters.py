@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ldm
 from ldm.checkpoints import export, native
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.textual_inversion import read_embeddings
 from ldm.config import (
     DiffusionLossConfig,
@@ -71,7 +72,7 @@ def test_a_lora_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         before, loss = frozen(stage), stage.validate()["validation/loss"]
     run(stage, LONG, tmp_path / "run", config)
-    stored = native.load_unet(tiny_checkpoint).state_dict()
+    stored = open_checkpoint(tiny_checkpoint).load("unet").state_dict()
     assert same(frozen(stage), before) and same(dict(stage.unet.state_dict()), dict(stored))
     with torch.no_grad():
         assert stage.validate()["validation/loss"] < 0.96 * loss
@@ -85,7 +86,7 @@ def test_a_lora_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         drawn = model.unet(x, t, context)
         assert torch.allclose(drawn, stage.unet.eval()(x, t, context), atol=1e-4)
-        assert not torch.allclose(drawn, native.load_unet(tiny_checkpoint)(x, t, context), atol=1e-2)
+        assert not torch.allclose(drawn, open_checkpoint(tiny_checkpoint).load("unet")(x, t, context), atol=1e-2)
 
     half = replace(config, loop=replace(LONG, steps=6))
     run(DiffusionStage(half, 0, 1, CPU), half.loop, tmp_path / "resumed", half)
@@ -98,11 +99,14 @@ def test_a_lora_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_all_weights_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = replace(PLAIN, init=str(tiny_checkpoint), loop=replace(LONG, steps=1, ema=0.0))
     stage = DiffusionStage(config, 0, 1, CPU)
-    assert same(dict(stage.unet.state_dict()), dict(native.load_unet(tiny_checkpoint).state_dict()))
+    assert same(dict(stage.unet.state_dict()), dict(open_checkpoint(tiny_checkpoint).load("unet").state_dict()))
     run(stage, config.loop, tmp_path, config)
     made = native.read_config(tmp_path)
     assert made == replace(native.read_config(tiny_checkpoint), image_size=32, loss=config.loss)
-    assert not same(dict(native.load_unet(tmp_path).state_dict()), dict(native.load_unet(tiny_checkpoint).state_dict()))
+    assert not same(
+        dict(open_checkpoint(tmp_path).load("unet").state_dict()),
+        dict(open_checkpoint(tiny_checkpoint).load("unet").state_dict()),
+    )
 
 
 def test_a_new_word(tiny_checkpoint: Path, tmp_path: Path) -> None:

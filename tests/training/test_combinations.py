@@ -86,7 +86,7 @@ def test_a_checkpoint_from_before_these_settings_is_read_as_it_was_meant(tmp_pat
         del plain["schedule"][name]
     file.write_text(json.dumps(plain))
     assert native.read_config(tmp_path) == stage.model_config()
-    shipped = native.read_config(ldm.model.SHIPPED["icons"])
+    shipped = native.read_config(ldm.find.SHIPPED["icons"])
     assert (shipped.sigma_data, shipped.learned_variance, shipped.parameterization) == (1.0, False, "v")
 
 

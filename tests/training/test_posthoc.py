@@ -11,6 +11,7 @@ import torch
 from scipy.integrate import quad
 
 from ldm.checkpoints import native
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.errors import UserError
 from ldm.training.ema import EMA, power
 from ldm.training.posthoc import Profile, coefficients, exponent, inner, reconstruct, residual
@@ -104,7 +105,7 @@ def test_the_tool_makes_a_model_of_another_width(tmp_path):
     words = [str(tmp_path / "run"), "--width", "0.1", "--output", str(tmp_path / "made")]
     done = subprocess.run([sys.executable, str(tool), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    made = native.load_unet(tmp_path / "made").state_dict()
+    made = open_checkpoint(tmp_path / "made").load("unet").state_dict()
     last = native.read_tensors(tmp_path / "run" / "ema" / "unet-0.1000-00000004.safetensors")
     assert all(torch.allclose(made[key], last[key], atol=1e-5) for key in last)
     assert native.read_config(tmp_path / "made") == native.read_config(tmp_path / "run")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.checkpoints import native
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import AutoencoderConfig
 from ldm.data.loader import Loader
 from ldm.errors import UserError
@@ -124,7 +124,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_clamped_and_logged(clamp)
 
 
 def test_exported_latents_of_the_training_data_have_mean_0_and_variance_1_in_every_channel(finished):
-    codec = native.load_autoencoder(finished[0])
+    codec = open_checkpoint(finished[0]).load("autoencoder")
     assert len(codec.config.shift) == len(codec.config.scale) == 3
     batches = iter(Loader(AUTOENCODER.data, 48, 0, 1, LOOP.seed))
     batch = next(batches)  # one epoch, the samples over which `measure` went
@@ -148,7 +148,7 @@ def test_the_exported_weights_are_the_averaged_ones(finished):
     found = load_state(path)
     assert found is not None
     average = found[1]["averages"]["autoencoder"]["average"]
-    exported = native.read_part(path, "autoencoder")
+    exported = dict(open_checkpoint(path).state("autoencoder"))
     assert {f"autoencoder.{key}" for key in exported} == set(average)
     assert all(torch.equal(tensor, average[f"autoencoder.{key}"]) for key, tensor in exported.items())
 
@@ -207,5 +207,5 @@ def test_compiled_networks_learn_the_same(tmp_path):
         run(stage_of(config), loop, tmp_path / str(compiled), config)
         losses.append([line["loss"] for line in log_of(tmp_path / str(compiled)) if "loss" in line])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    decoded = native.load_autoencoder(tmp_path / "True").decode(torch.zeros(1, 3, 8, 8))
+    decoded = open_checkpoint(tmp_path / "True").load("autoencoder").decode(torch.zeros(1, 3, 8, 8))
     assert bool(decoded.isfinite().all())
