@@ -14,7 +14,12 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str):
-        super().__init__("".join(letter if letter.isprintable() else " " for letter in message))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def instead(word: str, names: Iterable[str]) -> str:

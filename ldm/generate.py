@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ldm import catalogue
 from ldm.diffusion import Branches, Denoiser, Fraction, LearnedVariance, bind
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.guidance import (
     autoguidance,
     cfg,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 THRESHOLDS = {"static": static_threshold, "dynamic": dynamic_threshold}
+SHOWN_WORDS = 12  # of those unknown to a model, in a notice
 LATENT_BOUND = 4.0  # deviations; the latents of 640 real pictures of the shipped model's reach 3.9 at most
 
 
@@ -86,6 +87,10 @@ class PromptCut(UserWarning):
     """A prompt is longer than the text tower reads; the message names the words that were dropped."""
 
 
+class UnknownWords(UserWarning):
+    """A prompt has words that the text tower takes for one another; the message names them."""
+
+
 def draw(
     model: LatentDiffusion,
     requests: Sequence[Request],
@@ -128,7 +133,7 @@ def sample(
     bit on one device and batch size, to rounding otherwise). The caller may stop whenever it likes.
     `guides`: what `load_guides` made of `settings`, for those who draw many batches; None loads them here.
     Raises UserError, before the first step, for settings that the model cannot follow; warns of words that the text
-    tower does not read (PromptCut).
+    tower does not read (PromptCut) or does not know (UnknownWords).
     """
     settings = settings.check()
     if begin is not None:
@@ -239,20 +244,35 @@ def encode(model: LatentDiffusion, prompts: Sequence[str]) -> Tensor:
         tokens, (words,) = model.text.tokenize([prompt])
         if words:
             warnings.warn(_cut_notice(prompt, words), PromptCut, stacklevel=2)
+        unknown = model.text.unknown_words(tokens[0])
+        if unknown:
+            warnings.warn(_unknown_notice(model, unknown), UnknownWords, stacklevel=2)
         contexts[prompt] = model.text(tokens.to(model.device))
     return torch.cat([contexts[prompt] for prompt in prompts])
 
 
-def cut_notices(model: LatentDiffusion, requests: Sequence[Request]) -> list[str]:
-    """One sentence for each different prompt or negative prompt that the text tower does not read to its end."""
+def prompt_notices(model: LatentDiffusion, requests: Sequence[Request]) -> list[str]:
+    """One sentence for each different prompt or negative prompt that the text tower does not read to its end, and one
+    for all words that it does not know."""
     texts = list(dict.fromkeys(text for request in requests for text in (request.prompt, request.negative)))
-    _, dropped = model.text.tokenize(texts)
-    return [_cut_notice(text, words) for text, words in zip(texts, dropped, strict=True) if words]
+    tokens, dropped = model.text.tokenize(texts)
+    found = [_cut_notice(text, words) for text, words in zip(texts, dropped, strict=True) if words]
+    unknown = dict.fromkeys(word for row in tokens for word in model.text.unknown_words(row))
+    return [*found, _unknown_notice(model, list(unknown))] if unknown else found
 
 
 def _cut_notice(prompt: str, words: str) -> str:
     shown = prompt if len(prompt) <= 40 else f"{prompt[:39]}…"
-    return f"the prompt '{shown}' is longer than the text tower reads; dropped: {words}"
+    return printable(f"the prompt '{shown}' is longer than the text tower reads; dropped: {words}")
+
+
+def _unknown_notice(model: LatentDiffusion, words: Sequence[str]) -> str:
+    shown = ", ".join(f"'{word[:40]}'" for word in words[:SHOWN_WORDS])
+    more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
+    return printable(
+        f"the text tower of {model.name or 'this model'} does not know {shown}{more}: it takes all such words for one, "
+        "so what they mean is not drawn; use words that it was trained on"
+    )
 
 
 def latent_shape(model: LatentDiffusion, settings: Settings) -> tuple[int, int, int]:

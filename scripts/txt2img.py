@@ -83,14 +83,15 @@ def main() -> None:
         from ldm.adapters import use
 
         model, _ = use.apply(model, adapters)
-    notices = list(model.notices)
-    notices += generate.cut_notices(model, [request for batch in batches for request in batch])
     guides = load_guides(model, settings)
-    notices += guides.notices
+    notices = [*model.notices, *guides.notices]
+    for reader in (model, guides.worse) if guides.worse else (model,):
+        notices += generate.prompt_notices(reader, [request for batch in batches for request in batch])
     notices += provenance.differences(recipe, model, guides.hashes) if recipe else []
-    for notice in notices:
+    for notice in dict.fromkeys(notices):
         print(f"warning: {notice}", file=sys.stderr)
-    warnings.simplefilter("ignore", generate.PromptCut)  # said above, once
+    for said in (generate.PromptCut, generate.UnknownWords):  # above, once
+        warnings.simplefilter("ignore", said)
 
     sheet: list[tuple[torch.Tensor, Request, Path]] = []
     with tqdm(total=len(batches) * settings.steps, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:

@@ -18,7 +18,7 @@ TINY = ModelConfig(
         channels=32, multipliers=(1, 1, 1), blocks=1, middle_attention=False, latent_channels=4, scale=(0.5,)
     ),
     text=TextConfig(
-        context_length=16, token_ids=(0, *range(300, 1300), 49406, 49407), width=32, heads=2, layers=2, embed_dim=16
+        context_length=16, token_ids=(0, *range(256, 3000), 49406, 49407), width=32, heads=2, layers=2, embed_dim=16
     ),
     unet=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_levels=(1,), heads=2, context_width=32),
     schedule=ScheduleConfig(steps=100, beta_start=0.0085, beta_end=0.12),

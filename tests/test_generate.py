@@ -176,15 +176,28 @@ def test_the_loop_can_be_taken_apart(tiny_model: LatentDiffusion) -> None:
 
 
 def test_words_that_are_not_read_are_named(tiny_model: LatentDiffusion) -> None:
-    prompt = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-    with pytest.warns(generate.PromptCut, match="dropped: .*fifteen sixteen"):
+    prompt = "a b c d e f g h i j k l m n o p"
+    with pytest.warns(generate.PromptCut, match="dropped: o p"):
         cut = draw(tiny_model, [Request(prompt)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw(tiny_model, [Request("a cat")])
-    notices = generate.cut_notices(tiny_model, [Request(prompt), Request("a cat", prompt), Request(prompt)])
-    assert len(notices) == 1 and "fifteen sixteen" in notices[0]
+    notices = generate.prompt_notices(tiny_model, [Request(prompt), Request("a cat", prompt), Request(prompt)])
+    assert len(notices) == 1 and "dropped: o p" in notices[0]
     assert bool(cut.isfinite().all())
+
+
+def test_words_that_the_model_does_not_know_are_named(tiny_model: LatentDiffusion) -> None:
+    requests = [Request("a zebra, a\x1b giraffe", "Zebra"), Request("a cat", "a dog"), Request("a zebra")]
+    (notice,) = generate.prompt_notices(tiny_model, requests)
+    assert "does not know 'zebra', " in notice and "'giraffe': it takes all such words for one" in notice
+    assert notice.isprintable()
+    with pytest.warns(generate.UnknownWords, match="does not know 'zebra': it takes"):
+        tiny_model.txt2img("a zebra", cfg=1, steps=1)
+    with pytest.warns(generate.UnknownWords, match="does not know 'zebra': it takes"):
+        next(tiny_model.sample("a cat", negative="a zebra", steps=1))
+    many = [Request(f"zebra{letter}") for letter in "abcdefghijklmn"]
+    assert "'zebral' and 2 more: it" in generate.prompt_notices(tiny_model, many)[0]
 
 
 @pytest.mark.parametrize(

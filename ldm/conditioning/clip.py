@@ -104,6 +104,31 @@ class TextTower(nn.Module):
             row[: len(kept)] = torch.tensor(kept)
         return tokens, dropped
 
+    def unknown_words(self, tokens: Tensor) -> list[str]:
+        """The words of a caption's `tokens` (L,), as they were read, that have a piece without a row of its own, each
+        once. All such pieces share one row, so the tower takes these words for one another.
+        """
+        pieces, word, found = clip_tokenizer(), [], {}
+        alone = {token: self._owns_a_row(token) for token in set(tokens.tolist())}
+        for token in tokens.tolist():
+            special = token >= START  # start, end, and what words of textual inversions are made of
+            word += [] if special else [token]
+            if special or pieces.decoder[token].endswith("</w>"):
+                if not all(alone[piece] for piece in word):
+                    found[pieces.decode(word).strip()] = None
+                word = []
+        return list(found)
+
+    def _owns_a_row(self, token: int) -> bool:
+        """Whether no other token has the row of `token`, as stored or, where a table was filled up, by its values."""
+        if token >= START:
+            return True
+        if self.config.token_ids and self.rows is not None:
+            return int(self.rows[token]) != len(self.config.token_ids)
+        table = getattr(self.token_embedding, "table", self.token_embedding).weight
+        like = table[table[:, 0] == table[token, 0]]
+        return int((like == table[token]).all(dim=1).sum()) == 1
+
     def _hidden(self, tokens: Tensor, blocks: int) -> Tensor:
         """Tokens (B, L) -> (B, L, D) after the first `blocks` blocks, before the final LayerNorm."""
         rows = tokens if self.rows is None else self.rows.to(tokens.device)[tokens]

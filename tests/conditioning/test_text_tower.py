@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.adapters.textual_inversion import Embedding, TowerWithWords
 from ldm.conditioning.clip import END, START, VOCABULARY, TextTower, clip_tokenizer
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.config import TextConfig
@@ -278,3 +279,40 @@ def test_mistakes_are_named(changes: dict, sentence: str):
 def test_importing_the_module_does_not_import_open_clip():
     code = "import sys, ldm.conditioning.clip; sys.exit('open_clip' in sys.modules or 'torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---------------------------------------------------------------- words without a row of their own
+
+
+def few_words() -> tuple[TextTower, TextTower]:
+    """A tower that knows the words of one caption, and the same with a row for every token, as it is exported."""
+    known = (0, *sorted(clip_tokenizer().encode("a red heart,")), START, END)
+    few = tower(dataclasses.replace(SMALL, token_ids=known))
+    every = tower(SMALL)
+    state = few.state_dict()
+    assert few.rows is not None
+    state["token_embedding.weight"] = state["token_embedding.weight"][few.rows]
+    every.load_state_dict(state)
+    return few, every
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_words_that_share_a_row_are_named(which: int):
+    made = few_words()[which]
+    for caption, words in {
+        "A Red heart, a heart": [],
+        "": [],
+        "a blue heart; Blue": ["blue", ";"],
+        "a redheart": ["redheart"],
+        "a red \u2603 12 cats!!": ["\u2603", "1", "2", "cats", "!!"],
+        "heart " * 13 + "antidisestablishmentarianism": ["anti"],
+        "heart " * 14 + "blue": [],  # it is dropped, and that is told
+    }.items():
+        assert made.unknown_words(made.tokenize([caption])[0][0]) == words, caption
+    own = TowerWithWords(made, [Embedding("blue", torch.zeros(2, 32))])
+    assert own.unknown_words(own.tokenize(["a blue green heart"])[0][0]) == ["green"]
+
+
+def test_a_tower_of_every_word_knows_them_all():
+    made = tower()
+    assert made.unknown_words(made.tokenize(["antidisestablishmentarianism of 3 \u2603!"])[0][0]) == []

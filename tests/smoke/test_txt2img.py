@@ -146,13 +146,16 @@ def test_a_long_prompt_and_another_model(
     cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said once each on standard error, on a terminal beside the bar; the picture is drawn."""
-    prompt = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    prompt = "a b c d e f g h i j k l m n o p"
     run = ("--out", tmp_path, "--device", "cpu")
     code, out, err = cli(
         "--prompt", prompt, "--n", 3, "--batch-size", 1, "--steps", 2, "--model", tiny_checkpoint, *run
     )
     assert code == 0 and out.count("\n") == 3
-    assert err.count("\n") == 1 and err.startswith("warning: ") and "fifteen sixteen" in err
+    assert err.count("\n") == 1 and err.startswith("warning: ") and "dropped: o p" in err
+    what = ("--prompt", "a zebra", "--prompt", "a cat", "--negative", "a zebra, a giraffe", "--n", 2, "--steps", 1)
+    code, _, err = cli(*what, "--batch-size", 1, "--model", tiny_checkpoint, *run)
+    assert code == 0 and err.count("\n") == 1 and "does not know 'zebra', 'giraffe'" in err
 
     other = tmp_path / "other"
     shutil.copytree(tiny_checkpoint, other)
