@@ -37,18 +37,15 @@ _HOMES = {
     "UserError": "errors",
 }
 
+__version__ = "0.1.0"
 __all__ = ["LatentDiffusion", "UserError", "grid", "load", "read_metadata", "save_png", "to_pil"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("ldm")
     if name not in _HOMES:
         raise AttributeError(f"module 'ldm' has no attribute {name!r}")
     return getattr(importlib.import_module(f"ldm.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, "__version__"])
+    return sorted([*globals(), *__all__])

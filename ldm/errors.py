@@ -6,6 +6,8 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+FEW = 12  # names; a sentence lists no more
+
 
 class UserError(Exception):
     """Something the caller can mend. The message is one sentence and is shown without a traceback.
@@ -27,7 +29,7 @@ def instead(word: str, names: Iterable[str]) -> str:
     known = list(names)
     near = difflib.get_close_matches(word, known, n=1)
     ends = [f"did you mean '{near[0]}'?"] if near else []
-    ends += [f"{'There' if near else 'there'} are {', '.join(known)}"] if len(known) <= 20 else []
+    ends += [f"{'There' if near else 'there'} are {', '.join(known)}"] if len(known) <= FEW else []
     return f"; {' '.join(ends)}" if ends else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.errors import UserError
+from ldm.home import find_recipe
 
 WHERE_HELP = (
     "keep samples whose json field has one of the values: --where 'style=noto emoji,flat emoji' mode=plain; "
@@ -28,12 +29,12 @@ def parse_where(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def where_of(words: Sequence[str]) -> dict[str, list[str]]:
-    """The same, where a word @RECIPE stands for the data.where of a training recipe (a YAML of configs/diffusion)."""
+    """The same, where a word @RECIPE stands for the data.where of a training recipe, by the names of `find_recipe`."""
     from ldm.config import DiffusionTraining, load
 
     where = parse_where([word for word in words if not word.startswith("@")])
     for word in words:
-        where |= load(DiffusionTraining, word[1:]).data.where if word.startswith("@") else {}
+        where |= load(DiffusionTraining, find_recipe(word[1:], "diffusion")).data.where if word.startswith("@") else {}
     return where
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import COUNT, NATURAL, Bounded, Parser, add_fields, add_machine, taken
 from ldm.errors import UserError
+from ldm.home import recipe
 from ldm.jobs import Settings
 from ldm.options import WHERE_HELP, split_list, where_of
 
@@ -304,7 +305,7 @@ def add_autoencoder(command: argparse.ArgumentParser) -> None:
 def add_prompts(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--classifier", required=True, help="what tools/train_classifier.py wrote")
-    add("--concepts", default="configs/evaluation/concepts64.yaml", help="YAML list of concepts")
+    add("--concepts", type=recipe("evaluation"), default="concepts64", help="YAML list of concepts")
     add("--styles", default="noto emoji,flat emoji", help="styles to prompt, separated by commas")
     add("--left-out", default="twemoji", help="the style whose real pictures are judged beside")
     add("--n", type=COUNT, default=2, metavar="N", help="pictures of each prompt")

@@ -35,6 +35,7 @@ from ldm.arguments import COUNT, Parser  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import atomic_write_text  # noqa: E402
 from ldm.find import find  # noqa: E402
+from ldm.home import recipe  # noqa: E402
 
 PAGE = 4096  # bytes that a machine reads together
 SCRIPT = Path(__file__).parents[1] / "scripts" / "txt2img.py"
@@ -68,7 +69,7 @@ def parse() -> argparse.Namespace:
     traced.add_argument("--out", required=True)
 
     network = commands.add_parser("unet", help="a training step and a guided sampling step of a configuration's U-Net")
-    network.add_argument("--config", required=True, help="YAML of scripts/train_diffusion.py")
+    network.add_argument("--config", type=recipe("diffusion"), required=True, help="YAML of scripts/train_diffusion.py")
     network.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
     network.add_argument("--side", type=COUNT, default=16, help="of the latent")
     network.add_argument("--length", type=COUNT, default=32, help="of the context, tokens")

@@ -31,7 +31,7 @@ from ldm.metrics.figures import Measures
 from ldm.options import WHERE_HELP, where_of
 
 MANY, FEW, MANY_ON_GPU = 1000, 200, 5000  # pictures in a cell of the steps table; FEW where one takes 1000 steps
-RECIPE = "@configs/diffusion/icons.yaml"  # what the shipped model was trained on
+RECIPE = "@icons"  # what the shipped model was trained on
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ from ldm.data.latent_writing import (
 from ldm.data.latents import MANIFEST, latent_fingerprint
 from ldm.device import choose_device, choose_precision, precision_name
 from ldm.errors import UserError
+from ldm.home import recipe
 from ldm.options import WHERE_HELP, where_of
 
 
@@ -135,7 +136,12 @@ def visible_gpus() -> list[str]:
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--config", metavar="FILE", help="YAML of scripts/train_diffusion.py to take settings from")
+    parser.add_argument(
+        "--config",
+        type=recipe("diffusion"),
+        metavar="FILE",
+        help="YAML of scripts/train_diffusion.py to take settings from",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
     parser.add_argument("--autoencoder", help="checkpoint of the autoencoder (setting: autoencoder)")
     parser.add_argument("--text", help="checkpoint of the text tower (setting: text)")

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ldm.arguments import COUNT, NATURAL, POSITIVE, Parser
 from ldm.errors import UserError
+from ldm.home import recipe
 from ldm.metrics.accuracy import prototypes, ranks
 from ldm.metrics.augment import Augmentation, augment
 from ldm.metrics.classifier import Classifier, ClassifierConfig, save_classifier
@@ -52,7 +53,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shards", required=True, help="shards of real pictures with a name and a style in their json")
     parser.add_argument("--where", nargs="*", default=[], help=WHERE_HELP)
     parser.add_argument("--output", required=True, help="folder of the classifier")
-    parser.add_argument("--concepts", help="YAML list of the concepts to learn; default: all with --pictures pictures")
+    parser.add_argument(
+        "--concepts",
+        type=recipe("evaluation"),
+        help="YAML list of the concepts to learn; default: all with --pictures pictures",
+    )
     parser.add_argument("--pictures", type=COUNT, default=5, help="pictures a concept must have to be learnt")
     parser.add_argument("--left-out", default="twemoji", help="the style it never sees")
     parser.add_argument("--size", type=COUNT, default=64, help="pixels")

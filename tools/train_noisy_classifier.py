@@ -33,6 +33,7 @@ from ldm.device import DEVICES, choose_device
 from ldm.errors import UserError
 from ldm.guidance.latents import latent_probe
 from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, save_noisy_classifier
+from ldm.home import recipe
 from ldm.metrics.augment import Augmentation, augment
 from ldm.metrics.pictures import read_concepts
 from ldm.options import WHERE_HELP, where_of
@@ -83,7 +84,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--where", nargs="*", default=[], help=WHERE_HELP)
     parser.add_argument("--output", required=True, help="folder of the classifier")
     parser.add_argument("--label", default="name", metavar="FIELD", help="json field with the class (default name)")
-    parser.add_argument("--classes", help="YAML list of the classes to learn; default: all with --pictures pictures")
+    parser.add_argument(
+        "--classes",
+        type=recipe("evaluation"),
+        help="YAML list of the classes to learn; default: all with --pictures pictures",
+    )
     parser.add_argument("--pictures", type=COUNT, default=5, help="pictures a class must have to be learnt")
     parser.add_argument("--views", type=COUNT, default=8, help="latents kept of each picture")
     parser.add_argument("--size", type=NATURAL, default=0, help="pixels (default: what the model was trained at)")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.arguments import COUNT
+from ldm.home import recipe
 
 WARM = 3  # steps that are not counted: the first ones allocate, compile and fill the optimizer's state
 
@@ -28,7 +29,9 @@ def add_commands(commands: Any) -> tuple[argparse.ArgumentParser, argparse.Argum
     speed = commands.add_parser("train", help="a training step beside diffusers' U-Net of the same shape")
     one = commands.add_parser("trained")
     for command in (speed, one):
-        command.add_argument("--config", required=True, help="YAML of scripts/train_diffusion.py")
+        command.add_argument(
+            "--config", type=recipe("diffusion"), required=True, help="YAML of scripts/train_diffusion.py"
+        )
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
         command.add_argument("--side", type=COUNT, default=16, help="of the latent")
         command.add_argument("--length", type=COUNT, default=32, help="of the context, tokens")
@@ -104,7 +107,7 @@ def _peak_mb() -> float:
 
 
 def _in_a_process(arguments: argparse.Namespace, by: str) -> float:
-    words = [sys.argv[0], "trained", "--by", by, "--config", arguments.config, *arguments.overrides]
+    words = [sys.argv[0], "trained", "--by", by, "--config", str(arguments.config), *arguments.overrides]
     for name in ("side", "length", "batch", "threads", "device", "precision"):
         words += [f"--{name}", str(getattr(arguments, name))]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)  # never compiled
