@@ -18,12 +18,13 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm.config import DataConfig
+from ldm.data.batches import collate, join
 from ldm.data.buckets import Buckets
 from ldm.data.plan import Group, Plan
 from ldm.data.reader import QUARANTINED
@@ -33,7 +34,6 @@ from ldm.errors import UserError
 
 Item = TypeVar("Item")
 B = TypeVar("B")
-B_co = TypeVar("B_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,7 @@ class Fetched(Generic[Item]):
 ENOUGH = 10_000  # samples after which the share of bad ones is judged, or a process' part of an epoch if that is less
 
 
-class Collator(Protocol[Item, B_co]):
-    """How records become a batch."""
-
-    def decode(self, record: Record, rng: random.Random, /) -> Item:
-        """Raises BadSample."""
-        ...
-
-    def collate(self, samples: Sequence[Fetched[Item]], /) -> B_co: ...
-
-
-class Assembler(Collator[Item, B], Protocol[Item, B]):
-    """How the shares of several readers become a batch. It travels to the reader processes, so it must pickle."""
-
-    def join(self, parts: Sequence[B], /) -> B: ...
-
+Decoder = Callable[[Record, random.Random], Item]  # raises BadSample; it travels to reader processes, so it must pickle
 
 _Bad = tuple[str, str, str]  # reason, key, shard
 
@@ -78,7 +64,9 @@ class _Part(Generic[B]):
 
 
 class Feed(Generic[Item, B]):
-    """Endless equal batches. Raises UserError when the numbers of streams, batch, processes and workers do not fit.
+    """Endless equal batches of `kind`: its columns are the fields of Fetched and of what `decode` makes.
+
+    Raises UserError when the numbers of streams, batch, processes and workers do not fit.
 
     Iterating goes on where `drawn` stands; only one iteration should be under way at a time.
     """
@@ -91,7 +79,8 @@ class Feed(Generic[Item, B]):
         rank: int,
         world: int,
         seed: int,
-        assembler: Assembler[Item, B],
+        decode: Decoder[Item],
+        kind: type[B],
         buckets: Buckets | None = None,
     ) -> None:
         _check(config, global_batch, world)
@@ -101,7 +90,7 @@ class Feed(Generic[Item, B]):
         self.tally = Tally()
         self.quarantined = {lost.source for lost in data.quarantine.values()}  # shards that could not be had
         self.buckets = buckets
-        self._assembler = assembler
+        self._decode, self._kind = decode, kind
         self._read = 0  # samples that this process has got
         own = config.streams // world
         self._streams = range(rank * own, (rank + 1) * own)
@@ -211,7 +200,7 @@ class Feed(Generic[Item, B]):
                 if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
                     raise
                 raise UserError(f"a data worker died ({error}); if memory ran out, lower data.workers") from error
-            yield self._assembler.join([self._opened(part) for part in got])
+            yield join([self._opened(part) for part in got])
 
     def _opened(self, part: _Part[B]) -> B:
         for fault in part.bad:
@@ -232,7 +221,7 @@ class _Readers(IterableDataset, Generic[Item, B]):
     """Yields `_Part`s for ever; in a DataLoader's worker, of the worker's share of the streams."""
 
     def __init__(self, feed: Feed[Item, B]) -> None:
-        self._data, self._assembler, self._seed = feed.data, feed._assembler, feed.seed
+        self._data, self._decode, self._kind, self._seed = feed.data, feed._decode, feed._kind, feed.seed
         config = feed.config
         self._streams, self._start = feed._streams, feed.drawn // config.streams
         self._rows = feed.global_batch // config.streams
@@ -245,7 +234,7 @@ class _Readers(IterableDataset, Generic[Item, B]):
         worker = get_worker_info()
         share = len(self._streams) // (worker.num_workers if worker else 1)
         streams = self._streams[worker.id * share :][:share] if worker else self._streams
-        reader = SampleReader(self._data, self._assembler.decode)
+        reader = SampleReader(self._data, self._decode)
         for first in count(self._start, self._rows):
             bad: list[_Bad] = []
             rows = [self._plan.row(row) for row in range(first, first + self._rows)]
@@ -254,7 +243,7 @@ class _Readers(IterableDataset, Generic[Item, B]):
             except UserError as error:
                 yield _Part(None, bad, str(error))
                 return
-            yield _Part(self._assembler.collate(samples), bad)
+            yield _Part(_batch(self._kind, samples), bad)
 
     def _fetch(self, reader: SampleReader[Item], group: Group, row: int, stream: int, bad: list[_Bad]) -> Fetched[Item]:
         """The sample of a stream in a row of a group, or the first usable one of its substitutes."""
@@ -280,7 +269,7 @@ class _Readers(IterableDataset, Generic[Item, B]):
 class SampleReader(Generic[Item]):
     """Decoded samples by their number in the set."""
 
-    def __init__(self, data: ShardSet, decode: Callable[[Record, random.Random], Item]) -> None:
+    def __init__(self, data: ShardSet, decode: Decoder[Item]) -> None:
         self._data, self._decode = data, decode
         self._reader = ShardReader(data.shards, data.store)
 
@@ -297,13 +286,13 @@ class SampleReader(Generic[Item]):
 
 
 def in_order(
-    data: ShardSet, collator: Collator[Item, B], batch_size: int, start: int = 0, stop: int | None = None
+    data: ShardSet, decode: Decoder[Item], kind: type[B], batch_size: int, start: int = 0, stop: int | None = None
 ) -> Iterator[B]:
     """Every usable sample once, as it lies in the shards, from number `start` to before `stop`; epoch and seed are 0.
 
     The last batch may be smaller. Raises UserError if none of the samples of the whole set can be used.
     """
-    reader = SampleReader(data, collator.decode)
+    reader = SampleReader(data, decode)
     tally = Tally()
     samples: list[Fetched[Item]] = []
     stop = len(data) if stop is None else stop
@@ -313,12 +302,16 @@ def in_order(
         except BadSample as error:
             tally.note(str(error), *reader.name(sample))
         if len(samples) == batch_size:
-            yield collator.collate(samples)
+            yield _batch(kind, samples)
             samples = []
     if samples:
-        yield collator.collate(samples)
+        yield _batch(kind, samples)
     if tally.total == len(data):
         raise UserError(f"none of the {len(data)} samples of the shards can be used ({tally})")
+
+
+def _batch(kind: type[B], samples: Sequence[Fetched[Any]]) -> B:
+    return collate(kind, [(sample, sample.item) for sample in samples])
 
 
 def _quiet_worker(_: int) -> None:

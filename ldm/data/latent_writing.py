@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.config import DataConfig
 from ldm.data import samples, transforms
-from ldm.data.feed import Fetched, in_order
+from ldm.data.feed import in_order
 from ldm.data.latents import FORMAT, MANIFEST, check_plain, read_manifest
 from ldm.data.shards import Record, open_set
 from ldm.data.writing import write_shard
@@ -36,7 +36,7 @@ class SourceBatch:
     variants: list[list[int]]  # which of them the json's `captions` are
     key: list[str]  # with the shard's name, "train-0003/00017"
     meta: list[dict[str, Any]]
-    sample: list[int]  # numbers in the set
+    number: list[int]  # in the set
     size: Tensor  # int64 (B, 2), of the picture in its shard
     crop: Tensor  # int64 (B, 2, 2), of the picture and of its mirror image
 
@@ -56,40 +56,32 @@ class LatentSources:
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[SourceBatch]:
         """From sample number `start` to before `stop` (the end); what cannot be used is logged and left out."""
-        return in_order(self._data, _Sources(self._config.size), batch_size, start, stop)
+        return in_order(self._data, _SourceDecode(self._config.size), SourceBatch, batch_size, start, stop)
 
 
 @dataclass(frozen=True)
 class _Source:
-    made: transforms.Prepared
+    """A row of SourceBatch."""
+
+    image: Tensor
     captions: list[str]
     variants: list[int]
     meta: dict[str, Any]
+    size: tuple[int, int]
+    crop: tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class _Sources:
+class _SourceDecode:
     size: int
 
-    def decode(self, record: Record, rng: random.Random) -> _Source:
+    def __call__(self, record: Record, rng: random.Random) -> _Source:
         sample = samples.decode(record, "txt", rng)
         made = transforms.prepare(sample.picture, self.size, "center", False, rng)
         given = samples.caption_variants(sample.meta)
         captions = list(dict.fromkeys([sample.caption, *given]))
-        return _Source(made, captions, [captions.index(text) for text in given], sample.meta)
-
-    def collate(self, samples: Sequence[Fetched[_Source]]) -> SourceBatch:
-        items = [sample.item for sample in samples]
-        return SourceBatch(
-            torch.stack([item.made.image for item in items]),
-            [item.captions for item in items],
-            [item.variants for item in items],
-            [sample.key for sample in samples],
-            [item.meta for item in items],
-            [sample.number for sample in samples],
-            torch.tensor([item.made.size for item in items]),
-            torch.tensor([[item.made.crop, item.made.crop_other_way] for item in items]),
-        )
+        variants = [captions.index(text) for text in given]
+        return _Source(made.image, captions, variants, sample.meta, made.size, (made.crop, made.crop_other_way))
 
 
 # ---------------------------------------------------------------- latents out
@@ -158,7 +150,7 @@ class LatentWriter:
                 tensors["moments_flipped"] = flipped[i].cpu().contiguous()
             meta = json.dumps({**batch.meta[i], "contexts": batch.captions[i]}, ensure_ascii=False)
             self._waiting[key] = {"safetensors": save(tensors), "json": meta.encode()}
-            self._next = batch.sample[i] + 1
+            self._next = batch.number[i] + 1
             if len(self._waiting) == self._per_shard:
                 self._write()
 

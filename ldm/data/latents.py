@@ -34,7 +34,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -44,7 +43,7 @@ from ldm.checkpoints.record import Checkpoint
 from ldm.config import DataConfig, to_dict
 from ldm.data import samples, transforms
 from ldm.data.cache import Store
-from ldm.data.feed import Feed, Fetched
+from ldm.data.feed import Feed
 from ldm.data.fetch import Unreachable
 from ldm.data.shards import BadSample, Members, Record, ShardSet, name_of, open_set
 from ldm.data.sources import PIPE, base_name, expand_sources, is_file
@@ -109,13 +108,13 @@ class _Latent:
 
 
 @dataclass(frozen=True)
-class _Latents:
+class _LatentDecode:
     """How cached latents are read: which of them, drawn by the numbers that the pictures' own path draws."""
 
     caption: str
     flip: bool
 
-    def decode(self, record: Record, rng: random.Random) -> _Latent:
+    def __call__(self, record: Record, rng: random.Random) -> _Latent:
         try:
             tensors = load(record.fields["safetensors"])
             moments, contexts, variants = tensors["moments"], tensors["context"], tensors["variants"]
@@ -130,28 +129,6 @@ class _Latents:
         if flipped:
             moments = tensors["moments_flipped"]
         return _Latent(moments.float(), contexts[chosen].float(), size, crops[int(flipped)])
-
-    def collate(self, samples: Sequence[Fetched[_Latent]]) -> LatentBatch:
-        return LatentBatch(
-            torch.stack([sample.item.moments for sample in samples]),
-            torch.stack([sample.item.context for sample in samples]),
-            [sample.key for sample in samples],
-            [sample.epoch for sample in samples],
-            torch.stack([sample.item.size for sample in samples]),
-            torch.stack([sample.item.crop for sample in samples]),
-        )
-
-    def join(self, parts: Sequence[LatentBatch]) -> LatentBatch:
-        if len(parts) == 1:
-            return parts[0]
-        return LatentBatch(
-            torch.cat([part.moments for part in parts]),
-            torch.cat([part.context for part in parts]),
-            [key for part in parts for key in part.key],
-            [epoch for part in parts for epoch in part.epoch],
-            torch.cat([part.size for part in parts]),
-            torch.cat([part.crop for part in parts]),
-        )
 
 
 class LatentLoader(Feed[_Latent, LatentBatch]):
@@ -182,7 +159,8 @@ class LatentLoader(Feed[_Latent, LatentBatch]):
         data = replace(open_set(config.shards, "latents", _fault, config.where, config), keys_are_addresses=True)
         lost = {shard.source for shard in data.quarantine.values()}
         _check_count(data, sum(count for source, count in zip(sources, counts, strict=True) if source not in lost))
-        super().__init__(data, config, global_batch, rank, world, seed, _Latents(config.caption, config.flip))
+        decode = _LatentDecode(config.caption, config.flip)
+        super().__init__(data, config, global_batch, rank, world, seed, decode, LatentBatch)
 
 
 def check_plain(config: DataConfig) -> None:

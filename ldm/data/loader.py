@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ldm.config import DataConfig
 from ldm.data import samples, transforms
 from ldm.data.buckets import assign, bucket_sizes
-from ldm.data.feed import Feed, Fetched, in_order
+from ldm.data.feed import Decoder, Feed, in_order
 from ldm.data.shards import Record, check_quarantine, open_data, open_set
 from ldm.errors import UserError
 
@@ -27,7 +26,7 @@ class Decoded:
     crop: tuple[int, int]
 
 
-Decode = Callable[[Record, random.Random], Decoded]
+Decode = Decoder[Decoded]
 
 
 @dataclass(frozen=True)
@@ -62,35 +61,6 @@ class PictureDecode:
         return Decoded(made.image, sample.caption, made.size, made.crop)
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    """How decoded pictures become a Batch."""
-
-    decode: Decode
-
-    def collate(self, samples: Sequence[Fetched[Decoded]]) -> Batch:
-        return Batch(
-            torch.stack([sample.item.image for sample in samples]),
-            [sample.item.caption for sample in samples],
-            [sample.key for sample in samples],
-            [sample.epoch for sample in samples],
-            torch.tensor([sample.item.size for sample in samples]),
-            torch.tensor([sample.item.crop for sample in samples]),
-        )
-
-    def join(self, parts: Sequence[Batch]) -> Batch:
-        if len(parts) == 1:
-            return parts[0]
-        return Batch(
-            torch.cat([part.image for part in parts]),
-            [text for part in parts for text in part.caption],
-            [key for part in parts for key in part.key],
-            [epoch for part in parts for epoch in part.epoch],
-            torch.cat([part.size for part in parts]),
-            torch.cat([part.crop for part in parts]),
-        )
-
-
 class Loader(Feed[Decoded, Batch]):
     """Endless batches of `config.shards`, global_batch / world rows on each process.
 
@@ -114,8 +84,8 @@ class Loader(Feed[Decoded, Batch]):
         if config.buckets:
             data, buckets = assign(data, bucket_sizes(config.size, config.buckets, config.bucket_aspect), global_batch)
             check_quarantine(data.quarantine, len(data.shards) + len(data.quarantine), config.bad_limit)
-        pictures = _Pictures(decode or PictureDecode(config))
-        super().__init__(data, config, global_batch, rank, world, seed, pictures, buckets)
+        decode = decode or PictureDecode(config)
+        super().__init__(data, config, global_batch, rank, world, seed, decode, Batch, buckets)
 
 
 def validation_batches(config: DataConfig, batch_size: int, decode: Decode | None = None) -> Iterator[Batch]:
@@ -128,7 +98,7 @@ def validation_batches(config: DataConfig, batch_size: int, decode: Decode | Non
     config = replace(config, crop="center", flip=False, caption="txt")
     _check(config)
     data = open_set(config.validation, "data.validation", samples.fault, config.where, config)
-    yield from in_order(data, _Pictures(decode or PictureDecode(config)), batch_size)
+    yield from in_order(data, decode or PictureDecode(config), Batch, batch_size)
 
 
 def _check(config: DataConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, islice
@@ -18,13 +18,28 @@ from hypothesis import strategies as st
 
 from ldm.config import DataConfig
 from ldm.data import feed as feed_module
-from ldm.data.feed import Feed, Fetched, in_order
+from ldm.data.feed import Feed, in_order
 from ldm.data.shards import BadSample, Record, ShardSet, open_set
 from ldm.errors import UserError
 
 from .shard_maker import bare, text_shards
 
 Row = tuple[str, int, float]  # key, epoch, what the keyed rng drew
+
+
+@dataclass(frozen=True)
+class Drawn:
+    value: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    key: list[str]
+    epoch: list[int]
+    value: list[float]
+
+    def __iter__(self) -> Iterator[Row]:
+        return zip(map(bare, self.key), self.epoch, self.value, strict=True)
 
 
 @dataclass
@@ -34,17 +49,11 @@ class Keys:
     bad: frozenset[str] = frozenset()
     seen: list[str] = field(default_factory=list)
 
-    def decode(self, record: Record, rng: random.Random) -> float:
+    def __call__(self, record: Record, rng: random.Random) -> Drawn:
         self.seen.append(record.key)
         if record.key in self.bad:
             raise BadSample("it is bad")
-        return rng.random()
-
-    def collate(self, samples: Sequence[Fetched[float]]) -> list[Row]:
-        return [(bare(sample.key), sample.epoch, sample.item) for sample in samples]
-
-    def join(self, parts: Sequence[list[Row]]) -> list[Row]:
-        return [row for part in parts for row in part]
+        return Drawn(rng.random())
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +75,10 @@ def flat(batches: Sequence[list[Row]]) -> list[Row]:
 def take(data, batches, config=None, world=1, rank=0, each=2, seed=3, state=None, keys=None):
     """`batches` batches of a rank, `each` samples of every stream in a batch."""
     config = config or DataConfig(streams=8, shuffle=16, workers=0)
-    feed = Feed(data, config, config.streams * each, rank, world, seed, keys or Keys())
+    feed = Feed(data, config, config.streams * each, rank, world, seed, keys or Keys(), Rows)
     if state is not None:
         feed.load_state_dict(state)
-    got = list(islice(feed, batches))
+    got = [list(batch) for batch in islice(feed, batches)]
     return got, feed.state_dict()
 
 
@@ -159,8 +168,8 @@ def test_a_bad_sample_is_counted_and_replaced_and_all_others_keep_their_places(s
     data = sets((20, 20))
     good, _ = take(data, 10)
     bad = frozenset({"s0-0003", "s1-0007", "s1-0008"})
-    feed = Feed(data, DataConfig(streams=8, shuffle=16, workers=0), 16, 0, 1, 3, Keys(bad))
-    got = list(islice(feed, 10))
+    feed = Feed(data, DataConfig(streams=8, shuffle=16, workers=0), 16, 0, 1, 3, Keys(bad), Rows)
+    got = [list(batch) for batch in islice(feed, 10)]
     for before, after in zip(flat(good), flat(got), strict=True):
         assert after == before if before[0] not in bad else after[0] not in bad and after[1] == before[1]
     assert feed.tally.counts == {"it is bad": 3}
@@ -198,33 +207,33 @@ def test_one_good_sample_is_enough(sets):
 )
 def test_numbers_that_do_not_fit_are_named(sets, config, batch, world, numbers):
     with pytest.raises(UserError, match=numbers):
-        Feed(sets((5,)), config, batch, 0, world, 0, Keys())
+        Feed(sets((5,)), config, batch, 0, world, 0, Keys(), Rows)
 
 
 def test_in_order_is_one_pass_that_skips_what_is_bad(sets):
     data = sets((3, 0, 4))
     keys = [key for shard in data.shards for key in shard.keys]
-    got = list(in_order(data, Keys(frozenset(keys[:2])), 2))
+    got = list(in_order(data, Keys(frozenset(keys[:2])), Rows, 2))
     assert [[key for key, _, _ in batch] for batch in got] == [keys[2:4], keys[4:6], keys[6:]]
-    assert [row[0] for batch in in_order(data, Keys(), 4, start=3) for row in batch] == keys[3:]
+    assert [row[0] for batch in in_order(data, Keys(), Rows, 4, start=3) for row in batch] == keys[3:]
     with pytest.raises(UserError, match="none of the 7"):
-        list(in_order(data, Keys(frozenset(keys)), 2))
+        list(in_order(data, Keys(frozenset(keys)), Rows, 2))
 
 
 def test_the_plan_names_the_numbers(sets):
     config = DataConfig(streams=4, shuffle=9, workers=2)
-    text = Feed(sets((3, 0, 4)), config, 8, 0, 2, 0, Keys()).describe()
+    text = Feed(sets((3, 0, 4)), config, 8, 0, 2, 0, Keys(), Rows).describe()
     for part in ("3 shards", "7 samples", "4 streams", "2 processes x 2 workers", "0.9 global batches"):
         assert part in text
     filtered = replace(sets((3, 0, 4)), filtered=5)
-    assert "5 filtered out" in Feed(filtered, config, 8, 0, 2, 0, Keys()).describe()
+    assert "5 filtered out" in Feed(filtered, config, 8, 0, 2, 0, Keys(), Rows).describe()
 
 
 def test_a_resumed_pass_that_finds_only_bad_samples_has_found_good_ones_before(sets):
     data = sets((3, 0, 4))
     bad = Keys(frozenset(data.shards[2].keys))
-    assert list(in_order(data, bad, 2, start=3)) == []
-    assert [row[0] for batch in in_order(data, Keys(), 2, start=1, stop=4) for row in batch] == [
+    assert list(in_order(data, bad, Rows, 2, start=3)) == []
+    assert [row[0] for batch in in_order(data, Keys(), Rows, 2, start=1, stop=4) for row in batch] == [
         "s0-0001",
         "s0-0002",
         "s2-0000",
