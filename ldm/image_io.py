@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,13 @@ LABELS = {"cfg": "CFG scale", "cfg_rescale": "CFG rescale", "cfg_interval": "CFG
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> 8-bit RGB, rounded to nearest; values beyond are clamped.
 
-    Raises UserError for values that are not finite: they would come out black.
+    Raises UserError for what is no such picture, and for values that are not finite: they would come out black.
     """
+    if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+        raise UserError(
+            f"a tensor {tuple(image.shape)} of {image.dtype} is not a picture (3, H, W) of floats in [-1, 1]; of a "
+            "batch, take one"
+        )
     if not bool(image.isfinite().all()):
         raise UserError("the picture has values that are not finite, so it was not converted; try --precision fp32")
     levels = image.detach().float().cpu().add(1).mul(127.5).round().clamp(0, 255).byte()
@@ -103,15 +109,26 @@ def _finite(value: Any) -> Any:
 
 
 def readable(metadata: Mapping[str, Any]) -> str:
-    """The prompt, the negative prompt, and "Steps: 30, Sampler: ddim, …": the form that viewers of such PNGs know."""
+    """The prompt, the negative prompt, and "Steps: 30, Sampler: ddim, …": the form that viewers of such PNGs know.
+
+    They take the last line apart at the commas and colons, so a value that has any stands in quotes.
+    """
     lines = [str(metadata["prompt"])] if "prompt" in metadata else []
     if metadata.get("negative"):
         lines.append(f"Negative prompt: {metadata['negative']}")
     rest = {key: value for key, value in metadata.items() if key not in ("prompt", "negative")}
     if "width" in rest and "height" in rest:
         rest["size"] = f"{rest.pop('width')}x{rest.pop('height')}"
-    lines.append(", ".join(f"{label}: {value}" for label, value in _flat(rest, "")))
+    lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in _flat(rest, "")))
     return "\n".join(lines)
+
+
+def _quoted(value: Any) -> str:
+    """The text of `value`, as a JSON string where it would not be one value, or not the same, without quotes."""
+    text = str(value)
+    if text.isprintable() and text == text.strip() and not any(letter in text for letter in ',:"'):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
@@ -122,15 +139,19 @@ def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
             pairs += _flat(value, f"{prefix}{key.replace('_', ' ')} ")
         elif value is not None and value != "":
             name = LABELS.get(key, key.replace("_", " ")) if not prefix else prefix + key.replace("_", " ")
-            pairs.append((name[0].upper() + name[1:], value))
+            pairs.append((re.sub(r"[^\w /-]", " ", name[0].upper() + name[1:]), value))
     return pairs
 
 
-def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """(B, 3, H, W) -> one picture (3, H', W'), row by row, `gap` white pixels between.
+def grid(images: Tensor, columns: int | None = None, gap: int = 2, labels: Sequence[str] | None = None) -> Tensor:
+    """(B, 3, H, W) -> one picture (3, H', W'), row by row, `gap` white pixels between; `labels` below the pictures.
 
     Without `columns` the sheet is about as wide as high, and full where up to twice as many columns as rows allow it.
     """
+    if labels is not None:
+        from ldm.labels import below
+
+        images = below(images, labels)
     count, channels, height, width = images.shape
     side = math.ceil(math.sqrt(count))
     full = (c for c in range(side, count) if count % c == 0 and c * c <= 2 * count)

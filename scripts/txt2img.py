@@ -103,12 +103,13 @@ def main() -> None:
                 path = image_io.save_numbered(images[index], folder, record)
                 bar.write(f"{path}  seed {batch[index].seed}", file=sys.stdout)
                 sys.stdout.flush()
-                if "grid" in given:
+                if {"grid", "grid_labels"} & set(given):
                     sheet.append((images[index], batch[index], path))
     if sheet:
         pictures, requests, paths = zip(*sheet, strict=True)
         record = provenance.record_sheet(model, settings, requests)
-        whole = image_io.grid(torch.stack(pictures))
+        labels = [request.prompt for request in requests] if "grid_labels" in given else None
+        whole = image_io.grid(torch.stack(pictures), labels=labels)
         print(image_io.save_numbered(whole, folder, record, "grid-", first=int(paths[0].stem)))
 
 
@@ -176,6 +177,7 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once [4]")
     add("--out", metavar="FOLDER", help="numbered on from what is there [outputs]")
     add("--grid", action="store_const", const=True, help="write all pictures on one sheet too")
+    add("--grid-labels", action="store_const", const=True, help="write that sheet with each prompt below its picture")
     for word in sys.argv[1:] if words is None else words:  # it goes into the picture and onto the terminal
         if not word.isascii() and any("\ud800" <= letter <= "\udfff" for letter in word):
             raise UserError(f"the argument '{word[:100]}' is not UTF-8; check the terminal's encoding")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,56 @@ def test_the_readable_text_is_the_one_that_viewers_know() -> None:
     )
     last = "Seed: 7, CFG scale: 7.5, Model name: icons, Model hash: ab, Made on device: cpu, Size: 64x32"
     assert text == f"a cat\nNegative prompt: a dog\n{last}"
+
+
+READERS = re.compile(r'\s*(\w[\w /-]+): ("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # how other programs read a line
+
+
+def test_other_programs_take_the_readable_text_apart() -> None:
+    """Whatever is in a value: each comes back whole, by its key, and nothing else does."""
+    values = {
+        "steps": 30,
+        "sigmas": [14.0, 6.0, 0.0],
+        "interval": (0.1, float("inf")),
+        "model": {"name": "my, models/v2: best", "hash": "ab", "set": {"text.padding": "eot", "a:b, c": "d"}},
+        "adapters": [{"kind": "lora", "path": 'a "b".safetensors', "scale": 0.8}],
+        "vae": "line one\nline two\u2028three",
+        "classifier": '"quoted"',
+        "folder": " spaces ",
+        "windows": "C:\\models",
+        "unicode": "ü: 猫",
+        "plain": "ü 猫",
+        "options": {},
+        "empty": "",
+    }
+    text = image_io.readable({"prompt": "a cat, red: blue", "negative": "a, b", **values})
+    first, second, last = text.split("\n")
+    assert (first, second) == ("a cat, red: blue", "Negative prompt: a, b") and last == text.splitlines()[-1]
+    assert READERS.sub("", last) == ""
+    found = {key: json.loads(value) if value[0] == '"' else value for key, value in READERS.findall(last)}
+    assert found == {
+        "Steps": "30",
+        "Sigmas": "[14.0, 6.0, 0.0]",
+        "Interval": "(0.1, inf)",
+        "Model name": "my, models/v2: best",
+        "Model hash": "ab",
+        "Model set text padding": "eot",
+        "Model set a b  c": "d",
+        "Adapters": str(values["adapters"]),
+        "Vae": values["vae"],
+        "Classifier": '"quoted"',
+        "Folder": " spaces ",
+        "Windows": "C:\\models",
+        "Unicode": "ü: 猫",
+        "Plain": "ü 猫",
+    }
+    assert "Plain: ü 猫" in last and 'Unicode: "ü: 猫"' in last
+
+
+def test_what_is_no_picture_is_not_written(tmp_path: Path) -> None:
+    for image in (torch.zeros(1, 3, 4, 4), torch.zeros(4, 4), torch.zeros(1, 4, 4), torch.zeros(3, 4, 4).byte()):
+        with pytest.raises(UserError, match=r"is not a picture \(3, H, W\)"):
+            image_io.save_png(image, tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -179,6 +230,59 @@ def test_a_sheet_that_is_left_over_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "grid-00000.png").write_bytes(b"old")
     assert image_io.save_numbered(torch.zeros(3, 2, 2), tmp_path, prefix="grid-", first=0).name == "grid-00001.png"
     assert (tmp_path / "grid-00000.png").read_bytes() == b"old"
+
+
+def ink(sheet: torch.Tensor) -> torch.Tensor:
+    """Whether a pixel of a label's strip is written on."""
+    return (sheet < 0).any(dim=0)
+
+
+def test_a_grid_with_labels() -> None:
+    images = torch.rand(3, 3, 128, 160, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sheet = image_io.grid(images, columns=3, gap=2, labels=["a red heart, noto emoji", "", "x " * 5000])
+    assert sheet.shape[2] == 3 * 160 + 4 and 128 + 4 * 11 < sheet.shape[1] < 128 + 6 * 14
+    for i, image in enumerate(images):
+        assert torch.equal(sheet[:, :128, i * 162 : i * 162 + 160], image)
+    strip = ink(sheet[:, 128:])
+    assert bool(strip[:, :160].any()) and not bool(strip[:, 160:324].any()) and bool(strip[:, 324:].any())
+    assert bool((sheet <= 1).all()) and bool((sheet >= -1).all())
+    with pytest.raises(UserError, match="2 labels were given for 3 pictures"):
+        image_io.grid(images, labels=["a", "b"])
+
+
+def test_small_pictures_have_cells_in_which_words_have_room() -> None:
+    images = torch.zeros(2, 3, 32, 32)
+    sheet = image_io.grid(images, columns=2, gap=0, labels=["a red heart, noto emoji", "a pizza"])
+    assert (
+        sheet.shape[2] == 2 * 96 and bool((sheet[:, :32, 32:64] == 0).all()) and bool((sheet[:, :32, :32] == 1).all())
+    )
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "ein Würfel, naïve Zoë, Ångström",
+        "猫と犬 кошка قطة חתול แมว",
+        "👩‍👩‍👧 🎲🇩🇪 \u200d\ufe0f",
+        "zero\0byte \x1b[31m tab\tline\nbreak\r\u2028",
+        "half of a letter \ud800",
+        "e" + "\u0301" * 500,
+        "w" * 10_000,
+        "a" * 60 + " " + "b" * 60,
+        "\u202eright to left\u202c",
+        "",
+        " ",
+    ],
+)
+def test_a_label_of_any_letters(label: str) -> None:
+    sheet = image_io.grid(torch.zeros(1, 3, 64, 64), labels=[label])
+    assert sheet.shape[0] == 3 and sheet.shape[2] == 96 and sheet.shape[1] < 64 + 6 * 14
+    assert bool(ink(sheet[:, 64:]).any()) == bool(label.strip())
+
+
+def test_accents_that_the_font_has_not_are_left_out() -> None:
+    plain, accented = (image_io.grid(torch.zeros(1, 3, 64, 64), labels=[label]) for label in ("Wurfel", "Würfel"))
+    assert torch.equal(plain, accented)
 
 
 def test_numbers_go_on_from_the_highest(tmp_path: Path) -> None:

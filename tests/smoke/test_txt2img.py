@@ -132,6 +132,11 @@ def test_order_numbers_and_settings(cli: Cli, tiny_checkpoint: Path, tmp_path: P
     sentence = cli.refused("--reproduce", tmp_path / "out" / "00000.png", "--cfg", 2)
     assert "--cfg does not go with --reproduce" in sentence
 
+    labelled = ("--prompt", "a cat", "--prompt", "ein Würfel 🎲", "--grid-labels", "--out", tmp_path / "labels")
+    code, out, _ = cli(*labelled, "--steps", 1, "--model", tiny_checkpoint, "--device", "cpu")
+    sheet = pixels(tmp_path / "labels" / "grid-00000.png")
+    assert code == 0 and out.count("\n") == 3 and sheet.shape[1] == 2 * 96 + 2 and sheet[32:].min() == 0
+
     before = (tmp_path / "out" / "00000.png").read_bytes()
     lines_file = tmp_path / "prompts.jsonl"
     lines_file.write_text('{"prompt": "a cat", "seed": 40}\n{"prompt": "a red heart"}\n', encoding="utf-8")
