@@ -5,7 +5,6 @@ The popular user interfaces write a sampler and its grid in one name, as "DPM++ 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from ldm.errors import UserError
+from ldm.errors import UserError, nearest
 
 Value = float | int | str
 
@@ -111,8 +110,8 @@ def resolve(sampler: str) -> tuple[str, str | None, dict[str, Value]]:
             bare, grid = bare.removesuffix(ending), spacing
     known = {_bare(name): name for name in SAMPLERS} | _SPELLINGS
     if bare not in known:
-        near = known[difflib.get_close_matches(bare, list(known), n=1, cutoff=0.0)[0]]
-        raise UserError(unknown("sampler", sampler, SAMPLERS, near))
+        near = nearest(bare, known)
+        raise UserError(unknown("sampler", sampler, SAMPLERS, known.get(near)))
     return known[bare], grid, _SPELLED_OPTIONS.get(bare, {})
 
 
@@ -157,9 +156,10 @@ def listing() -> str:
 
 
 def unknown(what: str, name: str, names: Iterable[str], near: str | None = None) -> str:
-    """The sentence for a `name` that is none of `names`, of which `near` is meant, or else the one most like it."""
-    near = near or difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
-    return f"unknown {what} '{name}'; did you mean '{near}'? There are {', '.join(names)}"
+    """The sentence for a `name` that is none of `names`, of which `near` is meant, or else one that is like it."""
+    near = near or nearest(name, names)
+    hint = f"did you mean '{near}'? There" if near else "there"
+    return f"unknown {what} '{name}'; {hint} are {', '.join(names)}"
 
 
 def _bare(name: str) -> str:

@@ -27,10 +27,15 @@ def printable(text: str) -> str:
 def instead(word: str, names: Iterable[str]) -> str:
     """The end of a sentence about an unknown `word`: the one of `names` that is like it, and, if few, all of them."""
     known = list(names)
-    near = difflib.get_close_matches(word, known, n=1)
-    ends = [f"did you mean '{near[0]}'?"] if near else []
+    near = nearest(word, known)
+    ends = [f"did you mean '{near}'?"] if near else []
     ends += [f"{'There' if near else 'there'} are {', '.join(known)}"] if len(known) <= FEW else []
     return f"; {' '.join(ends)}" if ends else ""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The one of `names` that `name` is a slip of, as far as can be told; empty where none is like it."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), "")
 
 
 def explain_os_error(error: OSError, doing: str) -> UserError:

@@ -1,30 +1,39 @@
 """Frozen dataclasses of settings <-> YAML, `key=value` words, JSON. Which settings there are is said in config.py.
 
-A key that does not exist is an error that names the nearest one that does. Values are data: nothing in a file is run,
-resolved or interpolated.
+A key that does not exist is an error that names the nearest one that does, and so is a value outside its range
+(ranges.py). Values are data: nothing in a file is run, resolved or interpolated.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Sequence
+import types
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ldm.errors import UserError
+from ldm.errors import UserError, nearest
 from ldm.plain import read_yaml_text
+from ldm.ranges import check
 
 T = TypeVar("T")
+BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
     """`cls` with the YAML of `path` and then `overrides` ("data.size=64") merged over its defaults.
 
     Raises UserError for a file that cannot be read, YAML that does not parse, an unknown key (the nearest known
-    one is named) and a value of the wrong type.
+    one is named) and a value of the wrong type or outside its range.
     """
+    if path:
+        from_dict(cls, read(path), str(path))  # by itself first, so that what is wrong is said of the right place
+    return from_dict(cls, read(path, overrides), "the arguments")
+
+
+def read(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[Any, Any]:
+    """What the YAML of `path` and then `overrides` say, nested and nothing else; raises UserError as `load` does."""
     from omegaconf import OmegaConf
 
     where = str(path) if path else "the arguments"
@@ -32,6 +41,7 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] 
         plain = OmegaConf.to_container(OmegaConf.create(read_yaml_text(path) if path else {}), resolve=False)
         if not isinstance(plain, dict):
             raise UserError(f"{path} is not a mapping of settings; see configs/ for examples")
+        where = "the arguments"
         for word in overrides:
             key, given, _ = word.partition("=")
             if not given:
@@ -39,34 +49,126 @@ def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] 
             value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)
             for name in key.split("."):
                 value = value[name]
-            if value is None and word == f"{key}=" and _holds(cls, key.split(".")) is str:
-                value = ""  # to YAML it is null
             _replace(plain, key.split("."), value)
     except UserError:
         raise
     except Exception as error:  # at odd keys (a[0]) and values (2001-99-99) OmegaConf and yaml fail in any way
         raise UserError(f"{where}: {_first_line(error)}") from error
-    return from_dict(cls, plain, where)
+    return plain
+
+
+def leaves(plain: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"a": {"b": 1}, "c": [2]} -> ("a.b", 1), ("c", [2])"""
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def from_dict(cls: type[T], plain: Any, where: str) -> T:
-    """`cls` from plain dicts, lists and numbers, checked key by key and type by type; raises UserError.
+    """`cls` from plain dicts, lists and numbers, checked key by key, type by type and range by range; UserError.
 
     Values are data: interpolations and resolvers are refused, since configs may come from strangers.
     """
-    from omegaconf import OmegaConf
-
     if not isinstance(plain, dict):
         raise UserError(f"{where}: expected a mapping of settings, found {type(plain).__name__}")
-    _check_keys(cls, plain, where, "")
-    _refuse_interpolations(plain, where)
-    light, tables = _without_tables(plain)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(light))
-        made = OmegaConf.to_object(merged)
-    except Exception as error:  # OmegaConf's own, and any other where containers of two kinds meet
-        raise UserError(f"{where}: {_first_line(error)}") from error
-    return _tuples(made, tables, where)  # type: ignore[return-value]
+    made = _Reader(cls, where).group(cls, cls(), plain, "")
+    check(made, where)
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Plain values -> those of the fields' types. `root` is what is read, for the names of its settings."""
+
+    root: Any
+    where: str
+
+    def group(self, cls: Any, base: Any, plain: dict[Any, Any], prefix: str) -> Any:
+        """`base`, a `cls`, with what `plain` says of it."""
+        hints, changes = get_type_hints(cls), {}
+        for key, value in plain.items():
+            name = f"{prefix}{str(key)[:100]}"
+            if key not in hints:
+                raise UserError(f"{self.where}: unknown setting '{name}'{self._instead(str(key), name, hints)}")
+            value = "" if value is None and hints[key] is str else value  # to YAML, what stands in `key=` is null
+            changes[key] = self.value(hints[key], getattr(base, key), value, name)
+        return dataclasses.replace(base, **changes)
+
+    def value(self, hint: Any, default: Any, value: Any, name: str) -> Any:
+        origin, inner = get_origin(hint), get_args(hint)
+        if origin in (Union, types.UnionType):
+            return None if value is None else self.value(inner[0], default, value, name)
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                self._refuse(name, "a group of settings", value)
+            return self.group(hint, hint() if default is None else default, value, f"{name}.")  # type: ignore[operator]
+        if origin is dict:
+            if not isinstance(value, dict):
+                self._refuse(name, "a mapping, as {a: b}", value)
+            return {str(key): self.value(inner[1], None, item, f"{name}.{key}") for key, item in value.items()}
+        if origin in (tuple, list):
+            if not isinstance(value, list | tuple):
+                self._refuse(name, "a list, as [a, b]", value)
+            fixed = origin is tuple and inner[-1] is not ...
+            if fixed and len(value) != len(inner):
+                self._refuse(name, f"a list of {len(inner)}", value)
+            return origin(self.value(inner[i if fixed else 0], None, item, name) for i, item in enumerate(value))
+        return self._scalar(hint, value, name)
+
+    def _scalar(self, hint: type, value: Any, name: str) -> Any:
+        try:
+            if hint is str and isinstance(value, str | int | float):
+                if "${" in str(value):
+                    raise UserError(
+                        f"{self.where}: '{str(value)[:99]}' has an interpolation, which settings may not; write the "
+                        "value itself"
+                    )
+                return value if isinstance(value, str) else json.dumps(value)
+            if hint is bool:
+                return BOOLS[str(value).lower()]
+            if not isinstance(value, bool) and not (hint is int and isinstance(value, float) and value % 1):
+                return hint(value)
+        except (KeyError, ValueError, TypeError, OverflowError):
+            pass
+        self._refuse(name, {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[hint], value)
+
+    def _refuse(self, name: str, wanted: str, value: Any) -> NoReturn:
+        raise UserError(f"{self.where}: {name} must be {wanted}, not {str(value)[:40]!r}")
+
+    def _instead(self, key: str, name: str, known: Iterable[str]) -> str:
+        """What may be meant: one of the same name elsewhere, or a near one; else all that there are."""
+        everywhere = [f"'{other}'" for other in names(self.root) if other.rpartition(".")[2] == key]
+        if everywhere:
+            return f"; did you mean {' or '.join(everywhere)}?"
+        near = nearest(key, known)
+        return f"; did you mean '{name.removesuffix(key)}{near}'?" if near else f"; there are {', '.join(known)}"
+
+
+def names(cls: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings of a dataclass."""
+    for name, hint in get_type_hints(cls).items():
+        inner = next((each for each in (hint, *get_args(hint)) if dataclasses.is_dataclass(each)), None)
+        yield from [f"{prefix}{name}"] if inner is None else names(inner, f"{prefix}{name}.")
+
+
+def listing(cls: Any, base: Any = None, prefix: str = "") -> Iterator[str]:
+    """A line for each setting of a dataclass, and then of those in it: name, default, and its comment in the source.
+
+    base: whose values are the defaults, where not the dataclass' own.
+    """
+    from ldm.arguments import comments
+
+    base, about, groups = base or cls(), comments(cls), list[str]()
+    for name, hint in get_type_hints(cls).items():
+        value = getattr(base, name)
+        if dataclasses.is_dataclass(hint):
+            groups += ["", (hint.__doc__ or "").splitlines()[0], *listing(hint, value, f"{prefix}{name}.")]
+        else:
+            said = "" if value == "" else json.dumps(value, ensure_ascii=False).replace('"', "")
+            yield f"  {f'{prefix}{name}={said}':<34}  {about.get(name, '')}".rstrip()
+    yield from groups
 
 
 def _replace(plain: dict[Any, Any], key: Sequence[str], value: Any) -> None:
@@ -97,84 +199,6 @@ def changed(config: Any) -> dict[str, Any]:
 
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
-def _check_keys(cls: Any, plain: dict[Any, Any], where: str, prefix: str) -> None:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key, value in plain.items():
-        if key not in fields:
-            key = str(key)[:100]
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
-            raise UserError(f"{where}: unknown setting '{prefix}{key}'; did you mean '{prefix}{near[0]}'?")
-        nested = _nested(cls, key)
-        if nested is not None and isinstance(value, dict):
-            _check_keys(nested, value, where, f"{prefix}{key}.")
-
-
-def _nested(cls: Any, name: str) -> Any:
-    """The dataclass that field `name` of `cls` holds, or None."""
-    import typing
-
-    hint = typing.get_type_hints(cls)[name]
-    for candidate in (hint, *typing.get_args(hint)):
-        if dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
-
-
-def _holds(cls: Any, key: Sequence[str]) -> Any:
-    """The type of the field at a nested key; None where there is none."""
-    import typing
-
-    for name in key[:-1]:
-        cls = _nested(cls, name) if cls and name in typing.get_type_hints(cls) else None
-    return typing.get_type_hints(cls).get(key[-1]) if cls else None
-
-
-def _refuse_interpolations(value: Any, where: str) -> None:
-    if isinstance(value, dict):
-        for item in value.values():
-            _refuse_interpolations(item, where)
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_interpolations(item, where)
-    elif isinstance(value, str) and "${" in value:
-        raise UserError(f"{where}: '{value[:99]}' has an interpolation, which settings may not; write the value itself")
-
-
-TABLE = 100  # whole numbers; OmegaConf takes 0.1 ms for each, and a tower's list of tokens has thousands
-
-
-def _without_tables(plain: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`plain` without its long lists of whole numbers, and these by key, nested as they were."""
-    light, tables = {}, {}
-    for key, value in plain.items():
-        if isinstance(value, dict):
-            light[key], inner = _without_tables(value)
-            if inner:
-                tables[key] = inner
-        elif isinstance(value, list) and len(value) > TABLE and all(type(item) is int for item in value):
-            light[key], tables[key] = value[:1], tuple(value)  # one stays: its field must be one of numbers
-        else:
-            light[key] = value
-    return light, tables
-
-
-def _tuples(value: Any, tables: dict[str, Any], where: str) -> Any:
-    """OmegaConf may give lists where the dataclass says tuple; put tuples back, and the tables, all the way down."""
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return value
-    changes: dict[str, Any] = {}
-    for f in dataclasses.fields(value):
-        item = getattr(value, f.name)
-        if isinstance(item, list | tuple) and str(f.type).startswith("tuple"):
-            strangers = [entry for entry in item if not isinstance(entry, str | int | float)]
-            if strangers:  # OmegaConf takes [[1]] and [null] for a list of numbers
-                raise UserError(f"{where}: {f.name} is a list with {str(strangers[0])[:40]} in it")
-            changes[f.name] = tables.get(f.name, tuple(item))
-        elif dataclasses.is_dataclass(item):
-            changes[f.name] = _tuples(item, tables.get(f.name, {}), where)
-    return dataclasses.replace(value, **changes)
 
 
 def _first_line(error: BaseException) -> str:

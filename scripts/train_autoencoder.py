@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from ldm.script import run
 
-from ldm.training.command import training_arguments
+from ldm.training.command import asked
 
 
 def main() -> None:
-    arguments = training_arguments(__doc__)
-    from ldm import config
+    from ldm.config import AutoencoderTraining
+
+    found = asked(AutoencoderTraining, __doc__)  # before torch is imported
+    settings = found.settings
     from ldm.training.loop import prepare_output, train
     from ldm.training.processes import make_accelerator
     from ldm.training.stage_one import AutoencoderStage
 
-    settings = config.load(config.AutoencoderTraining, arguments.config, arguments.overrides)
     output = prepare_output(settings.output, settings.resume)
     accelerator = make_accelerator(settings.loop, output)
     stage = AutoencoderStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from ldm.script import run
 
-from ldm.training.command import training_arguments
+from ldm.training.command import asked
 
 
 def main() -> None:
-    arguments = training_arguments(__doc__)
-    from ldm import config
+    from ldm.config import ClipTraining
+
+    found = asked(ClipTraining, __doc__)  # before torch is imported
+    settings = found.settings
     from ldm.training.clip import ClipStage
     from ldm.training.loop import prepare_output, train
     from ldm.training.processes import make_accelerator
 
-    settings = config.load(config.ClipTraining, arguments.config, arguments.overrides)
     output = prepare_output(settings.output, settings.resume)
     accelerator = make_accelerator(settings.loop, output)
     stage = ClipStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 from ldm.script import run
 
-from ldm.training.command import training_arguments
+from ldm.training.command import asked
 
 
 def main() -> None:
-    arguments = training_arguments(__doc__)
-    from ldm import config
+    from ldm.config import DiffusionTraining
     from ldm.find import find
 
-    settings = config.load(config.DiffusionTraining, arguments.config, arguments.overrides)
-    names = (settings.init,) if settings.init else (settings.autoencoder, settings.text)
-    for name in filter(None, names):
+    found = asked(DiffusionTraining, __doc__)
+    settings = found.settings
+    for name in filter(None, (settings.init,) if settings.init else (settings.autoencoder, settings.text)):
         find(name)  # before torch is imported, which takes seconds
-
     from ldm.training.loop import prepare_output, train
     from ldm.training.processes import make_accelerator
     from ldm.training.stage_two import DiffusionStage
 
     output = prepare_output(settings.output, settings.resume)
     accelerator = make_accelerator(settings.loop, output)
-    stage = DiffusionStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    stage = DiffusionStage(settings, rank, world, accelerator.device, found.said)
     train(stage, settings.loop, accelerator, output, settings)
 
 

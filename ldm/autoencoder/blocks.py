@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.errors import UserError
+
 NORM_EPS = 1e-6
 
 
@@ -22,7 +24,21 @@ def group_norm(channels: int) -> nn.GroupNorm:
     Narrow networks get fewer groups instead of smaller ones: a group of one channel (32 groups of 32 channels) would
     subtract each channel's mean over the picture, and a flat picture's colour could not reach the last convolution.
     """
-    return nn.GroupNorm(math.gcd(32, max(channels // 4, 1)), channels, eps=NORM_EPS)
+    return nn.GroupNorm(_groups(channels), channels, eps=NORM_EPS)
+
+
+def check_widths(widths: Sequence[int], name: str) -> None:
+    """Raise UserError, naming the setting `name`, for layers whose channels `group_norm` cannot divide."""
+    for width in widths:
+        if width % _groups(width):
+            raise UserError(
+                f"{name} makes a layer of {width} channels, which the {_groups(width)} groups of its norm do not "
+                "divide; choose a multiple of 4"
+            )
+
+
+def _groups(channels: int) -> int:
+    return math.gcd(32, max(channels // 4, 1))
 
 
 class ResBlock(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ldm.autoencoder.blocks import group_norm
+from ldm.autoencoder.blocks import check_widths, group_norm
 from ldm.errors import UserError
 
 MAX_WIDENING = 8  # channels double with each layer, up to this multiple of the first
@@ -22,6 +22,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         self.layers = layers
         widths = [channels * min(2**n, MAX_WIDENING) for n in range(layers + 1)]
+        check_widths(widths[1:], "loss.discriminator_channels")
         parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for n in range(1, layers + 1):
             stride = 2 if n < layers else 1
@@ -35,13 +36,17 @@ class PatchDiscriminator(nn.Module):
         self.network.apply(_initialise)
 
     def forward(self, image: Tensor) -> Tensor:
-        smallest = 3 * 2**self.layers
-        if min(image.shape[-2:]) < smallest:
-            raise UserError(
-                f"pictures of {image.shape[-1]}x{image.shape[-2]} pixels are too small for {self.layers} layers of the "
-                f"discriminator, which need {smallest}; lower loss.discriminator_layers"
-            )
+        self.check(*image.shape[-2:])
         return self.network(image)
+
+    def check(self, height: int, width: int) -> None:
+        """Raise UserError for pictures that the layers would shrink to nothing."""
+        smallest = 3 * 2**self.layers
+        if min(height, width) < smallest:
+            raise UserError(
+                f"pictures of {width}x{height} pixels are too small for {self.layers} layers of the discriminator, "
+                f"which need {smallest}; lower loss.discriminator_layers"
+            )
 
 
 def _initialise(module: nn.Module) -> None:

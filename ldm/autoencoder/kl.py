@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ldm.autoencoder.blocks import Decoder, Encoder
+from ldm import ranges
+from ldm.autoencoder.blocks import Decoder, Encoder, check_widths
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.config import AutoencoderConfig
 from ldm.errors import UserError
@@ -20,7 +21,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        _check(config)
+        check(config)
         self.config = config
         widths = [config.channels * m for m in config.multipliers]
         attention = [level in config.attention_levels for level in range(len(widths))]
@@ -45,15 +46,13 @@ class AutoencoderKL(nn.Module):
         return self.decode(posterior.sample(noise)), posterior
 
 
-def _check(config: AutoencoderConfig) -> None:
+def check(config: AutoencoderConfig, name: str = "autoencoder") -> None:
+    """Raise UserError for a configuration that names no network; `name` is that of the settings in the message."""
+    ranges.check(config, prefix=f"{name}.")
     if config.kind != "kl":
-        raise UserError(f"an autoencoder of kind '{config.kind}' has no network; set kind to 'kl'")
-    for name in ("in_channels", "channels", "blocks", "latent_channels", "patch"):
-        if getattr(config, name) < 1:
-            raise UserError(f"the autoencoder's {name} is {getattr(config, name)}; it must be at least 1")
-    if not config.multipliers or min(config.multipliers) < 1:
-        raise UserError(f"the autoencoder's multipliers are {config.multipliers}; give at least one, all positive")
-    wrong = [level for level in config.attention_levels if not 0 <= level < len(config.multipliers)]
+        raise UserError(f"an autoencoder of kind '{config.kind}' has no network; set {name}.kind to 'kl'")
+    wrong = [level for level in config.attention_levels if level >= len(config.multipliers)]
     if wrong:
         last = len(config.multipliers) - 1
-        raise UserError(f"the autoencoder's attention_levels name level {wrong[0]}; its levels are 0 to {last}")
+        raise UserError(f"{name}.attention_levels has {wrong[0]}; there are levels 0 to {last}")
+    check_widths([config.channels * multiplier for multiplier in config.multipliers], f"{name}.channels")

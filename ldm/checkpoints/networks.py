@@ -29,7 +29,7 @@ def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:
                 return TextTower(config.text)
             if name == "unet" and config.unet is not None:
                 return UNet(config.unet)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{where} describes a {name} that cannot be built ({reason}); check its settings") from error
     raise ValueError(f"the config has no {name}")

@@ -10,7 +10,6 @@ Shapes: B captions, L context length, D width, E width of the joint picture-text
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ldm.conditioning.plain_tokenizer import PlainTokenizer
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.config import TextConfig
-from ldm.errors import UserError
+from ldm.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -212,8 +211,9 @@ def _complete(config: TextConfig) -> tuple[TextConfig, dict[str, Any]]:
 
     known = open_clip.list_models()
     if config.arch not in known:
-        near = difflib.get_close_matches(config.arch, known, n=1, cutoff=0.0)
-        raise UserError(f"open_clip has no architecture '{config.arch}'; did you mean '{near[0]}'?")
+        near = nearest(config.arch, known)
+        hint = f"did you mean '{near}'?" if near else "open_clip.list_models() lists them"
+        raise UserError(f"open_clip has no architecture '{config.arch}'; {hint}")
     model = open_clip.get_model_config(config.arch) or {}
     text: dict[str, Any] = model["text_cfg"]
     foreign = sorted(set(text) - _KNOWN_SETTINGS)

@@ -83,7 +83,7 @@ class Feed(Generic[Item, B]):
         kind: type[B],
         buckets: Buckets | None = None,
     ) -> None:
-        _check(config, global_batch, world)
+        check_division(config, global_batch, world)
         self.data, self.config, self.global_batch, self.world, self.seed = data, config, global_batch, world, seed
         self.samples_per_epoch = len(data)
         self.drawn = 0  # samples of the global order handed out so far, over all processes
@@ -321,7 +321,8 @@ def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _check(config: DataConfig, global_batch: int, world: int) -> None:
+def check_division(config: DataConfig, global_batch: int, world: int) -> None:
+    """Raise UserError when the numbers of streams, batch, processes and workers do not fit."""
     streams, readers = config.streams, world * max(config.workers, 1)
     if streams < 1 or global_batch < 1 or config.workers < 0 or config.shuffle < 0:
         raise UserError(

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldm import ranges
 from ldm.config import DiffusionLossConfig
 from ldm.diffusion.law import Law
 from ldm.diffusion.learned_variance import split, variance_bound
@@ -62,6 +63,7 @@ def weight(config: DiffusionLossConfig, law: Law, sigma: Tensor) -> Tensor:
 
 def check_loss(config: DiffusionLossConfig, learned_variance: bool = False) -> None:
     """Raise UserError, with the reason, if the settings of the loss make no sense."""
+    ranges.check(config, prefix="loss.")
     for name, known in (("weight", WEIGHTS), ("levels", LEVELS)):
         if getattr(config, name) not in known:
             raise UserError(f"loss.{name} is '{getattr(config, name)}'; choose one of {', '.join(known)}")
@@ -71,12 +73,6 @@ def check_loss(config: DiffusionLossConfig, learned_variance: bool = False) -> N
             f"{what} trains a bound that is a sum over all levels, each counted once, but loss.levels is "
             f"'{config.levels}'; set loss.levels=uniform"
         )
-    for name in ("offset_noise", "input_perturbation", "variance_bound"):
-        if getattr(config, name) < 0:
-            raise UserError(f"loss.{name} is {getattr(config, name):g}; choose 0 or more")
-    for name in ("level_std", "min_snr_gamma"):
-        if getattr(config, name) is not None and getattr(config, name) <= 0:
-            raise UserError(f"loss.{name} is {getattr(config, name):g}; choose more than 0")
     if config.levels == "uniform" and (config.level_mean, config.level_std) != (None, None):
         raise UserError(
             "loss.level_mean and loss.level_std belong to a normal draw, and loss.levels is 'uniform'; leave them out, "

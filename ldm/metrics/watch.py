@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from ldm.config import DataConfig, FiguresConfig, SampleConfig
@@ -28,21 +29,29 @@ def watch(model: LatentDiffusion, config: FiguresConfig, data: DataConfig, sampl
     figures compare with each other; with those of another count they do not. The real pictures are read once, and their
     features kept for the next call. Raises UserError for settings that cannot work.
     """
-    shards = config.reference or data.validation
-    if not shards:
-        raise UserError("figures.pictures asks for real ones to compare with; set figures.reference or data.validation")
-    space = _space(config.space, model.device.type)
-    real = _reference(shards, tuple((field, tuple(values)) for field, values in data.where.items()))
-    drawing = Drawing(captions_of(real), Settings(sample.cfg, sample.steps), config.pictures).check()
+    against, drawing = ready(config, data, sample, model.device.type)
     crew = Crew()
-    decoded = len(extract(real, data.size, space, CACHE, crew))
-    kinds = ("kernel", "neighbours", *(("captions",) if space.text is not None else ()))
-    measures = Measures(kinds, subset=min(drawing.count, decoded, SUBSET)).check()
-    against = Against(real, None, [space], measures, CACHE)
+    decoded = len(extract(against.real, data.size, against.spaces[0], CACHE, crew))
+    against = replace(against, measures=replace(against.measures, subset=min(against.measures.subset, decoded)))
     against.check(drawing.count, captioned=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         return against.measured(draw(model, drawing, folder / "pictures", crew), data.size, crew, folder)[0]
+
+
+def ready(config: FiguresConfig, data: DataConfig, sample: SampleConfig, device: str) -> tuple[Against, Drawing]:
+    """What `watch` compares with, and what it draws; raises UserError for settings that cannot work, at little cost."""
+    shards = config.reference or data.validation
+    if not shards:
+        raise UserError("figures.pictures asks for real ones to compare with; set figures.reference or data.validation")
+    space = _space(config.space, device)
+    real = _reference(shards, tuple((field, tuple(values)) for field, values in data.where.items()))
+    drawing = Drawing(captions_of(real), Settings(sample.cfg, sample.steps), config.pictures).check()
+    kinds = ("kernel", "neighbours", *(("captions",) if space.text is not None else ()))
+    measures = Measures(kinds, subset=min(drawing.count, len(real), SUBSET)).check()
+    against = Against(real, None, [space], measures, CACHE)
+    against.check(drawing.count, captioned=True)
+    return against, drawing
 
 
 @functools.lru_cache(maxsize=1)

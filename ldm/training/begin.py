@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,15 @@ from ldm.config import (
     DataConfig,
     DiffusionLossConfig,
     DiffusionTraining,
-    ModelConfig,
+    LoraConfig,
     ScheduleConfig,
+    to_dict,
 )
 from ldm.errors import UserError
+from ldm.settings import leaves
 from ldm.unet.unet import UNet
+
+DECIDED = ("parameterization", "sigma_data", "learned_variance", "schedule", "model")  # by the model of init
 
 
 @dataclass(frozen=True)
@@ -39,31 +43,42 @@ class Beginning:
         return tuple(dict.fromkeys(notice for source in self.sources.values() for notice in source.notices))
 
 
-def begin(config: DiffusionTraining, device: torch.device) -> tuple[DiffusionTraining, Beginning]:
+def begin(
+    config: DiffusionTraining, device: torch.device, said: Collection[str] = ()
+) -> tuple[DiffusionTraining, Beginning]:
     """`config` with the architecture, schedule and target of the model at `config.init`, and that model's networks;
     with its loss too, where the model says it and `config` sets none.
 
-    Without init: `config` with the usual target where none is named, and the networks of `config.autoencoder` and
-    `config.text`. Raises UserError if init is no whole model, if an autoencoder or text tower is named beside it, if
-    the settings say that it is another model than it says itself, or if a LoRA has no model to change.
+    said: the dotted names of the settings that were written out, for those that equal their defaults. Without init:
+    `config` with the usual target where none is named, and the networks of `config.autoencoder` and `config.text`.
+    Raises UserError if init is no whole model, if an autoencoder or text tower is named beside it, if the settings say
+    that it is another model than it says itself, or if a LoRA has no model to change.
     """
+    if not config.lora.rank and config.lora != LoraConfig():
+        raise UserError("lora.rank is 0, which trains the weights themselves; set it, or leave out the rest of lora")
     if not config.init:
         return _begin_anew(config, device)
     if config.autoencoder or config.text:
         raise UserError("init brings its own autoencoder and text tower; leave out autoencoder= and text=")
     checkpoint = open_checkpoint(config.init, settings=parse_settings(config.init_set))
-    _check_agreement(config, checkpoint.config)
-    unet = checkpoint.load("unet", device).requires_grad_(True)
     model = checkpoint.config
+    own_loss = config.loss != DiffusionLossConfig() or any(name.startswith("loss.") for name in said)
     filled = dataclasses.replace(
         config,
-        model=unet.config,
-        schedule=model.schedule or config.schedule,
+        model=model.unet or config.model,
+        schedule=model.schedule or ScheduleConfig(),
         parameterization=model.parameterization,
         sigma_data=model.sigma_data,
         learned_variance=model.learned_variance,
-        loss=model.loss if model.loss and config.loss == DiffusionLossConfig() else config.loss,
+        loss=config.loss if own_loss or model.loss is None else model.loss,
     )
+    if config.data.size == DataConfig().size != model.image_size:  # nobody has chosen that size
+        raise UserError(
+            f"data.size is {config.data.size} unless it is set, and the model {config.init} was trained at "
+            f"{model.image_size} pixels; set data.size={model.image_size}, or init_set=[image_size={config.data.size}]"
+        )
+    _check_agreement(config, filled, said)
+    unet = checkpoint.load("unet", device).requires_grad_(True)
     codec, text = checkpoint.load("autoencoder", device), checkpoint.load("text", device)
     return filled, Beginning(codec, text, unet, dict.fromkeys(WORDS, checkpoint))
 
@@ -85,23 +100,18 @@ def _begin_anew(config: DiffusionTraining, device: torch.device) -> tuple[Diffus
     return dataclasses.replace(config, parameterization=parameterization), Beginning(codec, text, None, sources)
 
 
-def _check_agreement(config: DiffusionTraining, model: ModelConfig) -> None:
-    """Raise UserError for a setting of the training's own that says something else than the model: one of them is
-    wrong, and a network that is trained towards another target than its own unlearns everything."""
-    schedule = model.schedule or ScheduleConfig()
-    if config.parameterization not in ("", model.parameterization):
-        raise UserError(
-            f"parameterization is {config.parameterization} and the model {config.init} predicts "
-            f"{model.parameterization}; leave it out, or say init_set=[parameterization={config.parameterization}] if "
-            "the model does not know itself"
-        )
-    if config.schedule not in (ScheduleConfig(), schedule):
-        raise UserError(
-            f"schedule is another one ({config.schedule.kind}) than that of the model {config.init} ({schedule.kind}); "
-            "leave it out, or say it by init_set=[schedule.kind=...] if the model does not know itself"
-        )
-    if config.data.size == DataConfig().size != model.image_size:  # nobody has chosen that size
-        raise UserError(
-            f"data.size is {config.data.size} unless it is set, and the model {config.init} was trained at "
-            f"{model.image_size} pixels; set data.size={model.image_size}, or init_set=[image_size={config.data.size}]"
-        )
+def _check_agreement(config: DiffusionTraining, filled: DiffusionTraining, said: Collection[str]) -> None:
+    """Raise UserError for a setting of the training's own that says something else than the model does, which is in
+    `filled`: one of them is wrong, and a network that is trained towards another target than its own unlearns all."""
+    usual, own, model = (to_dict(each) for each in (DiffusionTraining(), config, filled))
+    for group in DECIDED:
+        default, theirs = dict(leaves({group: usual[group]})), dict(leaves({group: model[group]}))
+        for name, value in leaves({group: own[group]}):
+            if value in (theirs[name], "") or (value == default[name] and name not in said):
+                continue
+            of_model = name.replace("model.", "unet.")
+            told = f"[{of_model}={value}]" if group != "model" or name == "model.dropout" else ""
+            raise UserError(
+                f"{name} is {value}, and that of the model {config.init} is {theirs[name]}; leave it out"
+                + (f", or say init_set={told} if the model does not know itself" if told else "")
+            )

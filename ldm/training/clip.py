@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.checkpoints import native
+from ldm.checkpoints.limits import check_size
 from ldm.conditioning.clip import END, PADDING, START, VOCABULARY, TextTower, clip_tokenizer
 from ldm.conditioning.image_tower import ImageTower, save_image_tower
 from ldm.conditioning.torchvision_ops import declare_missing_operators
@@ -34,6 +35,7 @@ from ldm.data.records import BadSample, Tally
 from ldm.data.shards import ShardReader, check_share, open_data
 from ldm.errors import UserError
 from ldm.training.draws import Draws
+from ldm.training.preflight import check_settings, check_validation
 from ldm.training.processes import divide
 from ldm.training.stage import Batches, Player
 
@@ -71,6 +73,7 @@ class ClipStage:
     """
 
     def __init__(self, config: ClipTraining, rank: int, world: int, device: torch.device) -> None:
+        check_settings(config, world)
         if config.image_tower.size != config.data.size:
             raise UserError(
                 f"image_tower.size={config.image_tower.size} and data.size={config.data.size} must be the same"
@@ -82,6 +85,9 @@ class ClipStage:
                 "CLIP compares the whole batch, which accumulation would take apart; leave loop.micro_batch at 0, "
                 "or lower loop.global_batch"
             )
+        check_size(ModelConfig(text=config.model, image_size=config.data.size), "this run")
+        with torch.device("meta"):  # what cannot be built is told before the pass over all captions
+            ClipTowers(config.model, config.image_tower)
         torch.manual_seed(config.loop.seed)
         self.config, self.device = config, device
         text = config.model
@@ -93,6 +99,8 @@ class ClipStage:
         self.unknown = _without_row(text.token_ids)
         self.players = {"clip": Player(self.towers, config.optimizer)}
         self.batches: Batches = Loader(config.data, config.loop.global_batch, rank, world, config.loop.seed)
+        if rank == 0:
+            check_validation(config.data)
         declare_missing_operators()
         from open_clip.loss import ClipLoss
 

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from ldm.arguments import Parser
+from ldm.settings import leaves, listing, load, read
 
 BEGAN = time.monotonic()  # the scripts import this file before anything that takes its time
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TrainingArguments:
-    config: str | None
-    overrides: list[str]
+class Asked(Generic[T]):
+    """What a command line asks for: a training's settings, and which of them it, or its file, wrote out."""
+
+    settings: T
+    said: frozenset[str]  # their dotted names
 
 
-def training_arguments(description: str | None) -> TrainingArguments:
-    """`--config FILE [--resume auto] key=value ...` from the command line."""
-    parser = Parser(description=description)
+def asked(cls: type[T], description: str | None) -> Asked[T]:
+    """`--config FILE [--resume auto] key=value ...` from the command line, as a `cls`. Raises UserError."""
+    parser = Parser(
+        description=description,
+        epilog="settings, as they are unless the file or a word says otherwise:\n\n" + "\n".join(listing(cls)),
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML of settings; see configs/")
     parser.add_argument("--resume", choices=["auto"], help="auto: go on from the output folder if it holds a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
     known = parser.parse_intermixed_args()
-    resume = [f"resume={known.resume}"] if known.resume else []
-    return TrainingArguments(known.config, [*known.overrides, *resume])
+    words = [*known.overrides, *([f"resume={known.resume}"] if known.resume else [])]
+    settings = load(cls, known.config, words)
+    return Asked(settings, frozenset(name for name, _ in leaves(read(known.config, words))))

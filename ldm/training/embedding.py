@@ -20,6 +20,7 @@ from ldm.config import DiffusionTraining, EmbeddingTraining
 from ldm.data.loader import Batch
 from ldm.errors import UserError
 from ldm.training.draws import Draws
+from ldm.training.preflight import check_settings
 from ldm.training.stage import Player
 from ldm.training.stage_two import DiffusionStage
 
@@ -41,6 +42,7 @@ class EmbeddingStage:
     """The training of `config` on this process' share of the data."""
 
     def __init__(self, config: EmbeddingTraining, rank: int, world: int, device: torch.device):
+        check_settings(config, world)
         if not config.init:
             raise UserError("a new word is for a model that is there; name it with init=PATH (or init=icons)")
         if not config.templates or not all(template.count("{}") == 1 for template in config.templates):
@@ -52,12 +54,11 @@ class EmbeddingStage:
             data=config.data,
             loss=config.loss,
             loop=config.loop,
-            sample=config.sample,
         )
         self.model = DiffusionStage(inner, rank, world, device)
         # A caption without the word teaches it nothing. The rest of the loss may be that of the model itself.
         loss = dataclasses.replace(self.model.config.loss, caption_dropout=0.0)
-        self.model.config = dataclasses.replace(self.model.config, loss=loss)
+        self.model.config = dataclasses.replace(self.model.config, loss=loss, sample=config.sample)
         self.model.unet.requires_grad_(False).eval()
         tower = self.model.text
         assert tower is not None  # init has one
@@ -67,6 +68,8 @@ class EmbeddingStage:
         self.tower = TowerWithWords(tower, [Embedding(config.word, _first_vectors(config, tower), "word")]).to(device)
         self.tower.requires_grad_(False).eval()
         self.model.text = self.tower
+        if rank == 0:
+            self.model.check_end()
         self.players = {"word": Player(Word(self.tower), config.optimizer)}
         self.batches = self.model.batches
 

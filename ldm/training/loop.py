@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ldm import config as settings
+from ldm import settings
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.files import atomic_write_text
@@ -28,9 +28,10 @@ from ldm.training.fetching import Fetcher
 from ldm.training.guard import MOST, Guard
 from ldm.training.members import Members
 from ldm.training.meters import Meters
+from ldm.training.preflight import check_output
 from ldm.training.processes import Division, agree, check_order, divide, from_all, precision_here
 from ldm.training.report import Report
-from ldm.training.saving import Saver, warn
+from ldm.training.saving import Saver, first_line, warn
 from ldm.training.stage import Stage
 
 DONE, BACK, LATE = -1, -2, -3  # how `_Run._until` ends, beside the number of a signal; LATE: the time is up
@@ -45,6 +46,7 @@ def prepare_output(output: str, resume: str) -> Path:
     if resume not in ("", "auto"):
         raise UserError(f"unknown resume '{resume}'; use --resume auto, or leave it out to start anew")
     path = Path(output)
+    check_output(path)
     if not resume and (path / "state").exists():
         raise UserError(f"{path} holds a run already; add --resume auto to go on with it, or choose another output")
     return path
@@ -87,7 +89,7 @@ class _Run:
             atomic_write_text(output / "config.json", json.dumps(settings.to_dict(everything), indent=1) + "\n")
             _print_plan(stage, loop, self.division, accelerator, self.step)
         if loop.trackers:
-            accelerator.init_trackers("ldm", _flat(settings.to_dict(everything)))
+            accelerator.init_trackers("ldm", _flat(everything))
         self.report = Report(output, self.step, loop.steps) if self.main else None
         buckets = getattr(batches, "buckets", None)
         if self.report is not None and buckets and not self.step:
@@ -127,7 +129,7 @@ class _Run:
                 end = self._step(batch, asked)
                 counted += 1
                 step = self.step
-                if step % loop.log_every == 0 or step == loop.steps:
+                if step % loop.log_every == 0 or step in (1, loop.steps):  # the first at once: it runs, and so fast
                     spent = time.monotonic() - interval
                     if self._log_means(counted * loop.global_batch / spent, waiting / spent):
                         return BACK
@@ -204,7 +206,7 @@ class _Run:
         """The power-function averages as they are now. A NaN must not reach them either."""
         self.saver.check_finite(self.step)
         if self.main:
-            self._unless_full(lambda: self.members.snapshot(self.output, self.step))
+            self._if_it_can("snapshot of the averages", lambda: self.members.snapshot(self.output, self.step))
 
     def _skipped(self, made: Gradients, bad_norm: str) -> None:
         """Count a step that was not taken, and say what it was made of; raises UserError when there are too many."""
@@ -277,24 +279,24 @@ class _Run:
         """Held-out figures and pictures from the averaged weights, by the main process alone."""
         if self.main or self.members.sharded:
             with self.members.averaged(), torch.no_grad():
-                if self.main and validate and (figures := self.stage.validate()):
-                    self._log(figures)
+                if self.main and validate:
+                    self._if_it_can("figures", lambda: self._log(self.stage.validate()))
                 if self.main and draw:
-                    self._unless_full(lambda: self.stage.draw(self.output, self.step))
+                    self._if_it_can("pictures", lambda: self.stage.draw(self.output, self.step))
         self.accelerator.wait_for_everyone()
 
     def _finish(self) -> None:
-        self._look(validate=self.step % self.loop.validate_every != 0, draw=True)
         if self.main or self.members.sharded:
             with self.members.averaged(), torch.no_grad():
                 if self.main:
                     self.stage.export(self.output, finished=True)
+        self._look(validate=self.step % self.loop.validate_every != 0, draw=True)
         if self.unsaved:
             raise UserError(f"the run ends at step {self.step} and its state is not saved: {self.unsaved}")
         self._say(f"finished at step {self.step} after {(time.monotonic() - BEGAN) / 60:.1f} minutes: {self.output}")
 
     def _log(self, values: Mapping[str, float]) -> None:
-        if self.report is not None:
+        if self.report is not None and values:
             self.report.line(self.step, values)
         if self.loop.trackers:
             self.accelerator.log(dict(values), step=self.step)
@@ -303,14 +305,13 @@ class _Run:
         if self.report is not None:
             self.report.say(text)
 
-    def _unless_full(self, write: Callable[[], None]) -> None:
-        """Pictures are not worth a run: a disk that does not take them is told, and that is all."""
+    def _if_it_can(self, what: str, make: Callable[[], None]) -> None:
+        """Make what is not worth a run. A full disk, a store that is gone, memory: whatever fails is told, no more."""
         try:
-            write()
-        except UserError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            warn(f"warning: {error}")
+            make()
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+            warn(f"warning: no {what} of step {self.step}, and the run goes on: {why}")
 
 
 @contextmanager
@@ -339,12 +340,7 @@ def _print_plan(stage: Stage, loop: LoopConfig, division: Division, accelerator:
     print("\n".join(lines), flush=True)
 
 
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """{"a": {"b": 1}, "c": [2]} -> {"a.b": 1, "c": "[2]"}: what trackers take for a run's settings."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in plain.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
+def _flat(config: Any) -> dict[str, bool | int | float | str]:
+    """{"a.b": 1, "c": "[2]"}: what trackers take for a run's settings."""
+    plain = settings.leaves(settings.to_dict(config))
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in plain}

@@ -7,19 +7,16 @@ import math
 import torch
 from torch import nn
 
+from ldm import ranges
 from ldm.config import OptimizerConfig
-from ldm.errors import UserError
-
-LAWS = ("constant", "cosine")
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over the parameters of `module` that train; biases, norms and embeddings of one row are not decayed.
 
-    Raises UserError for a law that `rate_at` does not know.
+    Raises UserError for numbers outside their ranges and a law that `rate_at` does not know.
     """
-    if config.law not in LAWS:
-        raise UserError(f"unknown optimizer.law '{config.law}'; use one of {', '.join(LAWS)}")
+    ranges.check(config, prefix="optimizer.")
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},

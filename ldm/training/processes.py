@@ -22,13 +22,11 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
+from ldm import ranges
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.training.rendezvous import PATIENCE, join
 from ldm.training.stage import Batches
-
-TRACKERS = ("tensorboard", "wandb")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,9 @@ class Division:
 
 def divide(loop: LoopConfig, processes: int) -> Division:
     """Raises UserError if the global batch cannot be divided as asked."""
+    ranges.check(loop, prefix="loop.")
     share, rest = divmod(loop.global_batch, processes)
     micro = loop.micro_batch or share
-    if loop.steps < 1 or loop.global_batch < 1:
-        raise UserError(
-            f"loop.steps and loop.global_batch must be at least 1, not {loop.steps} and {loop.global_batch}"
-        )
     if rest or share % micro:
         raise UserError(
             f"loop.global_batch={loop.global_batch} is not {processes} processes times a multiple of "
@@ -91,9 +86,7 @@ def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
 
 
 def precision_here(precision: str) -> str:
-    """fp32, bf16 or fp16; auto is bf16 on a GPU that computes in it, else fp32. Raises UserError for any other."""
-    if precision not in PRECISIONS:
-        raise UserError(f"unknown loop.precision '{precision}'; use one of {', '.join(PRECISIONS)}")
+    """fp32, bf16 or fp16; auto is bf16 on a GPU that computes in it, else fp32. Raises UserError for fp16 on CPUs."""
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("loop.precision=fp16 needs a GPU; use bf16 or fp32 on this machine")
     if precision == "auto":
@@ -103,16 +96,8 @@ def precision_here(precision: str) -> str:
 
 
 def _check(loop: LoopConfig) -> None:
-    least = {"log_every": 1, "validate_every": 1, "save_every": 1, "keep": 1, "bad_steps": 1, "ema_snapshot_every": 1}
-    least |= {"micro_batch": 0, "sample_every": 0, "max_minutes": 0, "threads": 0, "keep_every": 0}
-    for name, number in least.items():
-        if getattr(loop, name) < number:
-            raise UserError(f"loop.{name} must be at least {number}, not {getattr(loop, name)}")
-    if not 0 <= loop.ema < 1:
-        raise UserError(f"loop.ema must be at least 0 and below 1, not {loop.ema}")
+    ranges.check(loop, prefix="loop.")
     for name in loop.trackers:
-        if name not in TRACKERS:
-            raise UserError(f"unknown tracker '{name}' in loop.trackers; use one of {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:  # accelerate would track nothing and say nothing
             raise UserError(f"loop.trackers names {name}, which is not installed; pip install -e '.[track]'")
 

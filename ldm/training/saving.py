@@ -132,7 +132,7 @@ class Saver:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"process {self.accelerator.process_index} cannot read the state of step {step} in "
-                f"{self.output / 'state'} ({_first_line(error)}); output must lie on storage that all nodes see"
+                f"{self.output / 'state'} ({first_line(error)}); output must lie on storage that all nodes see"
             ) from error
         try:
             if parts:
@@ -140,7 +140,7 @@ class Saver:
             self.members.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
-                f"the state in {self.output / 'state'} is of other networks ({_first_line(error)}); go on with "
+                f"the state in {self.output / 'state'} is of other networks ({first_line(error)}); go on with "
                 f"the settings in {self.output / 'config.json'}, or choose another output"
             ) from error
         self.batches.load_state_dict(state["batches"])
@@ -184,7 +184,8 @@ class Saver:
         }
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the rest of what it says."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

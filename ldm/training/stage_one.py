@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.autoencoder import kl
 from ldm.autoencoder.codec import Codec
 from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.kl import AutoencoderKL
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
+from ldm.checkpoints.limits import check_size
 from ldm.config import AutoencoderTraining, ModelConfig
 from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.errors import UserError
@@ -27,6 +29,7 @@ from ldm.metrics.quality import psnr, ssim
 from ldm.training.draws import Draws
 from ldm.training.guard import Guard
 from ldm.training.meters import EACH_LOSS
+from ldm.training.preflight import check_settings, check_sides, check_validation
 from ldm.training.stage import Batches, Player
 
 SHOWN = 16  # pictures in a reconstruction grid
@@ -49,6 +52,7 @@ class AutoencoderStage:
     """The training of `config` on this process' share of the data."""
 
     def __init__(self, config: AutoencoderTraining, rank: int, world: int, device: torch.device):
+        check_settings(config, world)
         if config.model.kind == "identity":
             raise UserError(
                 "the identity codec has nothing to train; train_diffusion.py without autoencoder= makes a pixel model"
@@ -59,6 +63,13 @@ class AutoencoderStage:
                 "loop.compile does not go with loss.adversarial: the adaptive weight walks the graph first, "
                 "and compiled code overwrites what the second time needs; leave one of them out"
             )
+        if config.loss.adversarial and 0 < config.loss.guard <= 1:
+            raise UserError(f"loss.guard is a factor above 1, or 0 for none, not {config.loss.guard}")
+        kl.check(config.model, "model")
+        if config.model.in_channels != 3:
+            raise UserError(f"model.in_channels is {config.model.in_channels}, and pictures have 3; leave it out")
+        check_size(ModelConfig(autoencoder=config.model, image_size=config.data.size), "this run")
+        check_sides(config.data, config.model.factor)
         torch.manual_seed(config.loop.seed)
         self.config, self.device = config, device
         autoencoder = AutoencoderKL(config.model)
@@ -71,17 +82,18 @@ class AutoencoderStage:
             self.discriminator = PatchDiscriminator(
                 config.loss.discriminator_channels, config.loss.discriminator_layers
             )
+            self.discriminator.check(config.data.size, config.data.size)
             rate = dataclasses.replace(config.optimizer, rate=config.loss.discriminator_rate, betas=(0.5, 0.9))
             self.players["discriminator"] = Player(self.discriminator, rate, averaged=False)
         self.guard: Guard | None = None
         if config.loss.adversarial and config.loss.guard:
-            if config.loss.guard <= 1:
-                raise UserError(f"loss.guard is a factor above 1, or 0 for none, not {config.loss.guard}")
             self.guard = Guard(config.loss.guard, config.loss.adversarial_start)
         # A codec of unit scale: shapes and the posterior; the real scale is known only at the end.
         self.codec = Codec(autoencoder, dataclasses.replace(config.model, shift=(0.0,), scale=(1.0,)))
         self.latent_shape = self.codec.latent_shape(config.data.size, config.data.size)
         self.batches: Batches = Loader(config.data, config.loop.global_batch, rank, world, config.loop.seed)
+        if rank == 0:
+            check_validation(config.data)
 
     def describe(self) -> list[str]:
         c, h, w = self.latent_shape

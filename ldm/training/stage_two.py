@@ -9,7 +9,7 @@ Latents and contexts come from pictures and captions on the fly, or from the sha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm.adapters.low_rank import AdaptedUNet
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
+from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.lora import save_lora
 from ldm.conditioning.dropout import drop
 from ldm.conditioning.record import Conditioning
@@ -32,7 +33,9 @@ from ldm.model import assemble
 from ldm.training.begin import begin
 from ldm.training.draws import Draws
 from ldm.training.meters import EACH_LOSS, EACH_SIGMA
+from ldm.training.preflight import check_pictures, check_settings, check_sides, check_validation
 from ldm.training.stage import Batches, Player
+from ldm.unet import unet
 from ldm.unet.attention import check_backend
 from ldm.unet.unet import UNet
 
@@ -41,22 +44,32 @@ COMMON_LEVELS = DiffusionLossConfig(levels="logit_normal")  # of the figure that
 
 
 class DiffusionStage:
-    """The training of `config` on this process' share of the data."""
+    """The training of `config` on this process' share of the data.
 
-    def __init__(self, config: DiffusionTraining, rank: int, world: int, device: torch.device):
+    said: the dotted names of the settings that were written out; what the model of init contradicts is refused even
+    where it equals a default.
+    """
+
+    def __init__(
+        self, config: DiffusionTraining, rank: int, world: int, device: torch.device, said: Collection[str] = ()
+    ):
+        check_settings(config, world)
         check_backend(config.attention, device.type)
         torch.manual_seed(config.loop.seed)
-        config, began = begin(config, device)
-        if not 0 <= config.loss.caption_dropout <= 1:  # the settings' own, or what the model of init says
-            raise UserError(f"loss.caption_dropout is a share from 0 to 1, not {config.loss.caption_dropout}")
+        if not config.init:
+            unet.check(config.model, "model")
+            if config.text and not config.model.context_width:
+                raise UserError("text names a text tower, and with model.context_width=0 none is used; set one of them")
+        config, began = begin(config, device, said)
         self.config, self.device = config, device
-        self.notices = began.notices
+        self.notices = list(began.notices)
         self.law = make_law(config.schedule, config.parameterization, config.sigma_data, config.learned_variance)
         check_loss(config.loss, config.learned_variance)
         self.codec, self.text = began.codec, began.text
-        size = config.data.size
-        self.latent_shape = self.codec.latent_shape(size, size)
+        check_sides(config.data, self.codec.factor)
+        self.latent_shape = self.codec.latent_shape(config.data.size, config.data.size)
         self._check_fits()
+        check_size(self.model_config(), "this run")
         self.unet = UNet(config.model) if began.unet is None else began.unet
         self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.unet.gradient_checkpointing = config.gradient_checkpointing
@@ -72,6 +85,23 @@ class DiffusionStage:
             self.batches: Batches = LatentLoader(data, loop.global_batch, rank, world, loop.seed, expected)
         else:
             self.batches = Loader(config.data, loop.global_batch, rank, world, loop.seed)
+        if rank == 0:
+            check_validation(config.data)
+            self.check_end()
+
+    def check_end(self) -> None:
+        """Raise UserError unless the pictures and figures that are asked for can be had; notes what to know of them."""
+        config = self.config
+        if self.text is None:
+            self.notices += ["sample.prompts are not drawn, for the model takes none"] if config.sample.prompts else []
+            return
+        if config.sample.prompts:
+            model = assemble(self.model_config(), self.codec, self.text, self.unet)
+            self.notices += check_pictures(model, config.sample, config.loop.seed)
+        if config.figures.pictures:
+            from ldm.metrics.watch import ready
+
+            ready(config.figures, config.data, config.sample, self.device.type)
 
     def describe(self) -> list[str]:
         c, h, w = self.latent_shape

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm import ranges
 from ldm.config import UNetConfig
 from ldm.errors import UserError
 from ldm.unet.attention import ContextKV, CrossAttention, SelfAttention, check_backend
@@ -38,7 +39,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        _check(config)
+        check(config)
         self.config = config
         self.gradient_checkpointing = False
         self.attention_backend = "sdpa"
@@ -66,7 +67,7 @@ class UNet(nn.Module):
             if level < last:
                 skips.append(width)
 
-        attends = bool(config.context_width or config.attention_levels)
+        attends = _middle_attends(config)
         self.middle = nn.ModuleList([Stage(config, width, width, attends), Stage(config, width, width, False)])
 
         self.up = nn.ModuleList()  # in the order of use, the coarsest first
@@ -205,7 +206,7 @@ class Stage(nn.Module):
             self.transformer = SpatialTransformer(
                 out_channels,
                 config.transformer_depth,
-                _heads(config, out_channels),
+                config.heads or out_channels // config.head_width,
                 config.context_width,
                 config.linear_projection,
                 config.dropout,
@@ -216,33 +217,34 @@ class Stage(nn.Module):
         return h if self.transformer is None else self.transformer(h, kv)
 
 
-def _heads(config: UNetConfig, width: int) -> int:
-    """Heads on a level of this width; UserError where heads and widths do not fit."""
-    if bool(config.heads) == bool(config.head_width):
-        raise UserError(
-            f"unet.heads is {config.heads} and unet.head_width {config.head_width}; one of the two has to be 0"
-        )
-    divisor = config.heads or config.head_width
-    if width % divisor:
-        name = "heads" if config.heads else "head_width"
-        raise UserError(f"unet.{name} {divisor} does not divide the width {width} of a level; choose a divisor of it")
-    return config.heads or width // config.head_width
-
-
-def _check(config: UNetConfig) -> None:
-    """Refuse what cannot be built, in words."""
+def check(config: UNetConfig, name: str = "unet") -> None:
+    """Raise UserError for a configuration that names no network; `name` is that of the settings in the message."""
+    ranges.check(config, prefix=f"{name}.")
     if config.time_embedding not in FEATURES:
-        raise UserError(f"unet.time_embedding is '{config.time_embedding}'; choose one of {', '.join(FEATURES)}")
+        raise UserError(f"{name}.time_embedding is '{config.time_embedding}'; choose one of {', '.join(FEATURES)}")
     if config.time_injection not in ("add", "scale_shift"):
-        raise UserError(f"unet.time_injection is '{config.time_injection}'; choose add or scale_shift")
-    if config.channels < 2 or config.channels % 2:
-        raise UserError(f"unet.channels is {config.channels}; choose an even number (half are cosines, half sines)")
-    if not config.multipliers or config.blocks < 1:
-        raise UserError("the U-Net has no level or no block; give unet.multipliers an entry and unet.blocks at least 1")
-    levels = range(len(config.multipliers))
+        raise UserError(f"{name}.time_injection is '{config.time_injection}'; choose add or scale_shift")
+    if config.channels % 2:
+        raise UserError(f"{name}.channels is {config.channels}; choose an even number (half are cosines, half sines)")
+    last = len(config.multipliers) - 1
     for level in config.attention_levels:
-        if level not in levels:
-            raise UserError(f"unet.attention_levels has {level}; there are levels 0 to {levels[-1]}")
+        if level > last:
+            raise UserError(f"{name}.attention_levels has {level}; there are levels 0 to {last}")
+    attends = {*config.attention_levels, *([last] if _middle_attends(config) else [])}
+    if attends and bool(config.heads) == bool(config.head_width):
+        raise UserError(
+            f"{name}.heads is {config.heads} and {name}.head_width {config.head_width}; one of the two has to be 0"
+        )
+    divided, divisor = ("heads", config.heads) if config.heads else ("head_width", config.head_width)
+    for width in (config.channels * config.multipliers[level] for level in sorted(attends)):
+        if width % divisor:
+            raise UserError(
+                f"{name}.{divided} {divisor} does not divide the width {width} of a level; choose a divisor of it"
+            )
+
+
+def _middle_attends(config: UNetConfig) -> bool:
+    return bool(config.context_width or config.attention_levels)
 
 
 def _presence(value: object) -> str:

@@ -149,7 +149,7 @@ def test_a_run_leaves_what_others_read(tmp_path: Path):
     train(made, TRAINING.loop, make_accelerator(TRAINING.loop, tmp_path), tmp_path, TRAINING)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 3 and losses[-1] < losses[0] < 1.5 * math.log(16)
+    assert len(losses) == 4 and losses[-1] < losses[0] < 1.5 * math.log(16)
     assert {"validation/loss", "validation/caption_to_picture_top5"} <= lines[-1].keys()
 
     text, image = open_checkpoint(tmp_path).load("text"), load_image_tower(tmp_path)

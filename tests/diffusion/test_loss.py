@@ -181,11 +181,11 @@ def test_every_combination_is_refused_with_a_reason_or_has_a_finite_loss_and_gra
         ({"weight": "min-snr"}, "loss.weight is 'min-snr'; choose one of uniform, snr, min_snr"),
         ({"levels": "logit-normal"}, "loss.levels is 'logit-normal'; choose one of uniform"),
         ({"level_mean": -1.2}, "belong to a normal draw, and loss.levels is 'uniform'"),
-        ({"offset_noise": -0.1}, "loss.offset_noise is -0.1; choose 0 or more"),
-        ({"input_perturbation": -1.0}, "loss.input_perturbation is -1"),
-        ({"variance_bound": -1.0}, "loss.variance_bound is -1"),
-        ({"level_std": 0.0}, "loss.level_std is 0; choose more than 0"),
-        ({"min_snr_gamma": 0.0}, "loss.min_snr_gamma is 0"),
+        ({"offset_noise": -0.1}, "loss.offset_noise must be at least 0, not -0.1"),
+        ({"input_perturbation": -1.0}, "loss.input_perturbation must be at least 0, not -1"),
+        ({"variance_bound": -1.0}, "loss.variance_bound must be at least 0, not -1"),
+        ({"level_std": 0.0}, "loss.level_std must be above 0, not 0"),
+        ({"min_snr_gamma": 0.0}, "loss.min_snr_gamma must be above 0, not 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, float | str], words: str) -> None:

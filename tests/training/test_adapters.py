@@ -160,8 +160,14 @@ def test_a_new_word(tiny_checkpoint: Path, tmp_path: Path) -> None:
         (["init=nowhere"], "there is no model 'nowhere'"),
         (["init_set=[parameterization=eps]"], "name that with init=PATH"),
         (["init=icons", "init_set=[parameterization]"], "take words of the form key=value"),
-        (["init=icons", "parameterization=eps"], "icons predicts v; leave it out, or say init_set=[parameterization="),
-        (["init=icons", "schedule.kind=cosine"], "schedule is another one (cosine) than that of the model icons"),
+        (
+            ["init=icons", "parameterization=eps"],
+            "the model icons is v; leave it out, or say init_set=[parameterization=",
+        ),
+        (
+            ["init=icons", "schedule.kind=cosine"],
+            "schedule.kind is cosine, and that of the model icons is scaled_lin",
+        ),
         (["init=icons", "init_set=[image_size=128]", "data.size=64"], "set data.size=128, or init_set=[image_size=64]"),
     ],
 )
@@ -179,7 +185,7 @@ def test_a_foreign_model_says_in_the_plan_what_was_assumed_of_it(tmp_path: Path)
     notes = [line for line in stage.describe() if line.startswith("note ")]
     assert len(notes) == 1 and "assumed by its kind" in notes[0] and "parameterization=v" in notes[0]
     assert stage.model_config().parameterization == "v"
-    with pytest.raises(UserError, match="predicts v; leave it out, or say init_set"):
+    with pytest.raises(UserError, match="is v; leave it out, or say init_set"):
         DiffusionStage(replace(config, parameterization="eps"), 0, 1, CPU)
     stated = replace(config, init_set=("parameterization=eps", "image_size=32"), parameterization="eps")
     stage = DiffusionStage(stated, 0, 1, CPU)

@@ -214,7 +214,7 @@ def test_both_halves_of_a_learned_variance_are_trained() -> None:
         ({"learned_variance": True}, r"3 input and 3 output .* set model.in_channels=3 model.out_channels=6"),
         ({"model": replace(PLAIN.model, out_channels=6)}, "6 output channels .* model.out_channels=3"),
         ({"parameterization": "eps", "schedule": ScheduleConfig(kind="flow")}, "eps cannot go with"),
-        ({"sigma_data": 0.0}, "sigma_data is 0"),
+        ({"sigma_data": 0.0}, "sigma_data must be above 0, not 0"),
         ({"loss": DiffusionLossConfig(weight="elbo", levels="lognormal")}, "set loss.levels=uniform"),
         ({"loss": DiffusionLossConfig(offset_noise=-1.0)}, "loss.offset_noise"),
         (

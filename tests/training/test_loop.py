@@ -80,8 +80,8 @@ def test_micro_batches_are_the_batch_in_order(count, size):
         ({"save_every": -1}, "loop.save_every must be at least 1"),
         ({"micro_batch": -2}, "loop.micro_batch must be at least 0"),
         ({"ema": 1.0}, "loop.ema must be"),
-        ({"precision": "fp8"}, "unknown loop.precision 'fp8'"),
-        ({"trackers": ("paper",)}, "unknown tracker 'paper'"),
+        ({"precision": "fp8"}, "loop.precision must be one of auto, fp32, bf16, fp16, not 'fp8'"),
+        ({"trackers": ("paper",)}, "loop.trackers must be one of tensorboard, wandb, not 'paper'"),
     ],
 )
 def test_settings_that_cannot_work_are_named_before_anything_runs(tmp_path, wrong, words):
@@ -179,9 +179,9 @@ def test_validation_drawing_and_export_see_averaged_weights_in_evaluation_mode(t
         ("validate", -1),
         ("draw", 4),
         ("draw", 6),
+        ("export", -1),
         ("validate", -1),
         ("draw", 6),
-        ("export", -1),
     ]
     assert not any(training for _, _, training, _ in stage.seen)
     assert stage.network.training
@@ -308,8 +308,8 @@ def test_what_looking_takes_is_no_part_of_the_speed(tmp_path, monkeypatch):
     loop = replace(LOOP, steps=20, log_every=10, validate_every=9, save_every=100)
     run(Slow(loop), loop, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["images_per_s"] for line in lines if "images_per_s" in line] == [loop.global_batch / 2] * 2
-    assert [line["waiting"] for line in lines if "waiting" in line] == [0, 0]
+    assert [line["images_per_s"] for line in lines if "images_per_s" in line] == [loop.global_batch / 2] * 3
+    assert [line["waiting"] for line in lines if "waiting" in line] == [0, 0, 0]
 
 
 def test_a_nan_does_not_reach_a_snapshot(tmp_path, monkeypatch):
@@ -345,7 +345,7 @@ def test_images_are_counted_whatever_the_global_batch_was(tmp_path):
     for steps, size in ((3, 8), (6, 4)):
         loop = replace(LOOP, steps=steps, global_batch=size)
         run(ToyStage(loop), loop, tmp_path)
-    assert [line["images"] for line in log_of(tmp_path) if "images" in line] == [24, 36]
+    assert [line["images"] for line in log_of(tmp_path) if "images" in line] == [8, 24, 36]
 
 
 def test_no_two_steps_seeds_or_processes_drop_the_same(tmp_path):
@@ -388,7 +388,7 @@ def test_a_finished_run_that_goes_on_writes_its_results_again_and_takes_no_step(
     run(ToyStage(), LOOP, tmp_path)
     stage = ToyStage(before=lambda step: pytest.fail("a step was taken"))
     run(stage, LOOP, tmp_path)
-    assert [what for what, *_ in stage.seen] == ["validate", "draw", "export"]
+    assert [what for what, *_ in stage.seen] == ["export", "validate", "draw"]
 
 
 def test_more_steps_go_on_from_a_finished_run(tmp_path):
@@ -399,11 +399,21 @@ def test_more_steps_go_on_from_a_finished_run(tmp_path):
     assert same(longer.weights(), whole.weights())
 
 
-@pytest.mark.parametrize("other", [{"width": 9}, {"critic": True}])
-def test_a_state_of_other_networks_is_refused_in_a_sentence(tmp_path, other):
-    run(ToyStage(), LOOP, tmp_path)
-    with pytest.raises(UserError, match=r"is of other networks \(.*\); go on with the settings in .*config.json"):
-        run(ToyStage(**other), LOOP, tmp_path)
+@pytest.mark.parametrize(
+    ("other", "loop", "why"),
+    [
+        ({"width": 9}, {}, r"of net, 0\.weight is \(8, 4\), not \(9, 4\), 0\.bias is"),
+        ({"critic": True}, {}, "it has no critic"),
+        ({"deeper": True}, {}, r"of net, only one of the two has 4\.weight, 4\.bias"),
+        ({}, {"ema": 0.9}, r"it has no average net, for loop\.ema was another one"),
+        ({}, {"ema_widths": (0.1,)}, r"it has no average net 0\.1, for loop\.ema_widths was another one"),
+    ],
+)
+def test_a_state_of_other_networks_is_refused_in_a_sentence_that_names_what_differs(tmp_path, other, loop, why):
+    before = replace(LOOP, ema=0.0)
+    run(ToyStage(), before, tmp_path)
+    with pytest.raises(UserError, match=rf"is of other networks \({why}.*\); go on with the settings in .*config.json"):
+        run(ToyStage(**other), replace(before, **loop), tmp_path)
 
 
 def test_sigterm_saves_and_returns(tmp_path, capsys):

@@ -118,7 +118,7 @@ def test_a_real_stage_says_which_sample_and_which_level(tmp_path, number):
 def test_the_log_has_the_loss_by_noise_level(tmp_path):
     config = replace(PLAIN, loop=replace(LOOP, steps=8, log_every=8))
     run(DiffusionStage(config, 0, 1, CPU), config.loop, tmp_path, config)
-    (line,) = [line for line in log_of(tmp_path) if "loss" in line]
+    _, line = [line for line in log_of(tmp_path) if "loss" in line]
     bins = {key: value for key, value in line.items() if key.startswith("levels/")}
     assert set(bins) <= {f"levels/{b}" for b in ("0-0.1", "0.1-0.3", "0.3-1", "1-3", "3-10", "10-")} and len(bins) >= 4
     assert min(bins.values()) <= line["loss"] <= max(bins.values())

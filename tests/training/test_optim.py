@@ -36,7 +36,7 @@ def test_a_run_of_warm_up_alone():
 
 
 def test_an_unknown_law_is_found_before_the_first_step_however_long_the_warm_up():
-    with pytest.raises(UserError, match=r"unknown optimizer.law 'cosin'; use one of constant, cosine"):
+    with pytest.raises(UserError, match=r"optimizer.law must be one of constant, cosine, not 'cosin'"):
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(law="cosin", warmup=1000))
 
 

@@ -86,7 +86,7 @@ def test_the_share_of_captions_dropped_to_the_empty_prompt(pixels, share):
 
 
 def test_a_share_beyond_1_is_refused(pixels):
-    with pytest.raises(UserError, match="caption_dropout is a share from 0 to 1, not 10"):
+    with pytest.raises(UserError, match=r"loss\.caption_dropout must be at least 0 and at most 1, not 10"):
         DiffusionStage(replace(pixels, loss=replace(pixels.loss, caption_dropout=10.0)), 0, 1, CPU)
 
 

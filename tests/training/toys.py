@@ -112,10 +112,13 @@ class ToyStage:
         dropout: float = 0.0,
         width: int = 8,
         critic: bool = False,
+        deeper: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, 1)).to(dtype)
+        more = [nn.Linear(1, 1)] if deeper else []
+        network = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, 1), *more)
+        network = network.to(dtype)
         self.network, self.dtype, self.before = network, dtype, before
         optimizer = OptimizerConfig(rate=1e-2, clip=1.0)
         self.players = {"net": Player(network, optimizer)}

@@ -1,0 +1,60 @@
+"""What a run will need at its end, asked for at its beginning: a mistake is told before it has cost anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm import generate, ranges
+from ldm.config import DataConfig, SampleConfig
+from ldm.data.feed import check_division
+from ldm.data.loader import validation_batches
+from ldm.errors import UserError
+from ldm.jobs import Settings, of_prompts
+from ldm.model import LatentDiffusion
+from ldm.training.processes import divide
+
+
+def check_settings(config: Any, world: int) -> None:
+    """Raise UserError for values outside their ranges and for a batch that does not divide; no file is opened."""
+    ranges.check(config)
+    divide(config.loop, world)
+    check_division(config.data, config.loop.global_batch, world)
+
+
+def check_output(path: Path) -> None:
+    """Raise UserError unless a folder can be made at `path`, or is there and can be written to."""
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise UserError(f"output={path} cannot be a folder, since {there} is a file; choose another output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output={path} cannot be written: permission denied in {there}; choose another output")
+
+
+def check_sides(data: DataConfig, factor: int) -> None:
+    """Raise UserError for pictures whose sides the autoencoder's `factor` f does not divide."""
+    for name, side in (("size", data.size), ("buckets", data.buckets)):
+        if side % factor:
+            below, above = max(side // factor, 1) * factor, (side // factor + 1) * factor
+            raise UserError(
+                f"data.{name} is {side}, and sides must be multiples of {factor}, the autoencoder's f; try "
+                + " or ".join(map(str, sorted({below, above})))
+            )
+
+
+def check_validation(data: DataConfig) -> None:
+    """Raise UserError unless held-out samples, where they are named, can be had."""
+    if data.validation.strip() and next(validation_batches(data, 1), None) is None:
+        raise UserError(f"data.validation ({data.validation}) has no picture that can be decoded; name other shards")
+
+
+def check_pictures(model: LatentDiffusion, sample: SampleConfig, seed: int) -> Sequence[str]:
+    """Raise UserError unless `model` could draw the run's grids; what a reader should know of their prompts."""
+    try:
+        requests = of_prompts(sample.prompts, seed=seed)
+        generate.make_sigmas(model, Settings(sample.cfg, sample.steps).check())
+    except UserError as error:
+        raise UserError(f"the pictures of sample.prompts cannot be drawn: {error}") from error
+    return generate.prompt_notices(model, requests)
