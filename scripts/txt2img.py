@@ -154,7 +154,7 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser = Parser(description=about, epilog=examples)
     add = parser.add_argument_group("what to draw").add_argument
     add("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    add("--from-file", metavar="FILE", help="a prompt on each line; .jsonl and .csv: prompt, negative, seed")
+    add("--from-file", metavar="FILE", help="a prompt on each line; .json, .jsonl, .csv: prompt, negative, seed")
     add("--negative", metavar="TEXT", help="what not to draw (default: nothing in particular)")
     add("--n", type=int, metavar="N", help="pictures of each prompt [1]")
     add("--seed", type=int, metavar="N", help="of the first picture; picture i has seed + i [0]")

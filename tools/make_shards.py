@@ -43,7 +43,7 @@ from tqdm import tqdm
 from ldm import pictures
 from ldm.arguments import COUNT, NATURAL, Bounded, Parser
 from ldm.data import samples
-from ldm.data.folders import Picture, caption_fields, captioned, find_pictures, read_file
+from ldm.data.folders import UNREAD, Picture, caption_fields, captioned, find_pictures, read_file
 from ldm.data.records import BadSample, Record, shown
 from ldm.data.sources import first_line
 from ldm.data.tables import column_of, rows
@@ -53,7 +53,6 @@ from ldm.files import atomic_write_text, read_text
 
 MANIFEST, REPORT = "shards.json", "report.json"
 FORMATS = {"webp": ("WEBP", 16_383), "jpg": ("JPEG", 65_500), "png": ("PNG", 2**31 - 1)}  # Pillow's name, longest side
-UNREAD = ("gif", "bmp", "tif", "tiff", "avif", "heic", "jxl")  # pictures that training does not read
 
 
 @dataclass(frozen=True)

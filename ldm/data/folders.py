@@ -24,6 +24,7 @@ from ldm.data.shards import SAMPLE_LIMIT
 from ldm.data.tables import column_of
 from ldm.errors import explain_os_error
 
+UNREAD = ("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jxl", "psd", "svg", "tif", "tiff")  # not by training
 CAPTIONS = ("txt", "caption", "json")  # the files beside a picture, the first one that is there counts
 HIDDEN = frozenset(
     ("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information")

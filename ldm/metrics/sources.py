@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.data.folders import Picture, caption_fields, find_pictures, read_file
+from ldm.data.folders import UNREAD, Picture, caption_fields, find_pictures, read_file
 from ldm.data.samples import NO_CAPTION, PICTURES, choose_caption, decode_picture, read_meta
 from ldm.data.shards import BadSample, Members, Record, ShardReader, ShardSet, open_set
 from ldm.data.transforms import square, to_tensor
@@ -98,17 +98,18 @@ def open_source(name: str, what: str, where: Mapping[str, Sequence[str]] | None 
     if Path(name).is_dir():
         if where:
             raise UserError(f"{what} is a folder, whose pictures have no fields; give shards to choose by field")
-        found = find_pictures(Path(name), PICTURES)
+        found = find_pictures(Path(name), (*PICTURES, *UNREAD))
         left_out.update(reason for _, reason in found.left_out)
         for picture in sorted(found.pictures, key=lambda picture: picture.path):
             try:
-                content = read_file(picture.path)
+                if picture.kind not in PICTURES:
+                    raise BadSample("their format is not read")
+                items.append(Item(_sha(read_file(picture.path)), _beside(picture, mute), picture.path))
             except BadSample as error:
                 left_out[str(error)] += 1
-                continue
-            items.append(Item(_sha(content), _beside(picture, mute), picture.path))
         if not items:
-            raise UserError(f"{what}: the folder {name} has no pictures ({', '.join([*PICTURES, *left_out])})")
+            told = "".join(f"; left out, {count}: {reason}" for reason, count in left_out.items())
+            raise UserError(f"{what}: the folder {name} has no pictures ({', '.join(PICTURES)}){told}")
     else:
         shards = open_set(name, what, _fault, where)
         with ShardReader(shards.shards, shards.store) as reader:

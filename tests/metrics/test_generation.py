@@ -206,8 +206,8 @@ def test_mistakes_end_in_one_sentence(evaluate, words, tmp_path):
         ((*words, "--out", tmp_path / "x", "--ball", 9, "--allow-few"), "9 neighbours need larger sets"),
         ((*words, "--out", tmp_path / "x", "--figures", "kernel,captions"), "captions need a space"),
         ((*words, "--out", tmp_path / "x", "--figures", "score"), "class logits"),
-        ((*words, "--out", tmp_path / "x", "--seed", -5), "the first seed is -5"),
-        ((*words, "--out", tmp_path / "x", "--size", -3), "the width is -3 pixels"),
+        ((*words, "--out", tmp_path / "x", "--seed", -5), "--seed is -5"),
+        ((*words, "--out", tmp_path / "x", "--size", -3), "--size is -3"),
         ((*words, "--out", tmp_path / "x", "--batch-size", 0), "--batch-size is 0"),
         ((*words, "--out", tmp_path / "x", "--sweep", "steps=,"), "--sweep takes"),
         ((*words, "--out", tmp_path / "x", "--sweep", "cfg=1", "--output", "y.json"), "leave --output out"),
@@ -223,7 +223,7 @@ def test_pictures_that_are_there_are_not_drawn(evaluate, tmp_path):
     shard = toy_shard(tmp_path / "toy.tar")
     given = ("--reference", shard, "--pictures", shard, *SMALL, "--space", "toy", "--figures", "kernel")
     for wrong, complaint in (
-        (("--size", -3), "pictures of -3 pixels"),
+        (("--size", -3), "--size is -3"),
         (("--size", 32, "--cfg", 7.5), "--cfg is of pictures that a model draws"),
         (("--size", 32, "--steps", 30), "--steps is of"),
         (("--size", 32, "--seed", 0), "--seed is of"),

@@ -81,9 +81,10 @@ def test_hidden_copies_are_no_pictures_and_what_cannot_be_read_is_left_out(tmp_p
     (folder / "gone.png").symlink_to("nowhere")
     (folder / "round.png").symlink_to("round.png")
     (folder / "again").symlink_to(folder)
+    (folder / "r.bmp").write_bytes(b"BM")
     source = open_source(str(folder), "--pictures")
     assert [item.place.name for item in sorted(source.items, key=lambda item: item.place)] == ["p.png", "q.png"]
-    for words in ("it is hidden", "it cannot be read", "a link to a folder that is read already"):
+    for words in ("it is hidden", "format is not read", "it cannot be read", "a link to a folder that is read already"):
         assert words in caplog.text
 
 
@@ -127,7 +128,7 @@ def test_the_choice_of_a_training_recipe(tmp_path):
     wanted = {"mode": ["plain"], "style": ["twemoji"], "name": ["red heart", "blue fish"]}
     assert where_of(["mode=plain", f"@{recipe}"]) == wanted
     assert len(open_source(toy_shard(tmp_path / "toy.tar"), "--reference", wanted)) == 2
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="there is no file of settings"):
         where_of([f"@{tmp_path / 'none.yaml'}"])
 
 
@@ -142,6 +143,9 @@ def test_captions_given_apart_go_to_the_pictures_by_name(tmp_path):
 def test_mistakes(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--reference: the folder .* has no pictures"):
+        open_source(str(tmp_path / "empty"), "--reference")
+    (tmp_path / "empty" / "a.bmp").touch()
+    with pytest.raises(UserError, match=r"has no pictures .*; left out, 1: their format is not read"):
         open_source(str(tmp_path / "empty"), "--reference")
     with pytest.raises(UserError, match="--reference: no file matches"):
         open_source(str(tmp_path / "none"), "--reference")
