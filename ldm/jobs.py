@@ -79,7 +79,12 @@ class Settings:
             raise UserError(f"eta is {self.eta:g} and {self.options['eta']} among the sampler's options; say one")
         options = {**implied, **self.options, **({} if self.eta is None else {"eta": self.eta})}
         if self.sigmas:
-            catalogue.check_levels(self.sigmas)
+            written = len(catalogue.check_levels(self.sigmas)) - 1
+            if spacing != "trailing" or self.steps not in (Settings.steps, written):
+                asked = f"{self.steps} steps" if spacing == "trailing" else f"the spacing {spacing}"
+                raise UserError(
+                    f"{written + 1} sigmas are written out, which are {written} steps, and {asked}; say one"
+                )
         if self.steps < 1:
             raise UserError(f"{self.steps} steps were asked for; choose at least 1")
         if not math.isfinite(self.cfg):
@@ -105,6 +110,19 @@ class Settings:
             options=catalogue.check_options(sampler, options),
             steps=len(self.sigmas) - 1 if self.sigmas else self.steps,
         )
+
+    def without_effect(self, requests: Sequence[Request]) -> list[str]:
+        """A sentence on what is asked for and does nothing, where guidance is none."""
+        if self.cfg != 1 or self.perp_negative is not None:
+            return []
+        asked = {
+            "the negative prompt": any(request.negative for request in requests),
+            "the guide model": self.guide_model is not None,
+            "cfg_rescale": self.cfg_rescale > 0,
+            "cfg_interval": self.cfg_interval is not None,
+        }
+        names = [name for name, given in asked.items() if given]
+        return [f"at guidance scale 1, which is none, nothing comes of {' and '.join(names)}"] if names else []
 
     def but(self, cfg: float | None = None, steps: int | None = None, sampler: str | None = None) -> Settings:
         """The same with those of these that are not None."""

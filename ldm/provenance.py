@@ -102,7 +102,10 @@ def read(path: str | Path) -> Recipe:
     """The recipe in a PNG of ours. Raises UserError for any other, and for values that make no sense."""
     data = read_metadata(path)
     names = [field.name for field in fields(Settings)]
-    settings = from_dict(Settings, {key: data[key] for key in names if key in data}, str(path)).check()
+    given = {key: data[key] for key in names if key in data}
+    if given.get("sigmas"):
+        given.pop("spacing", None)  # of earlier versions, which wrote down one that had no effect
+    settings = from_dict(Settings, given, str(path)).check()
     try:
         request = Request(_as(str, data["prompt"]), _as(str, data["negative"]), _as(int, data["seed"])).check()
         model, batch, made_on = (_as(dict, data[key]) for key in ("model", "batch", "made_on"))

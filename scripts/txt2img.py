@@ -85,6 +85,7 @@ def main() -> None:
         model, _ = use.apply(model, adapters)
     guides = load_guides(model, settings)
     notices = [*model.notices, *guides.notices]
+    notices += settings.without_effect([request for batch in batches for request in batch])
     for reader in (model, guides.worse) if guides.worse else (model,):
         notices += generate.prompt_notices(reader, [request for batch in batches for request in batch])
     notices += provenance.differences(recipe, model, guides.hashes) if recipe else []

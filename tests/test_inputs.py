@@ -280,7 +280,7 @@ def test_settings_of_other_types(changes: dict[str, Any], words: str) -> None:
 def test_settings_become_plain() -> None:
     given = Settings(
         cfg=np.float32(7.5),  # type: ignore[arg-type]
-        steps=np.int64(5),  # type: ignore[arg-type]
+        steps=np.int64(2),  # type: ignore[arg-type]
         cfg_interval=[0, 5],  # type: ignore[arg-type]
         sigmas=np.array([3.0, 1.0, 0.0]),  # type: ignore[arg-type]
         guide_model=Path("worse"),  # type: ignore[arg-type]

@@ -188,6 +188,30 @@ def test_a_sampler_s_options_get_their_types() -> None:
     assert Settings(sigmas=(5.0, 1.0, 0.0)).check().steps == 2
 
 
+def test_levels_written_out_and_another_grid() -> None:
+    levels = (5.0, 1.0, 0.0)
+    for settings in (Settings(sigmas=levels), Settings(sigmas=levels, steps=2, spacing="trailing")):
+        assert settings.check() == settings.check().check() and settings.check().steps == 2
+    for other, words in (
+        ({"steps": 50}, "which are 2 steps, and 50 steps; say one"),
+        ({"spacing": "karras"}, "and the spacing karras; say one"),
+        ({"sampler": "DPM++ 2M Karras"}, "and the spacing karras"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Settings(sigmas=levels, **other).check()
+    with pytest.raises(UserError, match="and 50 steps"):
+        Settings(sigmas=levels).but(steps=50).check()
+
+
+def test_what_has_no_effect_without_guidance_is_said() -> None:
+    plain, negative = [Request("a")], [Request("a", "b")]
+    assert Settings(cfg=1).without_effect(plain) == Settings(cfg=1.5).without_effect(negative) == []
+    (said,) = Settings(cfg=1, cfg_interval=(0.1, 5)).without_effect(negative)
+    assert "of the negative prompt and cfg_interval" in said
+    assert "the guide model" in Settings(cfg=1, guide_model="x").without_effect(plain)[0]
+    assert Settings(cfg=1, perp_negative=1.0).without_effect(negative) == [], "which is pushed away from all the same"
+
+
 def test_counts_and_seeds_that_are_none() -> None:
     for call in (
         lambda: jobs.of_prompts(["a"], n=0),
