@@ -237,11 +237,7 @@ def load(
     where = choose_device(device)
     dtype = choose_precision(precision, where)
     check_backend(attention, where.type)
-    checkpoint = open_checkpoint(path, weights)
-    if other is not None:
-        checkpoint = checkpoint.with_autoencoder(open_checkpoint(other))
-    if settings:
-        checkpoint = checkpoint.with_settings(settings)
+    checkpoint = open_checkpoint(path, weights, settings, other)
     for notice in checkpoint.notices:
         warnings.warn(notice, CheckpointNotice, stacklevel=2)
     codec = checkpoint.load("autoencoder", where, dtype)

@@ -34,15 +34,13 @@ def main() -> None:
             f"{arguments.output} would be a pickle by its name, and none is written; name a directory, or a file that "
             "ends in .safetensors"
         )
-    checkpoint = open_checkpoint(arguments.model, arguments.weights)
+    settings = parse_settings(arguments.set)
+    checkpoint = open_checkpoint(arguments.model, arguments.weights, settings, arguments.vae)
     if checkpoint.two_sets and arguments.weights == "auto":
         raise UserError(
             f"{checkpoint.path} has raw and averaged weights of the U-Net, and one of them would be lost; say which to "
             "keep: --weights ema draws better pictures, --weights raw is what training goes on with"
         )
-    if arguments.vae:
-        checkpoint = checkpoint.with_autoencoder(open_checkpoint(arguments.vae))
-    checkpoint = checkpoint.with_settings(parse_settings(arguments.set))
     dtype = PRECISIONS[arguments.precision]
     states = {name: Cast(checkpoint.state(name), dtype) for name in checkpoint.parts}
     remarks = list(checkpoint.notices)

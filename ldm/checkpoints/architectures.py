@@ -4,8 +4,9 @@ Shapes tell almost everything about a Stable Diffusion checkpoint (`original.py`
 rules that hold for the models as published; a config beside the weights goes before them, and the user before both:
 
     heads           of an attention with linear projections (v2) are 64 wide; with convolutions (v1) there are 8
-    prediction      eps; v for v2 of 4 channels, which at 768 pixels has the same keys as its base that predicts eps
-    picture size    512; 768 where v is predicted
+    prediction      eps; v for v2 of 4 channels, which at 768 pixels has the same keys as its base that predicts eps; v
+                    where the schedule ends in pure noise
+    picture size    512; 768 for v2 where v is predicted
     text, v1        CLIP ViT-L/14 in Hugging Face's names: quick GELU, last block, padded with the end token; prompts
                     are read as Hugging Face's tokenizer reads them
     text, v2        OpenCLIP ViT-H/14: exact GELU, the last block but one, padded with 0; where a file has 23 blocks the
@@ -64,9 +65,18 @@ def extra_channels(config: ModelConfig) -> int:
     return config.unet.in_channels - config.autoencoder.channels_of_latent
 
 
-def assumed_prediction(unet: UNetConfig) -> str:
+def assumed_prediction(config: ModelConfig) -> str:
     """eps or v, where nothing says which: see the rules above."""
-    return "v" if unet.linear_projection and unet.in_channels == unet.out_channels else "eps"
+    assert config.unet is not None
+    if config.schedule is not None and config.schedule.zero_terminal_snr:
+        return "v"  # the last level is pure noise, in which eps says nothing of a picture
+    return "v" if config.unet.linear_projection and config.unet.in_channels == config.unet.out_channels else "eps"
+
+
+def assumed_side(config: ModelConfig) -> int:
+    """The pictures' size where nothing says it: see the rules above."""
+    v2 = config.unet is not None and config.unet.linear_projection
+    return 768 if v2 and config.parameterization == "v" else 512
 
 
 def _shape(config: ModelConfig) -> tuple[object, ...]:

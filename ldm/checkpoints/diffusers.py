@@ -13,18 +13,22 @@ A folder of an autoencoder alone, and its weights alone, are read too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import diffusers_configs as configs
+from ldm.checkpoints.architectures import assumed_side
 from ldm.checkpoints.common_names import TRANSFORMER, clip_names
 from ldm.checkpoints.reading import Tensors, read_tensors
 from ldm.checkpoints.record import Checkpoint, Part
+from ldm.checkpoints.said import Said, by_tensors, follow, marker, settle
+from ldm.checkpoints.scaled import unscaled
+from ldm.checkpoints.scheduler_config import read_scheduler
 from ldm.checkpoints.state import Joined, Names, Rules, Source, names_by, rename, some
-from ldm.config import AutoencoderConfig, ModelConfig
+from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig
 from ldm.errors import UserError
 from ldm.plain import read_json
 
@@ -91,10 +95,11 @@ def autoencoder_names(keys: Iterable[str], old: bool = False) -> Names:
 # ---------------------------------------------------------------- opening
 
 
-def open_directory(path: Path, weights: str = "auto") -> Checkpoint:
+def open_directory(path: Path, weights: str = "auto", decided: Collection[str] = ()) -> Checkpoint:
     """The checkpoint in a directory with a model_index.json; its parts are those whose folders are there.
 
-    `weights`: "raw" takes the variant non_ema of the U-Net, "ema" and "auto" the plain one. Raises UserError.
+    `weights`: "raw" takes the variant non_ema of the U-Net, "ema" and "auto" the plain one. `decided` are the settings
+    that the user names, so it does not matter what the files say of them. Raises UserError.
     """
     index = read_json(path / "model_index.json")
     pipeline = str(index.get("_class_name", ""))
@@ -103,14 +108,17 @@ def open_directory(path: Path, weights: str = "auto") -> Checkpoint:
     parts: dict[str, Part] = {}
     settings: dict[str, Any] = {}
     assumed: list[str] = []
+    said: list[Said] = []
+    remarks: tuple[str, ...] = ()
     if (path / "unet").is_dir():
         where = path / "unet" / "config.json"
         plain = read_json(where)
-        settings["unet"] = configs.read_unet(plain, str(where))
+        settings |= {"unet": configs.read_unet(plain, str(where)), "schedule": ScheduleConfig()}
         source = _open_weights(path / "unet", "unet", raw=weights == "raw")
         parts["unet"] = _part(source, path / "unet", unet_names, 32)
         where = path / "scheduler" / "scheduler_config.json"
-        settings["schedule"], settings["parameterization"] = configs.read_scheduler(read_json(where), str(where))
+        said, remarks = read_scheduler(read_json(where), _scheduler_class(index), str(where))
+        said += by_tensors(source)
         side = plain.get("sample_size")
     else:
         side = None
@@ -128,16 +136,22 @@ def open_directory(path: Path, weights: str = "auto") -> Checkpoint:
         parts["text"] = _part(source, path / "text_encoder", partial(clip_names, prefix=prefix), 0)
     if not parts:
         raise UserError(f"{path} has a model_index.json and none of the folders unet, vae and text_encoder")
-    config = ModelConfig(**settings)
+    config = follow(ModelConfig(**settings), settle(said, path, decided))
     if isinstance(side, int) and config.autoencoder is not None:
         config = replace(config, image_size=side * config.autoencoder.factor)
     elif "unet" in parts:
-        config = replace(config, image_size=768 if config.parameterization == "v" else 512)
+        config = replace(config, image_size=assumed_side(config))
         assumed.append("image_size")
     facts = {"pipeline": pipeline}
     if "_diffusers_version" in index:
         facts["diffusers"] = str(index["_diffusers_version"])[:40]
-    return Checkpoint(path, "diffusers directory", config, parts, tuple(assumed), facts=facts)
+    return Checkpoint(path, "diffusers directory", config, parts, tuple(assumed), remarks, facts=facts)
+
+
+def _scheduler_class(index: Mapping[str, Any]) -> str:
+    """What model_index.json says of it: ["diffusers", "DDIMScheduler"]."""
+    found = index.get("scheduler")
+    return str(found[1] or "") if isinstance(found, list) and len(found) == 2 else ""
 
 
 def open_autoencoder(path: Path) -> Checkpoint:
@@ -199,7 +213,7 @@ def _autoencoder_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) ->
 
 
 def _part(source: Source, where: Path, names: Any, groups: int) -> Part:
-    scope = tuple(name for name in source if not re.search(UNUSED, name))
+    scope = tuple(name for name in source if not re.search(UNUSED, name) and not marker(name))
     return Part(source, names, scope, str(where), groups)
 
 
@@ -214,7 +228,7 @@ def _open_weights(folder: Path, kind: str, raw: bool = False) -> Source:
             file = folder / ".".join(filter(None, (stem, variant, ending)))
             index = folder / ".".join(filter(None, (stem, ending, "index", variant, "json")))
             if file.is_file():
-                return read_tensors(file)
+                return unscaled(read_tensors(file))
             if index.is_file():
                 return _open_shards(index)
     if raw:
@@ -231,7 +245,7 @@ def _open_shards(index: Path) -> Source:
     for file in sorted(files):
         if Path(file).name != file or file in (".", "..") or "\\" in file:
             raise UserError(f"{index} names a shard '{file[:100]}' that is not a file beside it, and was not followed")
-    joined = Joined({file: read_tensors(index.parent / file) for file in sorted(files)})
+    joined = Joined({file: unscaled(read_tensors(index.parent / file)) for file in sorted(files)})
     lost = [name for name in plain if name not in joined]
     if lost:
         raise UserError(f"the shards of {index} lack {len(lost)} tensors that it names ({some(lost)}); copy them again")

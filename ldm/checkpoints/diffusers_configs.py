@@ -80,8 +80,8 @@ def read_unet(plain: Plain, where: str) -> UNetConfig:
     if not same and len(head_widths) != 1:
         raise UserError(f"{where}: attention_head_dim {heads} is neither one number of heads nor one width of them")
     return UNetConfig(
-        in_channels=_number(plain, "in_channels", 4, where),
-        out_channels=_number(plain, "out_channels", 4, where),
+        in_channels=number(plain, "in_channels", 4, where),
+        out_channels=number(plain, "out_channels", 4, where),
         channels=widths[0],
         multipliers=_multipliers(widths, where),
         blocks=_one(plain, "layers_per_block", 2, len(widths), where),
@@ -91,7 +91,7 @@ def read_unet(plain: Plain, where: str) -> UNetConfig:
         head_width=0 if same else head_widths.pop(),
         context_width=_one(plain, "cross_attention_dim", 1280, len(widths), where),
         linear_projection=bool(plain.get("use_linear_projection", False)),
-        dropout=_real(plain, "dropout", 0.0, where),
+        dropout=real(plain, "dropout", 0.0, where),
     )
 
 
@@ -103,60 +103,41 @@ def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
         if any(block != kind for block in _words(plain, name, (kind,))):
             raise UserError(f"{where}: {name} has blocks that are not {kind}, which alone are read")
     return AutoencoderConfig(
-        in_channels=_number(plain, "in_channels", 3, where),
+        in_channels=number(plain, "in_channels", 3, where),
         channels=widths[0],
         multipliers=_multipliers(widths, where),
-        blocks=_number(plain, "layers_per_block", 1, where),
+        blocks=number(plain, "layers_per_block", 1, where),
         middle_attention=bool(plain.get("mid_block_add_attention", True)),
-        latent_channels=_number(plain, "latent_channels", 4, where),
-        shift=(_real(plain, "shift_factor", 0.0, where),),
-        scale=(_real(plain, "scaling_factor", 0.18215, where),),
+        latent_channels=number(plain, "latent_channels", 4, where),
+        shift=(real(plain, "shift_factor", 0.0, where),),
+        scale=(real(plain, "scaling_factor", 0.18215, where),),
     )
 
 
 def norm_groups(plain: Plain, where: str) -> int:
     """The groups of an autoencoder's norms, which our networks derive from their widths."""
-    return _number(plain, "norm_num_groups", 32, where)
+    return number(plain, "norm_num_groups", 32, where)
 
 
 def read_text(plain: Plain, padding: str, where: str) -> TextConfig:
     """text_encoder/config.json, and what its tokenizer pads with; raises UserError if it is not CLIP's text tower."""
-    width = _number(plain, "hidden_size", 512, where)
+    width = number(plain, "hidden_size", 512, where)
     activation = plain.get("hidden_act", "quick_gelu")
     fixed = {"intermediate_size": 4 * width, "layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
     _refuse_others(plain, fixed, where)
     if activation not in ("quick_gelu", "gelu"):
         raise UserError(f"{where}: hidden_act is '{activation}', and only quick_gelu and gelu are read")
     return TextConfig(
-        context_length=_number(plain, "max_position_embeddings", 77, where),
-        vocabulary=_number(plain, "vocab_size", 49408, where),
+        context_length=number(plain, "max_position_embeddings", 77, where),
+        vocabulary=number(plain, "vocab_size", 49408, where),
         width=width,
-        heads=_number(plain, "num_attention_heads", 8, where),
-        layers=_number(plain, "num_hidden_layers", 12, where),
+        heads=number(plain, "num_attention_heads", 8, where),
+        layers=number(plain, "num_hidden_layers", 12, where),
         embed_dim=0,
         quick_gelu=activation == "quick_gelu",
         padding=padding,
         cleaning="plain",
     )
-
-
-def read_scheduler(plain: Plain, where: str) -> tuple[ScheduleConfig, str]:
-    """scheduler/scheduler_config.json -> the schedule and the parameterization; raises UserError for another law."""
-    _refuse_others(plain, {"trained_betas": None}, where)
-    prediction, betas = str(plain.get("prediction_type", "epsilon")), str(plain.get("beta_schedule", "linear"))
-    if prediction not in PREDICTIONS or betas not in BETAS:
-        raise UserError(
-            f"{where}: prediction_type '{prediction}' with beta_schedule '{betas}' is not read; "
-            f"{', '.join(PREDICTIONS)} and {', '.join(BETAS)} are"
-        )
-    schedule = ScheduleConfig(
-        kind=BETAS[betas],
-        steps=_number(plain, "num_train_timesteps", 1000, where),
-        beta_start=_real(plain, "beta_start", 0.0001, where),
-        beta_end=_real(plain, "beta_end", 0.02, where),
-        zero_terminal_snr=bool(plain.get("rescale_betas_zero_snr", False)),
-    )
-    return schedule, PREDICTIONS[prediction]
 
 
 # ---------------------------------------------------------------- writing
@@ -254,7 +235,7 @@ def _block_types(levels: int, attention: Sequence[int]) -> tuple[tuple[str, ...]
 
 
 def _refuse_others(plain: Plain, fixed: Plain, where: str) -> None:
-    for name, value in fixed.items():
+    for name, value in {"quantization_config": None, **fixed}.items():
         if name in plain and plain[name] != value:
             found = str(plain[name])[:60]
             raise UserError(f"{where}: {name} is {found}, and only networks with {value} are read")
@@ -266,14 +247,14 @@ def _get(plain: Plain, name: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _number(plain: Plain, name: str, default: int, where: str) -> int:
+def number(plain: Plain, name: str, default: int, where: str) -> int:
     value = _get(plain, name, default)
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a whole number")
     return value
 
 
-def _real(plain: Plain, name: str, default: float, where: str) -> float:
+def real(plain: Plain, name: str, default: float, where: str) -> float:
     value = _get(plain, name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
         raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a number")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,27 @@ STRANGERS = {  # a tensor's name -> whose it is: said by name, since these are w
 }
 
 
-def open_checkpoint(model: str | Path, weights: str = "auto", settings: Mapping[str, Any] | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path,
+    weights: str = "auto",
+    settings: Mapping[str, Any] | None = None,
+    vae: str | Path | None = None,
+) -> Checkpoint:
     """What `model` names (`find`): a native directory or file, an original single file, a diffusers directory, an
     autoencoder.
 
     No tensor is read yet. `weights`: where a file has raw and averaged U-Net weights, which are meant ("ema", "raw");
     "auto" takes the average and says so. `settings` replace what the files or the rules say, as
-    {"parameterization": "v", "text.padding": "eot"}. Raises UserError for what is nothing of that, or damaged.
+    {"parameterization": "v", "text.padding": "eot"}. The autoencoder of `vae` takes the place of the model's own.
+    Raises UserError for what is nothing of that, damaged, or contradicts itself in what `settings` do not say.
     """
     path = find(model)
     if weights not in WEIGHTS:
         raise UserError(f"the weights asked for are '{weights}'; choose one of {', '.join(WEIGHTS)}")
-    found = _open_directory(path, weights) if path.is_dir() else _open_file(path, weights)
+    decided = tuple(settings or ())
+    found = (_open_directory if path.is_dir() else _open_file)(path, weights, decided)
+    if vae is not None:
+        found = found.with_autoencoder(open_checkpoint(vae))
     if settings:
         found = found.with_settings(settings)
     check_size(found.config, str(path))
@@ -66,11 +75,11 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _open_directory(path: Path, weights: str) -> Checkpoint:
+def _open_directory(path: Path, weights: str, decided: Collection[str]) -> Checkpoint:
     if (path / "model.json").is_file():
         return _one_set(native.open_native(path), weights)
     if (path / "model_index.json").is_file():
-        return diffusers.open_directory(path, weights)
+        return diffusers.open_directory(path, weights, decided)
     if (path / "config.json").is_file():
         return _one_set(diffusers.open_autoencoder(path), weights)
     raise UserError(
@@ -79,12 +88,12 @@ def _open_directory(path: Path, weights: str) -> Checkpoint:
     )
 
 
-def _open_file(path: Path, weights: str) -> Checkpoint:
+def _open_file(path: Path, weights: str, decided: Collection[str]) -> Checkpoint:
     tensors = read_tensors(path)
     if "model" in tensors.metadata and native.is_native(tensors.metadata["model"]):
         return _one_set(native.open_native(path), weights)
     if original_file.recognise(tensors):
-        return original_file.open_original(path, tensors, weights)
+        return original_file.open_original(path, tensors, weights, decided)
     if "encoder.conv_in.weight" in tensors and any(name.startswith("encoder.down_blocks.") for name in tensors):
         return _one_set(diffusers.open_autoencoder_file(path, tensors), weights)
     raise _unknown(path, tensors)

@@ -1,13 +1,14 @@
 """Opening and writing the original single file of Stable Diffusion; original.py has its names.
 
-What its tensors do not tell comes, in this order, from our own config in its metadata (files that we wrote), a YAML
-of the same name beside it, the `modelspec.` words in its metadata, the rules in architectures.py.
+What its tensors do not tell, others say: our own config in its metadata (files that we wrote), marker tensors, words in
+the metadata, a YAML of the same name beside it, the table of its noise schedule. Two that disagree are an error
+(said.py). What none says is decided by the rules in architectures.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,20 +18,24 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import original
-from ldm.checkpoints.architectures import assumed_prediction
+from ldm.checkpoints.architectures import assumed_prediction, assumed_side
+from ldm.checkpoints.original_yaml import read_yaml
 from ldm.checkpoints.reading import Tensors
 from ldm.checkpoints.record import Checkpoint, Part
+from ldm.checkpoints.said import ZERO_SNR, Said, by_tensors, by_words, follow, marker, range_remark, settle
+from ldm.checkpoints.scaled import Scaled, unscaled
 from ldm.checkpoints.state import Names, Shape, exported
 from ldm.checkpoints.writing import write_tensors
-from ldm.config import ModelConfig, ScheduleConfig, TextConfig, from_dict, to_dict
+from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, from_dict, to_dict
 from ldm.errors import UserError
 from ldm.files import atomic_write
-from ldm.plain import parse_json, read_yaml_text
+from ldm.plain import parse_json
 
 GROUPS = 32  # of every norm, in all of these networks
 CONFIG = "ldm.config"  # the metadata's key of our own config, in files that we wrote
-BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}  # their names -> ours
-PREDICTIONS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}  # of modelspec
+PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample"}  # ours -> those of the metadata's common words
+USUAL_LAYER = {True: "penultimate", False: "last"}  # of a text tower in OpenCLIP's names, in Hugging Face's
+COMPARED = ("parameterization", "schedule", ZERO_SNR, "text.layer")  # with our own config, where that is there
 
 
 def recognise(names: Iterable[str]) -> bool:
@@ -40,12 +45,15 @@ def recognise(names: Iterable[str]) -> bool:
     )
 
 
-def open_original(path: Path, tensors: Tensors, weights: str = "auto") -> Checkpoint:
+def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: Collection[str] = ()) -> Checkpoint:
     """The checkpoint in `path`, whose tensors these are.
 
     `weights` says which U-Net is meant where there are two: "ema", its average, or "raw"; "auto" is the average where
-    there is one. Raises UserError for networks that are not Stable Diffusion's, or weights that are not there.
+    there is one. `decided` are the settings that the user names, so it does not matter what the file says of them.
+    Raises UserError for networks that are not Stable Diffusion's, weights that are not there, and a file that
+    contradicts itself.
     """
+    tensors = unscaled(stored)
     shapes = {name: tensors.form(name)[1] for name in tensors}
     own = tensors.metadata.get(CONFIG)
     config = _own_config(own, path) if own else None
@@ -54,7 +62,7 @@ def open_original(path: Path, tensors: Tensors, weights: str = "auto") -> Checkp
     used: set[str] = set()
 
     def add(part: str, prefix: str, names: Callable[[Iterable[str]], Names]) -> None:
-        scope = tuple(name for name in shapes if name.startswith(prefix) and not original.unused(name))
+        scope = tuple(n for n in shapes if n.startswith(prefix) and not original.unused(n) and not marker(n))
         used.update(scope)
         parts[part] = Part(tensors, names, scope, str(path), 0 if part == "text" else GROUPS)
 
@@ -77,17 +85,15 @@ def open_original(path: Path, tensors: Tensors, weights: str = "auto") -> Checkp
     if prefix:
         text = config.text if config else original.text_config(_within(shapes, prefix), prefix)
         add("text", prefix, partial(original.text_names, prefix=prefix))
-        if text is not None and not config and prefix == original.OPEN_CLIP_TEXT:
-            layers = "all its blocks" if text.layer == "last" else "all blocks but the last"
-            remarks += [] if text.layer == "penultimate" else [f"the text tower's context is taken after {layers}"]
-    assumed: tuple[str, ...] = ()
-    if config is None:
-        config = ModelConfig(autoencoder, text, unet, ScheduleConfig() if unet else None)
-        config, assumed = _complete(config, path, tensors)
-    foreign = tuple(name for name in shapes if name not in used and not original.unused(name))
+    shaped = ModelConfig(autoencoder, text, unet, ScheduleConfig() if unet else None)
+    config, assumed, told = _complete(config or shaped, config is not None, path, tensors, decided)
+    if config.text is not None and not own and config.text.layer != USUAL_LAYER[prefix == original.OPEN_CLIP_TEXT]:
+        layers = "all its blocks" if config.text.layer == "last" else "all blocks but the last"
+        remarks.append(f"the text tower's context is taken after {layers}")
+    foreign = tuple(n for n in shapes if n not in used and not original.unused(n) and not marker(n))
     layout = "original single file" if unet else "original autoencoder" if not text else "original networks"
     facts = {key: value for key, value in tensors.metadata.items() if key not in (CONFIG, "format")}
-    return Checkpoint(path, layout, config, parts, assumed, tuple(remarks), foreign, facts, averaged)
+    return Checkpoint(path, layout, config, parts, assumed, (*remarks, *told), foreign, facts, averaged)
 
 
 def _unet_names(keys: Iterable[str], config: Any, ema: bool) -> Names:
@@ -111,103 +117,100 @@ def _own_config(document: str, path: Path) -> ModelConfig:
     return from_dict(ModelConfig, parse_json(document, where), where)
 
 
-def _complete(config: ModelConfig, path: Path, tensors: Tensors) -> tuple[ModelConfig, tuple[str, ...]]:
-    """`config` with what shapes leave open filled in, and the settings that only rules decided."""
-    told: set[str] = set()
+def _complete(
+    config: ModelConfig, own: bool, path: Path, tensors: Tensors | Scaled, decided: Collection[str]
+) -> tuple[ModelConfig, tuple[str, ...], tuple[str, ...]]:
+    """`config` with what shapes leave open filled in, the settings that only rules decided, and remarks.
+
+    An `own` config is whole, and only compared with what else the file says.
+    """
+    said = by_words(tensors.metadata, config.text)
+    remarks = range_remark(tensors.metadata)
     if config.unet is not None:
-        config = replace(config, parameterization=assumed_prediction(config.unet))
-    if "alphas_cumprod" in tensors:
-        schedule = original.schedule_of(tensors["alphas_cumprod"], tensors.get("betas"))
-        if schedule is None:
-            raise UserError(
-                f"{path} was trained with a noise schedule that is not read here (its table alphas_cumprod is neither "
-                "linear, scaled linear nor cosine); nothing else would draw right pictures with it"
-            )
-        config = replace(config, schedule=schedule)
-    scale = tensors.get("scale_factor")
-    if scale is not None and scale.numel() == 1 and config.autoencoder is not None:  # measured by its training
-        config = replace(config, autoencoder=replace(config.autoencoder, scale=(float(scale),)))
-        told.add("autoencoder.scale")
-    words = tensors.metadata
-    if words.get("modelspec.prediction_type") in PREDICTIONS:
-        config = replace(config, parameterization=PREDICTIONS[words["modelspec.prediction_type"]])
-        told.add("parameterization")
-    beside = path.with_suffix(".yaml")
-    if beside.is_file():
-        config, said = _read_yaml(config, beside)
-        told |= said
-    side = words.get("modelspec.resolution", "").partition("x")[0]
-    if side.isdecimal() and 0 < int(side) < 1 << 16:
-        config, told = replace(config, image_size=int(side)), told | {"image_size"}
-    else:
-        config = replace(config, image_size=768 if config.parameterization == "v" else 512)
+        said += by_tensors(tensors)
+    if path.with_suffix(".yaml").is_file():
+        by_yaml, told = read_yaml(path.with_suffix(".yaml"), config)
+        said, remarks = said + by_yaml, remarks + told
+    said = [one for one in said if one.key in COMPARED] + _by_own(config) if own else said + _by_scale(tensors, said)
+    if config.unet is not None:
+        said += _by_tables(tensors, path, said, decided)
+    absent = ["autoencoder"] * (config.autoencoder is None) + ["schedule", "parameterization"] * (config.unet is None)
+    answers = settle((one for one in said if one.key.partition(".")[0] not in absent), path, decided)
+    if own:
+        return config, (), remarks
+    config = follow(config, answers)
+    if config.unet is not None and "parameterization" not in answers:
+        config = replace(config, parameterization=assumed_prediction(config))
+    if "image_size" not in answers:
+        config = replace(config, image_size=assumed_side(config))
     open_ = [("autoencoder", "autoencoder.scale")]
     if config.unet is not None:
-        open_ = [("unet", "parameterization"), ("unet", "image_size"), *open_]
+        # A whole model's scale is Stable Diffusion's, as its architecture is; a stand-alone autoencoder's is not known.
+        open_ = [("unet", "parameterization"), ("unet", "image_size")]
         if config.text is not None:
             open_ += [("text", f"text.{name}") for name in ("quick_gelu", "layer", "padding")]
-        # A whole model's scale is Stable Diffusion's, as its architecture is; a stand-alone autoencoder's is not known.
-        told.add("autoencoder.scale")
-    return config, tuple(key for part, key in open_ if getattr(config, part) is not None and key not in told)
+    assumed = (key for part, key in open_ if getattr(config, part) is not None and key not in answers)
+    return config, tuple(assumed), remarks
 
 
-def _read_yaml(config: ModelConfig, path: Path) -> tuple[ModelConfig, set[str]]:
-    """The settings of the training script's YAML: `config` with them, and which they are."""
-    import yaml
+def _by_own(config: ModelConfig) -> list[Said]:
+    where = "our config in its metadata"
+    found = [Said("text.layer", config.text.layer, where)] if config.text is not None else []
+    if config.unet is None:
+        return found
+    schedule = config.schedule or ScheduleConfig()
+    plain = replace(schedule, zero_terminal_snr=False)
+    values = (config.parameterization, plain, schedule.zero_terminal_snr)
+    return found + [Said(*pair, where) for pair in zip(("parameterization", "schedule", ZERO_SNR), values, strict=True)]
 
-    plain = yaml.safe_load(read_yaml_text(path))
-    model = _dict(_dict(_dict(plain).get("model")).get("params"))
-    if not model:
-        return config, set()
-    unet = _dict(_dict(model.get("unet_config")).get("params"))
-    stage = _dict(model.get("cond_stage_config"))
-    told = {"parameterization"}
-    try:
-        schedule = ScheduleConfig(
-            kind=BETAS[model.get("beta_schedule", "linear")],
-            steps=int(model.get("timesteps", 1000)),
-            beta_start=float(model.get("linear_start", 1e-4)),
-            beta_end=float(model.get("linear_end", 2e-2)),
-            zero_terminal_snr=config.schedule.zero_terminal_snr if config.schedule else False,
+
+def _by_tables(tensors: Tensors | Scaled, path: Path, said: Sequence[Said], decided: Collection[str]) -> list[Said]:
+    """The schedule by its table, where it is there and the user has not named one.
+
+    A table is not rescaled by those who go on from a model and rescale its schedule (ztsnr): it stays what the model
+    had, so a plain table does not contradict them.
+    """
+    if "alphas_cumprod" not in tensors or any(key.startswith("schedule.") for key in decided):
+        return []
+    likely = [one.value for one in said if one.key == "schedule" and one.value is not None]
+    found = original.schedule_of(tensors["alphas_cumprod"], tensors.get("betas"), likely)
+    if found is None:
+        raise UserError(
+            f"{path} was trained with a noise schedule that is not read here (its table alphas_cumprod is neither "
+            "linear, scaled linear nor cosine); if that is wrong, say which it is: --set schedule.kind=scaled_linear"
         )
-        config = replace(config, schedule=schedule, parameterization=str(model.get("parameterization", "eps")))
-        if config.unet is not None and ("num_heads" in unet or "num_head_channels" in unet):
-            width = int(unet.get("num_head_channels", -1))
-            heads = 0 if width > 0 else int(unet["num_heads"])
-            config = replace(config, unet=replace(config.unet, heads=heads, head_width=max(width, 0)))
-        if config.autoencoder is not None and "scale_factor" in model:
-            scale = (float(model["scale_factor"]),)
-            config = replace(config, autoencoder=replace(config.autoencoder, scale=scale))
-            told.add("autoencoder.scale")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} has a setting that is not read here ({error}); correct or remove the file") from error
-    target = str(stage.get("target", ""))
-    if config.text is not None and target.endswith(("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder")):
-        told |= {"text.quick_gelu", "text.padding", "text.layer"}
-        layer = _dict(stage.get("params")).get("layer", "last")
-        if target.endswith("FrozenOpenCLIPEmbedder") and layer in ("last", "penultimate") and config.text.layers != 23:
-            config = replace(config, text=replace(config.text, layer=layer))
-    return config, told
+    where = "the table alphas_cumprod"
+    rescaled = [Said(ZERO_SNR, True, where)] if found.zero_terminal_snr else []
+    return [Said("schedule", replace(found, zero_terminal_snr=False), where), *rescaled]
 
 
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _by_scale(tensors: Tensors | Scaled, said: Sequence[Said]) -> list[Said]:
+    """The latent's scale, which its training measured; as it was before the file was cast, where that is known."""
+    scale = tensors.get("scale_factor")
+    if scale is None or scale.numel() != 1:
+        return []
+    known = [one.value[0] for one in said if one.key == "autoencoder.scale"] + list(AutoencoderConfig().scale)
+    stored = float(scale)
+    value = next((exact for exact in known if float(torch.tensor(exact).to(scale.dtype)) == stored), stored)
+    return [Said("autoencoder.scale", (value,), "the tensor scale_factor")]
 
 
 # ---------------------------------------------------------------- writing
 
 
 def in_hugging_face_names(config: TextConfig, state: Mapping[str, Tensor]) -> bool:
-    """Whether a text tower is written as v1's is; v2's way has room for the projection and for what lies after."""
-    return config.layer == "last" and "text_projection" not in state
+    """Whether a text tower is written as v1's is; v2's way has room for the projection, and means the last but one."""
+    return "text_projection" not in state and (config.layer == "last" or config.quick_gelu)
 
 
 def write_original(path: Path, config: ModelConfig, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write one safetensors file of networks that `export.prepare` made fit for it, with our config in its metadata.
 
     The text tower gets v1's names, Hugging Face's, if it has no more than v1's has, else v2's, which are open_clip's.
+    What other readers would take to be otherwise is said in their words too: the prediction, the text tower's layer.
     """
     tensors: dict[str, Tensor] = {}
+    hugging_face = False
     for name, state in states.items():
         if name == "unet":
             assert config.unet is not None
@@ -224,7 +227,16 @@ def write_original(path: Path, config: ModelConfig, states: Mapping[str, Mapping
             if hugging_face:
                 length = state["positional_embedding"].shape[0]
                 tensors[f"{prefix}embeddings.position_ids"] = torch.arange(length).unsqueeze(0)
-    if config.schedule is not None and "unet" in states:
-        tensors |= original.tables(config.schedule)
+    words: dict[str, str] = {}
+    if config.unet is not None and "unet" in states:
+        schedule = config.schedule or ScheduleConfig()
+        tensors |= original.tables(schedule)
+        words["modelspec.prediction_type"] = PREDICTIONS[config.parameterization]
+        if config.parameterization == "v" and (schedule.zero_terminal_snr or assumed_prediction(config) != "v"):
+            tensors["v_pred"] = torch.empty(0)
+        if schedule.zero_terminal_snr:
+            tensors["ztsnr"] = torch.empty(0)
+    if config.text is not None and config.text.layer == "penultimate" and hugging_face:
+        words["modelspec.encoder_layer"] = "2"
     with atomic_write(path) as temporary:
-        write_tensors(tensors, temporary, {"format": "pt", CONFIG: json.dumps(to_dict(config))})
+        write_tensors(tensors, temporary, {"format": "pt", CONFIG: json.dumps(to_dict(config)), **words})

@@ -5,10 +5,9 @@ The lists (names and shapes of v1 with and without averages, v2, and both inpain
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,45 +21,14 @@ import ldm
 from ldm.checkpoints import architectures, export, native, original, original_file
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.reading import read_tensors
-from ldm.checkpoints.record import Checkpoint
 from ldm.checkpoints.state import Shape
 from ldm.conditioning.clip import TextTower
 from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, to_dict
 from ldm.errors import UserError
 from ldm.model import CheckpointNotice
 
+from .listed import LISTS, SCHEDULE, opened
 from .small_models import SMALL, random_states, same
-
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "state_dicts" / "stable_diffusion.json.gz"
-LISTS: dict[str, dict[str, list[int]]] = json.loads(gzip.decompress(FIXTURE.read_bytes()))
-SCHEDULE = original.tables(ScheduleConfig())
-
-
-class Listed(Mapping[str, Tensor]):
-    """A file of which only names and shapes are known, and the tables of its schedule."""
-
-    def __init__(self, shapes: Mapping[str, list[int]], metadata: Mapping[str, str] | None = None):
-        self.shapes, self.metadata = shapes, dict(metadata or {})
-
-    def form(self, name: str) -> tuple[torch.dtype, Shape]:
-        return torch.float32, tuple(self.shapes[name])
-
-    def __getitem__(self, name: str) -> Tensor:
-        return SCHEDULE[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def opened(shapes: Mapping[str, list[int]], weights: str = "auto", **metadata: str) -> Checkpoint:
-    return original_file.open_original(Path("sd.ckpt"), Listed(shapes, metadata), weights)  # type: ignore[arg-type]
-
 
 # ---------------------------------------------------------------- the published lists
 
@@ -167,40 +135,9 @@ def test_what_was_assumed_is_said_and_can_be_set():
 
 def test_words_in_the_file_go_before_the_rules():
     words = {"modelspec.prediction_type": "epsilon", "modelspec.resolution": "512x512"}
-    checkpoint = opened(LISTS["v2"], **words)
+    checkpoint = opened(LISTS["v2"], words=words)
     assert checkpoint.config == architectures.SD_V2_BASE
     assert not {"parameterization", "image_size"} & set(checkpoint.assumed)
-
-
-YAML = """
-model:
-  target: ldm.models.diffusion.ddpm.LatentDiffusion
-  params:
-    parameterization: "eps"
-    linear_start: 0.00085
-    linear_end: 0.0120
-    timesteps: 1000
-    image_size: 64
-    scale_factor: 0.2
-    unet_config:
-      params: {num_head_channels: 64, use_linear_in_transformer: True}
-    cond_stage_config:
-      target: ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder
-      params: {freeze: True, layer: "last"}
-"""
-
-
-def test_a_yaml_of_the_same_name_goes_before_the_rules(tmp_path: Path):
-    (tmp_path / "sd.yaml").write_text(YAML)
-    listed: Any = Listed(LISTS["v2"])
-    checkpoint = original_file.open_original(tmp_path / "sd.ckpt", listed)
-    assert checkpoint.config.parameterization == "eps" and checkpoint.config.text is not None
-    assert checkpoint.config.text.layer == "last"
-    assert checkpoint.config.autoencoder == AutoencoderConfig(scale=(0.2,))
-    assert checkpoint.assumed == ("image_size",)
-    (tmp_path / "sd.yaml").write_text(YAML.replace("timesteps: 1000", "beta_schedule: sigmoid"))
-    with pytest.raises(UserError, match=r"sd\.yaml has a setting"):
-        original_file.open_original(tmp_path / "sd.ckpt", listed)
 
 
 @pytest.mark.parametrize(

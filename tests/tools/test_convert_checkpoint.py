@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints import export, native
 from ldm.checkpoints.opening import open_checkpoint
-from ldm.config import AutoencoderConfig, ModelConfig
+from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 Convert = Callable[..., None]
@@ -115,6 +115,25 @@ def test_another_autoencoder_and_other_settings(
     with pytest.raises(SystemExit):
         convert(foreign, tmp_path / "out", "--set", "parameterization")
     assert "key=value" in capsys.readouterr().err
+
+
+def test_what_a_file_says_of_its_law_is_kept_and_what_contradicts_it_is_not_written(
+    foreign: Path, tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+):
+    tensors = {name: value for name, value in load_file(foreign).items() if name.startswith(("model", "first", "cond"))}
+    marked = tensors | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    save_file(marked, tmp_path / "marked.safetensors")
+    for to, name in (("native", "n"), ("diffusers", "d"), ("original", "o.safetensors")):
+        convert(tmp_path / "marked.safetensors", tmp_path / name, "--to", to)
+        config = open_checkpoint(tmp_path / name).config
+        assert config.parameterization == "v" and config.schedule == ScheduleConfig(zero_terminal_snr=True)
+    save_file(marked, tmp_path / "torn.safetensors", {"modelspec.prediction_type": "epsilon"})
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "torn.safetensors", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "v_pred" in said and "modelspec.prediction_type=epsilon" in said and not (tmp_path / "out").exists()
+    convert(tmp_path / "torn.safetensors", tmp_path / "out", "--set", "parameterization=v")
+    assert open_checkpoint(tmp_path / "out").config.parameterization == "v"
 
 
 @pytest.mark.parametrize(
