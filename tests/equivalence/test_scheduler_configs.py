@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.checkpoints.said import Said, follow, settle
 from ldm.checkpoints.scheduler_config import CHAINS, FLOWS, read_scheduler
 from ldm.config import ModelConfig
-from ldm.diffusion import make_parameterization, make_schedule, precondition
+from ldm.diffusion import make_law, make_schedule, precondition
 from ldm.sampling import NoiseStream, euler, start
 
 diffusers = pytest.importorskip("diffusers", reason="a peer to compare with, extra `peers`")
@@ -62,12 +62,12 @@ def test_a_flows_steps(kind: str, options: dict[str, Any]):
         z = scheduler.step(network(z.float(), time.float().expand(len(z))).double(), time, z).prev_sample
         theirs.append(z)
     assert config.schedule is not None
-    schedule = make_schedule(config.schedule)
+    law = make_law(config.schedule, config.parameterization)
     tau = scheduler.sigmas.double()
-    sigmas = (tau / (1 - tau)).clamp(max=schedule.sigma_max)
+    sigmas = (tau / (1 - tau)).clamp(max=law.schedule.sigma_max)
     noise = NoiseStream(SEEDS, SHAPE)
-    denoise = precondition(network, schedule, make_parameterization(config.parameterization))
-    steps = list(euler()(denoise, start(noise.initial(), schedule, sigmas), sigmas, noise))
+    denoise = precondition(network, law)
+    steps = list(euler()(denoise, start(noise.initial(), law.schedule, sigmas), sigmas, noise))
     for step, expected in zip(steps, theirs, strict=True):
         torch.testing.assert_close(
             step.x / (1 + step.sigma_next), expected, rtol=0, atol=1e-5 if kind in FLOWS else 1e-3
