@@ -41,7 +41,8 @@ class CheckpointNotice(UserWarning):
 class LatentDiffusion:
     """A text-to-picture model. `name` and `path` say where it came from; a model assembled in memory has no path.
 
-    `vae` and `settings` are what `load` was given of them: a picture's recipe needs them beside the name.
+    `vae` and `settings` are what `load` was given of them: a picture's recipe needs them beside the name. `told` is
+    what there is to know of its adapters.
     """
 
     config: ModelConfig
@@ -53,13 +54,15 @@ class LatentDiffusion:
     path: Path | None = None
     checkpoint: Checkpoint | None = None
     adapters: tuple[Adapter, ...] = ()
+    told: tuple[str, ...] = ()
     vae: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What a user should know before trusting the pictures: what was assumed of a foreign checkpoint."""
-        return self.checkpoint.notices if self.checkpoint is not None else ()
+        """What a user should know before trusting the pictures: what was assumed of a foreign checkpoint, which words
+        its adapters brought."""
+        return (*(self.checkpoint.notices if self.checkpoint is not None else ()), *self.told)
 
     @property
     def extra_channels(self) -> int:
@@ -191,14 +194,18 @@ class LatentDiffusion:
     ) -> LatentDiffusion:
         """This model with LoRAs (file -> scale) merged into its networks, and the words of textual inversions.
 
-        The weights are shared: this model has the LoRAs too (`adapters.use.apply` takes them out again). UserError for
-        files that cannot be read or do not fit.
+        This one stays as it is, and shares with the new one all weights that no LoRA changes. A CheckpointNotice says
+        which words were loaded, and which file was made for another model. UserError for files that cannot be read or
+        do not fit.
         """
         from ldm.adapters import use
         from ldm.adapters.record import Adapter
 
         files = [Adapter("lora", str(path), scale) for path, scale in (loras or {}).items()]
-        return use.apply(self, files + [Adapter("embedding", str(path)) for path in embeddings])[0]
+        made = use.apply(self, files + [Adapter("embedding", str(path)) for path in embeddings])
+        for notice in made.told[len(self.told) :]:
+            warnings.warn(notice, CheckpointNotice, stacklevel=2)
+        return made
 
 
 def load(

@@ -82,7 +82,7 @@ def main() -> None:
     if adapters:
         from ldm.adapters import use
 
-        model, _ = use.apply(model, adapters)
+        model = use.apply(model, adapters)
     guides = load_guides(model, settings)
     notices = [*model.notices, *guides.notices]
     notices += settings.without_effect([request for batch in batches for request in batch])

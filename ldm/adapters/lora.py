@@ -1,24 +1,26 @@
-"""LoRA (Hu et al. 2021): a weight W (out, in) becomes W + scale (alpha / r) up @ down, with up (out, r), down (r, in).
+"""LoRA and its kin: changes of a model's weights, merged into new networks, so that drawing costs nothing more.
 
-Here it is merged into the weights, so that drawing costs nothing more; several add up. The weights as they were are
-kept, by reference, and put back when the last change goes: what is unmerged is the model's own tensor again.
+The networks that they are merged into stay as they are: the new ones have new tensors where something changes, and
+share all others with the old.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ldm.adapters.changes import Change
 from ldm.errors import UserError
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a change applies to: the weight `name`, or (of one that joins several) its `piece` of `pieces` equal parts.
+    """What a change applies to: the parameter `name`, or (of one that joins several) the `piece`-th of its `pieces`.
 
     open_clip keeps query, key and value of an attention in one matrix, and the change is to each.
     """
@@ -28,90 +30,62 @@ class Rows:
     pieces: int = 1
 
 
-@dataclass(frozen=True)
-class Factors:
-    """down (r, in) or (r, in, kh, kw); up (out, r) or (out, r, 1, 1); alpha: r makes the change up @ down itself."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    def product(self) -> Tensor:
-        """(out, in * kh * kw), float32: the change at scale 1."""
-        return (self.alpha / self.rank) * (self.up.float().flatten(1) @ self.down.float().flatten(1))
-
-
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """The changes to a model's networks: "unet" and "text" -> where -> factors. `source` names it in errors."""
+    """The changes to a model's networks: "unet" and "text" -> where -> change. `source` names it in errors."""
 
-    changes: Mapping[str, Mapping[Rows, Factors]]
+    changes: Mapping[str, Mapping[Rows, Change]]
     source: str = "the LoRA"
 
 
-class Loras:
-    """Which LoRAs are merged into `networks` ("unet", "text" -> module), and with what scale."""
+@torch.no_grad()
+def merged(networks: Mapping[str, nn.Module], loras: Sequence[tuple[Lora, float]]) -> dict[str, nn.Module]:
+    """`networks` ("unet", "text" -> module) with the changes of `loras`, each times its scale; several add up.
 
-    def __init__(self, networks: Mapping[str, nn.Module]):
-        self.parameters = {part: dict(module.named_parameters()) for part, module in networks.items()}
-        self.merged: list[tuple[Lora, float]] = []
-        self._originals: dict[tuple[str, str], Tensor] = {}
-
-    def add(self, lora: Lora, scale: float = 1.0) -> None:
-        """Merge `lora` on top of what is merged already; raises UserError, changing nothing, if it does not fit."""
+    A network that nothing changes is itself. Raises UserError for a change that does not fit, or a scale that is not
+    finite.
+    """
+    parameters = {part: dict(module.named_parameters()) for part, module in networks.items()}
+    found: dict[tuple[str, str], list[tuple[Rows, Change, float]]] = {}
+    for lora, scale in loras:
         if not math.isfinite(scale):
             raise UserError(f"the scale of {lora.source} is {scale}; choose a finite number, such as 0.8")
         for part, changes in lora.changes.items():
-            for rows, factors in changes.items():
-                self._check(lora, part, rows, factors)
-        self.merged.append((lora, scale))
-        self._apply(lora)
+            for rows, change in changes.items():
+                _check(lora, parameters, part, rows, change)
+                found.setdefault((part, rows.name), []).append((rows, change, scale))
+    values: dict[str, dict[str, Tensor]] = {}
+    for (part, name), changes in found.items():
+        values.setdefault(part, {})[name] = _changed(parameters[part][name].detach(), changes)
+    return {part: sharing(module, values[part]) if part in values else module for part, module in networks.items()}
 
-    def remove(self, lora: Lora) -> None:
-        """Unmerge `lora`; the others stay. Raises ValueError if it is not merged."""
-        places = [i for i, (merged, _) in enumerate(self.merged) if merged is lora]
-        if not places:
-            raise ValueError(f"{lora.source} is not merged")
-        del self.merged[places[-1]]
-        self._apply(lora)
 
-    def clear(self) -> None:
-        """Unmerge all: every weight is the tensor that it was."""
-        while self.merged:
-            self.remove(self.merged[-1][0])
+def sharing(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A module like `module` with `values` in place of these parameters, and its very tensors for all others."""
+    kept = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    made = copy.deepcopy(module, kept)  # what is in its memo is not copied
+    for name, value in values.items():
+        place, _, leaf = name.rpartition(".")
+        setattr(made.get_submodule(place), leaf, nn.Parameter(value, requires_grad=False))
+    return made
 
-    @torch.no_grad()
-    def _apply(self, changed: Lora) -> None:
-        """Compute the weights that `changed` touches anew, from the originals and all that is merged."""
-        touched = {(part, rows.name) for part, changes in changed.changes.items() for rows in changes}
-        for part, name in touched:
-            parameter = self.parameters[part][name]
-            original = self._originals.setdefault((part, name), parameter.data)
-            value = None
-            for lora, scale in self.merged:
-                for rows, factors in lora.changes.get(part, {}).items():
-                    if rows.name == name:
-                        value = original.to(torch.float32, copy=True) if value is None else value
-                        piece = value.chunk(rows.pieces)[rows.piece]
-                        piece += scale * factors.product().to(value.device).reshape(piece.shape)
-            if value is None:
-                parameter.data = self._originals.pop((part, name))
-            else:
-                parameter.data = value.to(original.dtype)
 
-    def _check(self, lora: Lora, part: str, rows: Rows, factors: Factors) -> None:
-        if rows.name not in self.parameters.get(part, {}):
-            raise UserError(f"{lora.source} changes {rows.name} of the {part}, which this model does not have")
-        out, *rest = self.parameters[part][rows.name].shape
-        expected = (out // rows.pieces, math.prod(rest))
-        given = (factors.up.shape[0], factors.down[0].numel() if factors.rank else 0)
-        inner = (factors.up[0].numel() if len(factors.up) else 0, factors.rank)
-        if given != expected or inner[0] != inner[1]:
-            raise UserError(
-                f"{lora.source} was made for another architecture: its change to {rows.name} of the {part} is "
-                f"{tuple(factors.up.shape)} x {tuple(factors.down.shape)} and the weight {expected}"
-            )
+def _changed(original: Tensor, changes: Sequence[tuple[Rows, Change, float]]) -> Tensor:
+    """Summed in float32 or better; each change is of the weight as it was, so their order does not matter."""
+    value = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
+    for rows, change, scale in changes:
+        piece = value.chunk(rows.pieces)[rows.piece]
+        piece += scale * change.of(original.chunk(rows.pieces)[rows.piece])
+    return value.to(original.dtype)
+
+
+def _check(lora: Lora, parameters: Mapping[str, Mapping[str, Tensor]], part: str, rows: Rows, change: Change) -> None:
+    weight = parameters.get(part, {}).get(rows.name)
+    if weight is None:
+        raise UserError(f"{lora.source} changes {rows.name} of the {part}, which this model does not have")
+    shape = (weight.shape[0] // rows.pieces, *weight.shape[1:])
+    if not change.fits(shape):
+        raise UserError(
+            f"{lora.source} was made for another architecture: its change to {rows.name} of the {part} does not fit "
+            f"that weight, which is {' x '.join(map(str, shape))}"
+        )

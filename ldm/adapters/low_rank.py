@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.adapters.lora import Factors, Lora, Rows
+from ldm.adapters.changes import Factors
+from ldm.adapters.lora import Lora, Rows
 from ldm.errors import UserError
 from ldm.unet.attention import CrossAttention, SelfAttention
 from ldm.unet.unet import UNet

@@ -16,18 +16,20 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """A word and the vectors (n, D) that stand in its place, one after the other. `source` names it in errors."""
+    """A word and the vectors (n, D) that stand in its place, one after the other. `source` names it in errors, `remark`
+    is what its user should know of how it was read ("; passed over: clip_g")."""
 
     word: str
     vectors: Tensor
     source: str = "the embedding"
+    remark: str = ""
 
 
 class TowerWithWords(TextTower):
     """`tower` that knows the words of `embeddings` too, wherever they stand in a prompt (upper or lower case).
 
-    It shares the tower's networks. A word of n vectors takes n places of the context. Raises UserError for vectors of
-    another width, for a word with white space in it, and for one word twice.
+    It shares the tower's networks, and knows the words that the tower knows. A word of n vectors takes n places of the
+    context. Raises UserError for vectors of another width, for a word with white space in it, and for one word twice.
     """
 
     def __init__(self, tower: TextTower, embeddings: Sequence[Embedding]) -> None:
@@ -40,14 +42,14 @@ class TowerWithWords(TextTower):
         for embedding in embeddings:
             _check(embedding, width)
         table = tower.token_embedding
-        known = len(table.weight)
-        extra = [e.vectors.to(table.weight.device, table.weight.dtype) for e in embeddings]
-        self.token_embedding = _LongerTable(table, torch.cat([*extra, table.weight.new_empty(0, width)]))
+        like = next(table.parameters())
+        extra = [e.vectors.to(like.device, like.dtype) for e in embeddings]
+        self.token_embedding = _LongerTable(table, torch.cat([*extra, like.new_empty(0, width)]))
         rows = torch.arange(VOCABULARY) if tower.rows is None else tower.rows.cpu()
-        more = torch.arange(known, known + len(self.token_embedding.extra))
+        more = torch.arange(table.num_embeddings, self.token_embedding.num_embeddings)
         self.register_buffer("rows", torch.cat([rows, more]), persistent=False)
-        self.words: dict[str, list[int]] = {}
-        first = VOCABULARY
+        self.words: dict[str, list[int]] = dict(tower.words) if isinstance(tower, TowerWithWords) else {}
+        first = len(rows)
         for embedding in embeddings:
             word = embedding.word.lower()
             if word in self.words:
@@ -63,10 +65,11 @@ class TowerWithWords(TextTower):
 class _LongerTable(nn.Module):
     """An embedding table and, numbered on from its end, more rows (n, D) that can be trained by themselves."""
 
-    def __init__(self, table: nn.Embedding, extra: Tensor) -> None:
+    def __init__(self, table: nn.Embedding | _LongerTable, extra: Tensor) -> None:
         super().__init__()
         self.table = table
         self.extra = nn.Parameter(extra, requires_grad=False)
+        self.num_embeddings = table.num_embeddings + len(extra)
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows (B, L) long -> (B, L, D)"""
@@ -104,8 +107,9 @@ def _alone(word: str) -> str:
 
 
 def _check(embedding: Embedding, width: int) -> None:
-    if not embedding.word or re.search(r"\s", embedding.word):
-        raise UserError(f"{embedding.source} brings the word '{embedding.word}'; a word is letters without white space")
+    if not embedding.word or not embedding.word.isprintable() or re.search(r"\s", embedding.word):
+        word = repr(embedding.word[:100])
+        raise UserError(f"{embedding.source} brings the word {word}; a word is letters without white space")
     if embedding.vectors.ndim != 2 or embedding.vectors.shape[1] != width or not len(embedding.vectors):
         raise UserError(
             f"{embedding.source} was made for another text tower: its vectors are {tuple(embedding.vectors.shape)} and "

@@ -1,36 +1,49 @@
-"""Adapters on a model: read, merged, and written down in the model's record."""
+"""Adapters on a model: read, merged, and written down in the new model's record."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ldm.adapters.lora import Loras
+from ldm.adapters.lora import Lora, merged
 from ldm.adapters.record import Adapter, read_hash
-from ldm.adapters.textual_inversion import TowerWithWords
+from ldm.adapters.textual_inversion import Embedding, TowerWithWords
+from ldm.checkpoints.adapter_words import other_base
 from ldm.checkpoints.lora import read_lora
-from ldm.checkpoints.textual_inversion import read_embeddings
+from ldm.checkpoints.reading import read_metadata
+from ldm.checkpoints.textual_inversion import read_bundled, read_embeddings
 
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
 
 
-def apply(model: LatentDiffusion, adapters: Sequence[Adapter]) -> tuple[LatentDiffusion, Loras]:
-    """`model` with `adapters`, in order, and the LoRAs among them, by which they can be taken out again (`clear`).
+def apply(model: LatentDiffusion, adapters: Sequence[Adapter]) -> LatentDiffusion:
+    """`model` with `adapters` too. `model` stays as it is: the new one shares with it all tensors that no LoRA changes.
 
-    The LoRAs go into the weights of `model`'s own networks; words live in the text tower of the returned model alone.
-    Raises UserError, with the weights as they were, for files that cannot be read or were made for another model.
+    Its notices say which words were loaded, and which files were made for another model. Raises UserError for files
+    that cannot be read or do not fit.
     """
-    loras = Loras({"unet": model.unet, "text": model.text})
     read = [replace(adapter, hash=read_hash(adapter.path)) for adapter in adapters]
-    words = [word for adapter in read if adapter.kind == "embedding" for word in read_embeddings(adapter.path)]
-    text = TowerWithWords(model.text, words).eval() if words else model.text
-    try:
-        for adapter in read:
-            if adapter.kind == "lora":
-                loras.add(read_lora(adapter.path, model.unet, model.text), adapter.scale)
-    except BaseException:
-        loras.clear()
-        raise
-    return replace(model, text=text, adapters=(*model.adapters, *read)), loras
+    loras: list[tuple[Lora, float]] = []
+    words: list[Embedding] = []
+    told: list[str] = []
+    for adapter in read:
+        if adapter.kind == "lora":
+            loras.append((read_lora(adapter.path, model.unet, model.text), adapter.scale))
+            words += read_bundled(adapter.path)
+        else:
+            words += read_embeddings(adapter.path)
+        base = other_base(read_metadata(adapter.path), model.checkpoint) if model.checkpoint is not None else ""
+        if base:
+            told.append(
+                f"{adapter.path} says that it was made for another model ({base}) than {model.name or 'this'}; what it "
+                "does here may differ from what it does there"
+            )
+    for word in words:
+        vectors = f"{len(word.vectors)} vector{'s' if len(word.vectors) > 1 else ''}"
+        told.append(f"{word.source} brings the word '{word.word}', {vectors}{word.remark}")
+    networks: dict[str, Any] = merged({"unet": model.unet, "text": model.text}, loras)
+    if words:
+        networks["text"] = TowerWithWords(networks["text"], words).eval()
+    return replace(model, **networks, adapters=(*model.adapters, *read), told=(*model.told, *told))

@@ -1,50 +1,40 @@
-"""LoRA files, in the names of kohya's scripts and of diffusers and peft, both ways.
+"""LoRA files and their kin, read in everybody's names (lora_names.py) and written in diffusers' or kohya's.
 
-    kohya       lora_unet_down_blocks_0_..._to_q.lora_down.weight    .lora_up.weight    .alpha    (lora_te_: text tower)
-    diffusers   unet.down_blocks.0....to_q.lora_A.weight             .lora_B.weight               (text_encoder.)
-                older: .lora.down.weight   .lora_linear_layer.down.weight   attn1.processor.to_q_lora.down.weight
+    LoRA, LoCon   .lora_down.weight  .lora_up.weight   or .lora_A.weight  .lora_B.weight; with a core .lora_mid.weight
+    LoHa          .hada_w1_a  .hada_w1_b  .hada_w2_a  .hada_w2_b; with cores .hada_t1  .hada_t2
+    LoKr          .lokr_w1 or .lokr_w1_a  .lokr_w1_b;  .lokr_w2 or .lokr_w2_a  .lokr_w2_b, with a core .lokr_t2
+    full          .diff  .diff_b  .w_norm  .b_norm
+    DoRA          .dora_scale or .lora_magnitude_vector beside any of these
+    strength      .alpha
 
-Kohya's names are diffusers' names of modules with the dots gone, or the original checkpoint's; a name without a prefix
-is the U-Net's. Where a file says no alpha, it is the rank. Other decompositions (LoHa, LoKr, DoRA) are refused by name.
+Where nothing says alpha, it is the rank. Other kinds are refused by name.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.adapters.lora import Factors, Lora, Rows
-from ldm.checkpoints import diffusers, original
-from ldm.checkpoints.common_names import clip_names
+from ldm.adapters.changes import Change, Difference, Factors, Hadamard, Kronecker, Magnitude, Product
+from ldm.adapters.lora import Lora, Rows
+from ldm.checkpoints import lora_names
+from ldm.checkpoints.peft_settings import Strength
 from ldm.checkpoints.reading import Tensors, read_tensors
 from ldm.checkpoints.state import some
+from ldm.checkpoints.textual_inversion import BUNDLED
+from ldm.checkpoints.writing import write_tensors
 from ldm.errors import UserError
 from ldm.files import atomic_write
-from ldm.plain import parse_json, read_json
 from ldm.unet.unet import UNet
 
 LAYOUTS = ("diffusers", "kohya")
-KOHYA = {"unet": "lora_unet_", "text": "lora_te_"}
+KOHYA = {"unet": "lora_unet_", "text": "lora_te_text_model_"}
 DIFFUSERS = {"unet": "unet.", "text": "text_encoder.text_model."}
-PREFIXES = {
-    "unet.": "unet",
-    "text_encoder.": "text",
-    "lora_unet_": "unet",
-    "lora_te_": "text",
-    "lora_te1_": "text",
-    "": "unet",
-}
-
-_TENSOR = re.compile(r"(.+?)\.(?:(alpha)|lora(?:_linear_layer)?[._](down|up|A|B)(?:\.default)?\.weight)")
-_SIDES = {"down": "down", "A": "down", "up": "up", "B": "up"}
-_OLD = ((r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."), (r"\.processor\.to_out_lora\.", ".to_out.0.lora."))
 
 
 def read_lora(path: str | Path, unet: UNet, text: nn.Module | None) -> Lora:
@@ -55,153 +45,190 @@ def read_lora(path: str | Path, unet: UNet, text: nn.Module | None) -> Lora:
     """
     path = Path(path)
     tensors = read_tensors(path)
-    tables = {"unet": _unet_table(unet)} | ({"text": _text_table(text)} if text is not None else {})
-    found: dict[tuple[str, Rows], dict[str, str]] = {}
+    tables = lora_names.make_tables(unet, text)
+    found: dict[tuple[str, str], _Said] = {}
     strangers = []
-    modules: dict[tuple[str, Rows], str] = {}
     for name in tensors:
-        parsed = _TENSOR.fullmatch(_modern(name))
-        place = _place(parsed[1], tables) if parsed is not None else None
+        if BUNDLED.fullmatch(name):
+            continue
+        parsed = lora_names.split(name)
+        place = lora_names.place(parsed[0], tables) if parsed is not None else None
         if parsed is None or place is None:
             strangers.append(name)
-        else:
-            side = parsed[2] or _SIDES[parsed[3]]
-            if side in found.setdefault(place, {}):
-                raise UserError(f"{path} says twice what the change of {parsed[1][:100]} is; one of them has to go")
-            found[place][side] = name
-            modules[place] = parsed[1]
-    if strangers and len(strangers) == len(tensors):
-        raise UserError(f"{path} has no LoRA for this model: its tensors are {some(strangers)}")
-    if strangers:
+            continue
+        said = found.setdefault(place, _Said(path, tensors, place[0], parsed[0]))
+        if parsed[1] in said.sides:
+            raise said.error("is said twice; one of the two has to go")
+        said.sides[parsed[1]] = name
+    if strangers or not found:
+        kind = lora_names.stranger(strangers)
+        if kind:
+            raise UserError(
+                f"{path} is {kind}, which is not supported here (LoRA, LoHa, LoKr, DoRA and differences are)"
+            )
+        if not found:
+            raise UserError(f"{path} has no LoRA for this model: its tensors are {some(strangers or list(tensors))}")
         raise UserError(f"{path} has {len(strangers)} tensors that fit nothing in this model ({some(strangers)})")
-    alpha_of = _alphas(path, tensors)
-    changes: dict[str, dict[Rows, Factors]] = {part: {} for part in tables}
-    for (part, rows), names in found.items():
-        if not {"up", "down"} <= set(names):
-            raise UserError(f"{path} has half of the change of {modules[part, rows][:100]}; copy it again")
-        down, up = _float(tensors, names["down"], path), _float(tensors, names["up"], path)
-        if down.ndim < 2 or up.ndim < 2 or not down.numel() or math.prod(up.shape[2:]) != 1:
-            raise UserError(f"{path}: the change of {modules[part, rows][:100]} is not of two matrices")
-        alpha = float(tensors[names["alpha"]]) if "alpha" in names and tensors[names["alpha"]].numel() == 1 else None
-        changes[part][rows] = Factors(down, up, alpha_of(modules[part, rows], len(down)) if alpha is None else alpha)
-    return Lora({part: each for part, each in changes.items() if each}, str(path))
+    strength = Strength(path, tensors)
+    changes: dict[str, dict[Rows, Change]] = {}
+    for (part, key), said in found.items():
+        for leaf, change in _changes(said, strength).items():
+            if leaf not in tables[part][key]:
+                raise said.error(f"is of a {leaf}, which this model does not have there")
+            changes.setdefault(part, {})[tables[part][key][leaf]] = change
+    return Lora(changes, str(path))
 
 
-def save_lora(path: str | Path, lora: Lora, unet: UNet, text: nn.Module | None, layout: str = "diffusers") -> None:
-    """Write `lora`, made for these networks, as a .safetensors file that others read.
+# ---------------------------------------------------------------- one module
 
-    In diffusers' names alpha is multiplied into the up matrix (its loaders take the rank for alpha). Raises UserError
-    if the disk does not take it.
+
+@dataclass
+class _Said:
+    """What a file says of one module: "down", "up", ... -> the tensor's name."""
+
+    path: Path
+    tensors: Tensors
+    part: str
+    module: str
+    sides: dict[str, str] = field(default_factory=dict)
+
+    def error(self, what: str) -> UserError:
+        return UserError(f"{self.path}: the change of {self.module[:100]} {what}")
+
+    def take(self, side: str) -> Tensor:
+        """The floats of that name, which are used up. Raises UserError if the file does not have them."""
+        if side not in self.sides:
+            raise self.error(f"has no {side}, so that half of it is missing; copy the file again")
+        value = self.tensors[self.sides.pop(side)]
+        if not value.is_floating_point():
+            raise self.error(f"holds {side} as {str(value.dtype).removeprefix('torch.')}, not as floats")
+        if not value.numel():
+            raise self.error(f"holds nothing as {side}")
+        return value
+
+    def matrix(self, side: str, kernel: bool = False) -> Tensor:
+        """(m, n), or a convolution's weight that is one, (m, n, 1, 1); with `kernel` of any size, (m, n, kh, kw)."""
+        value = self.take(side)
+        if value.ndim < 2 or (not kernel and math.prod(value.shape[2:]) != 1):
+            raise self.error(f"holds {side} as {tuple(value.shape)}, which is no matrix")
+        return value
+
+    def core(self, side: str) -> Tensor | None:
+        """(r, q, kh, kw), if the file has one."""
+        if side not in self.sides:
+            return None
+        value = self.take(side)
+        if value.ndim != 4:
+            raise self.error(f"holds {side} as {tuple(value.shape)}, which is no core of a convolution")
+        return value
+
+
+def _changes(said: _Said, strength: Strength) -> dict[str, Change]:
+    """ "weight" and "bias" -> how they change."""
+    made: dict[str, Change] = {}
+    if "diff_b" in said.sides:
+        made["bias"] = Difference(said.take("diff_b"))
+    lengths = {side: said.take(side) for side in ("dora_scale", "magnitude") if side in said.sides}
+    if said.sides or lengths or not made:
+        change = _weight_change(said, strength)
+        for side, value in lengths.items():
+            # LyCORIS and OneTrainer keep the axis they mean: (out, 1) or (1, in). peft's are the outputs always.
+            inputs = side == "dora_scale" and value.ndim > 1 and value.shape[0] == 1 and value.shape[1] > 1
+            change = Magnitude(change, value, int(inputs))
+        made["weight"] = change
+    if said.sides or len(lengths) > 1:
+        raise said.error(f"is said twice: {', '.join([*said.sides, *lengths])} beside another; one has to go")
+    return made
+
+
+def _weight_change(said: _Said, strength: Strength) -> Change:
+    alpha = _alpha(said)
+    name = lora_names.strip(said.module)
+
+    def alpha_of(rank: int) -> float:
+        return strength.alpha(said.part, name, rank) if alpha is None else alpha
+
+    if any(side.startswith("hada_") for side in said.sides):
+        first, second = (_product(said, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
+        return Hadamard(first, second, alpha_of(first.rank) / first.rank)
+    if any(side.startswith("lokr_") for side in said.sides):
+        first, second = (_kronecker_factor(said, i) for i in (1, 2))
+        rank = (second if second.right is not None else first).rank
+        if first.right is second.right is None:  # of two whole matrices peft alone says how strong they are
+            rank = (strength.rank(said.part, name) if alpha is None else None) or 0
+        return Kronecker(first, second, alpha_of(rank) / rank if rank else 1.0)
+    if "diff" in said.sides:
+        return Difference(said.take("diff"))
+    up, core, down = said.matrix("up"), said.core("mid"), said.matrix("down", kernel=True)
+    return Factors(down, up, alpha_of(len(down)), core)
+
+
+def _alpha(said: _Said) -> float | None:
+    """What the file's tensors say of it."""
+    if "alpha" not in said.sides:
+        return None
+    value = said.tensors[said.sides.pop("alpha")]
+    if value.numel() != 1:
+        raise said.error(f"has {value.numel()} numbers as alpha; it is one")
+    return float(value)
+
+
+def _kronecker_factor(said: _Said, i: int) -> Product:
+    if f"lokr_w{i}" in said.sides:
+        return Product(said.matrix(f"lokr_w{i}", kernel=True).flatten(1))
+    return _product(said, f"lokr_w{i}_a", f"lokr_w{i}_b", f"lokr_t{i}")
+
+
+def _product(said: _Said, left: str, right: str, core: str) -> Product:
+    """left @ right; where there is a core, left is kept as (r, out)."""
+    middle = said.core(core)
+    first, second = said.matrix(left).flatten(1), said.matrix(right).flatten(1)
+    return Product(first if middle is None else first.T, second, middle)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_lora(
+    path: str | Path,
+    lora: Lora,
+    unet: UNet,
+    text: nn.Module | None,
+    layout: str = "diffusers",
+    words: Mapping[str, str] | None = None,
+) -> None:
+    """Write `lora`, of low-rank changes made for these networks, as a .safetensors file that others read.
+
+    In diffusers' names alpha is multiplied into the up matrix (its loaders take the rank for alpha). `words` go into
+    the file's metadata (adapter_words.py), beside rank and alpha. Raises UserError if the disk does not take it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"the layouts are {LAYOUTS}, not {layout!r}")
-    names = {"unet": _diffusers_names(unet)} | ({"text": _text_names(text)} if text is not None else {})
+    names = {"unet": lora_names.unet_names(unet)} | ({"text": lora_names.text_names(text)} if text is not None else {})
     tensors: dict[str, Tensor] = {}
+    ranks, alphas = set(), set()
     for part, changes in lora.changes.items():
         for rows, factors in changes.items():
-            module, down, up = names[part][rows], factors.down.detach().cpu(), factors.up.detach().cpu()
+            if not isinstance(factors, Factors) or factors.core is not None:
+                raise ValueError(f"the change of {rows.name} is not of low rank, and others are not written")
+            module = names[part][rows].removesuffix(".weight")
+            down, up = factors.down.detach().cpu(), factors.up.detach().cpu()
+            ranks.add(factors.rank)
+            alphas.add(factors.alpha)
             if layout == "kohya":
-                flat = (KOHYA[part] + ("text_model." if part == "text" else "") + module).replace(".", "_")
+                flat = (KOHYA[part] + module).replace(".", "_")
                 tensors[f"{flat}.lora_down.weight"], tensors[f"{flat}.lora_up.weight"] = down, up
                 tensors[f"{flat}.alpha"] = torch.tensor(float(factors.alpha))
             else:
                 whole = DIFFUSERS[part] + module
                 tensors[f"{whole}.lora_A.weight"] = down
                 tensors[f"{whole}.lora_B.weight"] = up * (factors.alpha / factors.rank)
+    said = {"ss_network_dim": _one(ranks), "ss_network_alpha": _one(alphas)}
+    metadata = {"format": "pt", "ss_network_module": "networks.lora", **said, **(words or {})}
     with atomic_write(path) as temporary:
-        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, temporary, {"format": "pt"})
+        write_tensors({name: value.clone() for name, value in tensors.items()}, temporary, metadata)
 
 
-# ---------------------------------------------------------------- names
-
-
-def _diffusers_names(unet: UNet) -> dict[Rows, str]:
-    """Each weight that a LoRA may change -> the module's name in diffusers."""
-    names = diffusers.unet_names(_matrices(unet))
-    return {Rows(ours): theirs.removesuffix(".weight") for ours, (theirs,) in names.items()}
-
-
-def _text_names(text: nn.Module) -> dict[Rows, str]:
-    """The same of the text tower, in Hugging Face's names without the prefix "text_model."."""
-    keys = [key for key in _matrices(text) if key.startswith("transformer.")]
-    names: dict[Rows, str] = {}
-    for ours, theirs in clip_names(keys, "").items():
-        for piece, name in enumerate(theirs):
-            names[Rows(ours, piece, len(theirs))] = name.removesuffix(".weight")
-    return names
-
-
-def _unet_table(unet: UNet) -> dict[str, Rows]:
-    """Diffusers' and the original names of modules, dots gone -> what they are here."""
-    table = {name.replace(".", "_"): rows for rows, name in _diffusers_names(unet).items()}
-    for ours, (theirs,) in original.unet_names(_matrices(unet), unet.config).items():
-        module = theirs.removeprefix(original.UNET).removesuffix(".weight")
-        table.setdefault(module.replace(".", "_"), Rows(ours))
-    return table
-
-
-def _text_table(text: nn.Module) -> dict[str, Rows]:
-    return {name.replace(".", "_"): rows for rows, name in _text_names(text).items()}
-
-
-def _matrices(network: nn.Module) -> list[str]:
-    """The weights of linear layers and convolutions, and the three in one of an attention of torch's own."""
-    names = []
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            names.append(f"{name}.weight")
-        elif isinstance(module, nn.MultiheadAttention):
-            names.append(f"{name}.in_proj_weight")
-    return names
-
-
-def _modern(name: str) -> str:
-    for pattern, replacement in _OLD:
-        name = re.sub(pattern, replacement, name)
-    return name.removeprefix("base_model.model.")
-
-
-def _place(module: str, tables: Mapping[str, Mapping[str, Rows]]) -> tuple[str, Rows] | None:
-    """The network's name and the weight that `module`, as a file names it, is; None if there is none."""
-    prefix = next(prefix for prefix in PREFIXES if module.startswith(prefix))
-    part = PREFIXES[prefix]
-    flat = module.removeprefix(prefix).replace(".", "_")
-    if part == "text":
-        flat = flat.removeprefix("text_model_")
-    rows = tables.get(part, {}).get(flat)
-    return None if rows is None else (part, rows)
-
-
-# ---------------------------------------------------------------- alpha
-
-
-def _alphas(path: Path, tensors: Tensors) -> Any:
-    """(module, rank) -> alpha, for files whose tensors do not say it: peft's settings, in the metadata or beside."""
-    settings: dict[str, Any] = {}
-    if "lora_adapter_metadata" in tensors.metadata:
-        settings = parse_json(tensors.metadata["lora_adapter_metadata"], path)
-    elif any(name.startswith("base_model.model.") for name in tensors):
-        beside = path.parent / "adapter_config.json"
-        settings = read_json(beside) if beside.is_file() else {}
-
-    def alpha_of(module: str, rank: int) -> float:
-        prefix = next((p for p in ("unet.", "text_encoder.") if f"{p}lora_alpha" in settings), "")
-        if module.startswith(("unet.", "text_encoder.")) and prefix:
-            prefix = module[: module.index(".") + 1]
-        patterns = settings.get(f"{prefix}alpha_pattern")
-        alpha: Any = settings.get(f"{prefix}lora_alpha", rank)
-        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-            if module == pattern or module.endswith(f".{pattern}"):
-                alpha = value
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise UserError(f"{path} says that alpha is {str(alpha)[:40]}, which is no number")
-        return alpha * math.sqrt(rank) if settings.get(f"{prefix}use_rslora") is True else float(alpha)
-
-    return alpha_of
-
-
-def _float(tensors: Tensors, name: str, path: Path) -> Tensor:
-    value = tensors[name]
-    if not value.is_floating_point():
-        raise UserError(f"{path} holds {name[:100]} as {str(value.dtype).removeprefix('torch.')}, not as floats")
-    return value
+def _one(values: Collection[float]) -> str:
+    """The value that all have, or kohya's word for several."""
+    return f"{next(iter(values)):g}" if len(values) == 1 else "Dynamic"

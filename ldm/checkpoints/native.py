@@ -12,7 +12,6 @@ Only the parts whose config is not None are there; the identity codec has a conf
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.reading import read_metadata, read_tensors
 from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.run_folder import gone_on
+from ldm.checkpoints.state import fingerprint as fingerprint_of
 from ldm.checkpoints.writing import write_tensors
 from ldm.config import ModelConfig, from_dict, to_dict
 from ldm.errors import UserError
@@ -148,10 +148,4 @@ def fingerprint(weights: Weights) -> str:
     the same ones agree). A checkpoint stored in half precision and the module it loads into differ, since their numbers
     do.
     """
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return fingerprint_of(weights.state_dict() if isinstance(weights, nn.Module) else weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import networks
 from ldm.checkpoints.limits import check_size
-from ldm.checkpoints.state import Names, Source, Together, Translated, some
+from ldm.checkpoints.state import Names, Source, Together, Translated, fingerprint, some
 from ldm.config import AutoencoderConfig, ModelConfig, from_dict, to_dict
 from ldm.errors import UserError
 
@@ -128,6 +129,12 @@ class Checkpoint:
     def tensors(self) -> Mapping[str, Tensor]:
         """All parts as they are stored, each key with its part's name in front ("unet.conv_in.weight")."""
         return Together({name: self.state(name) for name in self.parts})
+
+    @cached_property
+    def base_hash(self) -> str:
+        """sha256, in hex, of what an adapter is made for: U-Net and text tower as they are stored, whatever container
+        and autoencoder they have."""
+        return fingerprint(Together({name: self.state(name) for name in ("text", "unet")}))
 
     @property
     def notices(self) -> tuple[str, ...]:

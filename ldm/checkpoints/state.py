@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
@@ -161,6 +162,16 @@ def _bare(shape: Sequence[int]) -> Shape:
     while shape and shape[-1] == 1:
         shape = shape[:-1]
     return tuple(shape)
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256, in hex, of names, types, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

@@ -1,51 +1,122 @@
-"""Files of textual inversion, in their three layouts; one file may hold several words.
+"""Files of textual inversion, in everybody's layouts; one file may hold several words.
 
-diffusers               "<cat>": (n, D) or (D,)                   the key is the word
-AUTOMATIC1111, .pt      "string_to_param": {"*": (n, D)}, "name"  the name is the word, else the file's own
-AUTOMATIC1111           "emb_params": (n, D)                      the file's name is the word
+diffusers            "<cat>": (n, D) or (D,)                      the key is the word
+AUTOMATIC1111 .pt    "string_to_param": {"*": (n, D)}, "name"     the file's name is the word, whatever it is inside
+AUTOMATIC1111        "emb_params"    OneTrainer "emp_params"      the same
+SD XL's, ComfyUI     "clip_l", "clip_g"                           the same; those of the first tower are taken
+in a LoRA's file     "bundle_emb.WORD.clip_l"                     OneTrainer's words that were trained along with it
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from ldm.adapters.textual_inversion import Embedding
-from ldm.checkpoints.reading import read_tensors
+from ldm.checkpoints.reading import Tensors, read_tensors
+from ldm.checkpoints.state import some
+from ldm.checkpoints.writing import write_tensors
 from ldm.errors import UserError
 from ldm.files import atomic_write
 
 MAX_VECTORS = 1024  # of one word; a prompt has room for 75
+MAX_LETTERS = 200  # of one word
+WORD = "modelspec.trigger_phrase"  # in our files' metadata
+BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_param\.)?(\*|[^.]+)")
+CONTAINERS = ("emb_params", "emp_params", "clip_l", "clip_h", "*", "clip_g", "t5", "t5xxl")
+"""Keys that say where vectors go or that they are some, and no word; the first of them that is there is taken."""
+
+_OUTPUTS = tuple(f"{key}_out" for key in CONTAINERS)  # OneTrainer's, added to what the tower gives
+_NO_WORD = re.compile(r"\W*|\d+|embs?|embeddings?|vec|vectors?|weights?|params?|tensors?|data", re.IGNORECASE)
+_NETWORK = re.compile(r"\.(weight|bias|alpha|diff|diff_b|dora_scale|(hada|lokr)_\w+)$")
 
 
 def read_embeddings(path: str | Path) -> list[Embedding]:
     """The words in the file at `path`; raises UserError if it is no such file."""
     path = Path(path)
     tensors = read_tensors(path)
-    found = []
-    for name in tensors:
-        if name == "emb_params":
-            word = path.stem
-        elif name.startswith("string_to_param."):
-            word = tensors.metadata.get("name") or path.stem
-        elif name.startswith("string_to_token") or ("." in name and not name.startswith("<")):
-            continue
-        else:
-            word = name
-        vectors = tensors[name]
-        vectors = vectors[None] if vectors.ndim == 1 else vectors
-        if vectors.ndim != 2 or not vectors.is_floating_point() or len(vectors) > MAX_VECTORS:
-            raise UserError(f"{path} is no file of textual inversion: {name[:100]} is not a list of vectors")
-        found.append(Embedding(word, vectors, str(path)))
-    if not found:
-        raise UserError(f"{path} is no file of textual inversion: it has neither a word nor A1111's emb_params")
+    found = _bundled(tensors, path)
+    if found:
+        return found
+    params = {name.removeprefix("string_to_param."): name for name in tensors if name.startswith("string_to_param.")}
+    keys = params or {name: name for name in tensors if not name.startswith("string_to_token")}
+    own = tensors.metadata.get(WORD)  # of a file of ours, whatever its word looks like
+    outputs = [key for key in keys if key in _OUTPUTS]
+    vectors = [key for key in keys if key in CONTAINERS and key != own]
+    if len(keys) == 1 and not outputs and own not in keys and (params or not _is_word(*keys)):
+        vectors = list(keys)  # all readers take a single key for vectors, whatever it is called
+    words = [key for key in keys if key not in vectors and key not in outputs]
+    strange = [key for key in words if key != own and not _is_word(key)]
+    if strange or not (words or vectors) or (outputs and not vectors):
+        raise UserError(f"{path} is no file of textual inversion: {_what_instead(keys, strange or outputs)}")
+    for key in words:
+        found.append(Embedding(key, _vectors(tensors, keys[key], path), str(path)))
+    if vectors:
+        first = min(vectors, key=lambda key: CONTAINERS.index(key) if key in CONTAINERS else 0)
+        word = re.sub(r"\s+", "_", path.stem)  # a word has no white space
+        inside = "".join(filter(str.isprintable, tensors.metadata.get("name", word))) if params else word
+        remark = f"; inside it is called '{inside[:100]}', which means nothing here" if inside != word else ""
+        remark += _passed((*vectors, *outputs), first)
+        found.append(Embedding(word, _vectors(tensors, keys[first], path), str(path), remark))
     return found
 
 
-def save_embedding(path: str | Path, embedding: Embedding) -> None:
-    """Write a word as a .safetensors file in diffusers' layout. Raises UserError if the disk does not take it."""
-    tensors = {embedding.word: embedding.vectors.detach().to("cpu", torch.float32).contiguous()}
+def read_bundled(path: str | Path) -> list[Embedding]:
+    """The words that a LoRA's file brings along; mostly none. Raises UserError for a damaged file."""
+    return _bundled(read_tensors(path), Path(path))
+
+
+def save_embedding(path: str | Path, embedding: Embedding, words: Mapping[str, str] | None = None) -> None:
+    """Write a word as a .safetensors file in diffusers' layout; `words` go into its metadata (adapter_words.py).
+
+    Raises UserError if the disk does not take it.
+    """
+    metadata = {"format": "pt", WORD: embedding.word, **(words or {})}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
+        write_tensors({embedding.word: embedding.vectors.to("cpu", torch.float32)}, temporary, metadata)
+
+
+def _bundled(tensors: Tensors, path: Path) -> list[Embedding]:
+    keys: dict[str, dict[str, str]] = {}
+    for name in tensors:
+        if found := BUNDLED.fullmatch(name):
+            keys.setdefault(found[1], {})[found[2]] = name
+    words = []
+    for word, names in keys.items():
+        first = next((key for key in CONTAINERS if key in names), None)
+        if first is None:
+            raise UserError(f"{path} brings the word '{word[:100]}' as {some(list(names))}, which is not supported")
+        words.append(Embedding(word, _vectors(tensors, names[first], path), str(path), _passed(names, first)))
+    return words
+
+
+def _passed(keys: Iterable[str], first: str) -> str:
+    others = [key[:60] for key in keys if key != first]
+    return f"; passed over: {some(others)}" if others else ""
+
+
+def _vectors(tensors: Tensors, name: str, path: Path) -> Tensor:
+    """(n, D)"""
+    vectors = tensors[name]
+    vectors = vectors[None] if vectors.ndim == 1 else vectors
+    if vectors.ndim != 2 or not vectors.is_floating_point() or len(vectors) > MAX_VECTORS:
+        raise UserError(f"{path} is no file of textual inversion: {name[:100]} is not a list of vectors")
+    return vectors
+
+
+def _is_word(key: str) -> bool:
+    """Whether a key may be what a prompt says."""
+    plain = key.isprintable() and not re.search(r"\s", key) and len(key) <= MAX_LETTERS
+    return plain and key not in CONTAINERS and not _NETWORK.search(key) and not _NO_WORD.fullmatch(key)
+
+
+def _what_instead(keys: Iterable[str], strange: list[str]) -> str:
+    if strange and strange[0] in _OUTPUTS:
+        return f"{some(strange)} is added to what the text tower gives, which is not supported"
+    names = some([key[:60] for key in strange], 3) or "no tensors"
+    hint = "; it looks like a LoRA" if any(_NETWORK.search(key) for key in keys) else ""
+    return f"it has neither a word nor A1111's emb_params, but {names}{hint}"

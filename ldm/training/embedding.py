@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.textual_inversion import Embedding, TowerWithWords
+from ldm.checkpoints.adapter_words import training_words
 from ldm.checkpoints.textual_inversion import save_embedding
 from ldm.conditioning.clip import TextTower
 from ldm.conditioning.record import Conditioning
@@ -99,7 +100,9 @@ class EmbeddingStage:
     def export(self, output: Path, finished: bool) -> None:
         """The word, as a file that diffusers' load_textual_inversion reads too."""
         vectors = self.tower.token_embedding.extra
-        save_embedding(output / "embedding.safetensors", Embedding(self.config.word, vectors))
+        config = dataclasses.replace(self.config, loss=self.model.config.loss)
+        words = training_words("textual-inversion", config, self.model.sources["text"], finished)
+        save_embedding(output / "embedding.safetensors", Embedding(self.config.word, vectors), words)
 
 
 def _first_vectors(config: EmbeddingTraining, tower: TextTower) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm.adapters.low_rank import AdaptedUNet
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
+from ldm.checkpoints.adapter_words import training_words
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.lora import save_lora
 from ldm.conditioning.dropout import drop
@@ -62,7 +63,7 @@ class DiffusionStage:
                 raise UserError("text names a text tower, and with model.context_width=0 none is used; set one of them")
         config, began = begin(config, device, said)
         self.config, self.device = config, device
-        self.notices = list(began.notices)
+        self.notices, self.sources = list(began.notices), began.sources
         self.law = make_law(config.schedule, config.parameterization, config.sigma_data, config.learned_variance)
         check_loss(config.loss, config.learned_variance)
         self.codec, self.text = began.codec, began.text
@@ -186,7 +187,8 @@ class DiffusionStage:
     def export(self, output: Path, finished: bool) -> None:
         """The whole model, autoencoder and text tower included, as a native checkpoint; of a LoRA itself alone."""
         if self.lora is not None:
-            save_lora(output / "lora.safetensors", self.lora.lora(), self.unet, None)
+            words = training_words("lora", self.config, self.sources["unet"], finished)
+            save_lora(output / "lora.safetensors", self.lora.lora(), self.unet, None, words=words)
             return
         parts: dict[str, nn.Module] = {"unet": self.unet}
         if self.codec.autoencoder is not None:

@@ -1,4 +1,4 @@
-"""LoRA: what it adds up to, that it goes without a trace, what is refused; peft's and diffusers' are the peers."""
+"""LoRA: what it adds up to, that what it is merged into stays, what is refused; peft's and diffusers' are the peers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from unet.small import inputs, randomize, relative, small_unet
 from unet.test_unet_peers import peer
 
-from ldm.adapters.lora import Factors, Lora, Loras, Rows
+from ldm.adapters.changes import Factors
+from ldm.adapters.lora import Lora, Rows, merged
 from ldm.adapters.low_rank import AdaptedUNet
 from ldm.checkpoints import diffusers as layout
 from ldm.checkpoints.common_names import clip_names
@@ -58,57 +59,56 @@ QUERY = "middle.0.transformer.blocks.0.cross_attention.query.weight"
 CONV = "down.0.stages.0.residual.conv_in.weight"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_merged_changes_add_up_and_leave_no_trace(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_merged_changes_add_up_and_leave_the_old_network_alone(dtype: torch.dtype) -> None:
     unet = small_unet().to(dtype).to(memory_format=torch.channels_last)
     before = copies(unet)
-    storage = unet.state_dict()[QUERY].data_ptr()
     one, two = random_lora(unet, [QUERY, CONV], 2, 1), random_lora(unet, [QUERY], 3, 2, alpha=1.0)
-    loras = Loras({"unet": unet})
-    loras.add(one, 0.5)
-    loras.add(two, -2.0)
+    both = merged({"unet": unet}, [(one, 0.5), (two, -2.0)])["unet"]
     for name in (QUERY, CONV):
         change = 0.0
         for lora, scale in ((one, 0.5), (two, -2.0)):
             if (factors := lora.changes["unet"].get(Rows(name))) is not None:
+                assert isinstance(factors, Factors)
                 rank = len(factors.down)
                 matrix = torch.einsum("or,ri->oi", factors.up.flatten(1).double(), factors.down.flatten(1).double())
                 change = change + scale * factors.alpha / rank * matrix
         assert isinstance(change, Tensor)
         expected = before[name].double() + change.reshape(before[name].shape)
-        assert torch.allclose(unet.state_dict()[name].double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
-    both = copies(unet)
-
-    loras.remove(one)
-    loras.add(one, 0.5)  # in the other order: the same numbers, for the sums are in float32
-    assert all(torch.allclose(both[k].float(), v.float(), rtol=1e-2, atol=1e-5) for k, v in unet.state_dict().items())
-    loras.remove(two)
-    loras.remove(one)
-    assert bits(copies(unet), before) and unet.state_dict()[QUERY].data_ptr() == storage
-    loras.add(two)
-    loras.clear()
+        assert torch.allclose(both.state_dict()[name].double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     assert bits(copies(unet), before)
-    with pytest.raises(ValueError, match="not merged"):
-        loras.remove(two)
+    assert both.get_parameter(CONV).is_contiguous(memory_format=torch.channels_last)
+    shared = {
+        name for name, value in unet.state_dict().items() if value.data_ptr() == both.state_dict()[name].data_ptr()
+    }
+    assert shared == before.keys() - {QUERY, CONV}
+
+    other = merged({"unet": unet}, [(two, -2.0), (one, 0.5)])["unet"]  # the same numbers: the sums are in float32
+    assert all(
+        torch.allclose(value.float(), both.state_dict()[k].float(), atol=1e-5, rtol=1e-2)
+        for k, value in other.state_dict().items()
+    )
+    assert merged({"unet": unet}, [])["unet"] is unet
 
 
-def test_what_does_not_fit_changes_nothing() -> None:
+def test_what_does_not_fit() -> None:
     unet = small_unet()
     before = copies(unet)
-    loras = Loras({"unet": unet})
     lora = random_lora(unet, [CONV, QUERY], 2, 1)
     factors = lora.changes["unet"][Rows(QUERY)]
+    assert isinstance(factors, Factors)
     for bad, said in (
         ({Rows(QUERY): Factors(factors.down[:, :-1], factors.up, 1.0)}, "another architecture"),
         ({Rows(QUERY): Factors(factors.down, factors.up[:-1], 1.0)}, "another architecture"),
         ({Rows(QUERY): Factors(factors.down[:-1], factors.up, 1.0)}, "another architecture"),
+        ({Rows(CONV.replace("weight", "bias")): factors}, "another architecture"),
         ({Rows("nowhere.weight"): factors}, "does not have"),
     ):
         with pytest.raises(UserError, match=said):
-            loras.add(Lora({"unet": {**lora.changes["unet"], **bad}}))
+            merged({"unet": unet}, [(Lora({"unet": {**lora.changes["unet"], **bad}}), 1.0)])
     for scale in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="finite"):
-            loras.add(lora, scale)
+            merged({"unet": unet}, [(lora, scale)])
     assert bits(copies(unet), before)
 
 
@@ -125,8 +125,10 @@ def test_training_s_changes_are_those_that_merge(tmp_path: Path) -> None:
     for name in ("diffusers", "kohya"):
         save_lora(tmp_path / name, adapted.lora(), unet, None, name)
         fresh = small_unet()
-        Loras({"unet": fresh}).add(read_lora(tmp_path / name, fresh, None))
-        assert relative(fresh(*x), told) < 2e-5
+        lora = read_lora(tmp_path / name, fresh, None)
+        assert relative(merged({"unet": fresh}, [(lora, 1.0)])["unet"](*x), told) < 2e-5
+        save_lora(tmp_path / "again", lora, fresh, None, name)  # what was read is written as it was
+        assert bits(load_file(tmp_path / "again"), load_file(tmp_path / name))
 
 
 def test_gradients_reach_the_changes_alone() -> None:
@@ -161,19 +163,22 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     assert read_lora(file(tmp_path, good), unet, None).changes["unet"]
     cases: list[tuple[dict[str, Tensor], str]] = [
         ({"x": down}, "has no LoRA for this model"),
-        ({f"{name}.lora_A.weight": down}, "half of the change"),
-        (good | {f"{name}.lora_magnitude_vector": up}, "fit nothing"),
+        ({f"{name}.lora_A.weight": down}, "half of it is missing"),
+        ({f"{flat}.alpha": torch.tensor(1.0)}, "half of it is missing"),
+        (good | {f"{name}.lora_magnitude_vector": up}, "another architecture"),
         (good | {"unet.nowhere.lora_A.weight": down}, "fit nothing"),
         (good | {"text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight": down}, "fit nothing"),
-        ({f"{flat}.hada_w1_a": down}, "has no LoRA for this model"),
-        (good | {f"{flat}.lora_down.weight": down}, "says twice"),
+        ({f"{flat}.hada_w1_a": down}, "half of it is missing"),
+        (good | {f"{flat}.lora_down.weight": down}, "said twice"),
+        (good | {f"{flat}.diff": torch.ones(64, 64)}, "said twice"),
+        (good | {f"{flat}.alpha": torch.ones(2)}, "2 numbers as alpha"),
         (good | {f"{name}.lora_B.weight": up.long()}, "not as floats"),
-        (good | {f"{name}.lora_B.weight": torch.ones(64, 2, 3, 3)}, "two matrices"),
+        (good | {f"{name}.lora_B.weight": torch.ones(64, 2, 3, 3)}, "no matrix"),
         (good | {f"{name}.lora_B.weight": up * torch.nan}, "not finite"),
     ]
     for tensors, said in cases:
         with pytest.raises(UserError, match=said):
-            read_lora(file(tmp_path, tensors), unet, None)
+            merged({"unet": unet}, [(read_lora(file(tmp_path, tensors), unet, None), 1.0)])
     with pytest.raises(UserError, match="no number"):
         read_lora(file(tmp_path, good, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}), unet, None)
 
@@ -252,24 +257,19 @@ def test_theirs_draw_here_as_there(tmp_path: Path, text: TextTower, kind: str) -
     (path,) = tmp_path.glob("*.safetensors")
     lora = read_lora(path, unet, text)
     assert ("text" in lora.changes) == (kind != "adapter")
-    loras = Loras({"unet": unet, "text": text})
+    networks = {"unet": unet, "text": text}
     x = inputs()
-    plain = unet(*x)
-    loras.add(lora)
+    made = merged(networks, [(lora, 1.0)])
     with torch.no_grad():
-        assert relative(unet(*x), plain) > 0.01
-        assert relative(unet(*x), their(there, x)) < 1e-5
+        assert relative(made["unet"](*x), unet(*x)) > 0.01
+        assert relative(made["unet"](*x), their(there, x)) < 1e-5
         tokens, _ = text.tokenize(["a red heart"])
         expected = their_text(tokens).last_hidden_state
         if kind != "adapter":
-            assert relative(text(tokens), expected) < 1e-5
+            assert relative(made["text"](tokens), expected) < 1e-5
     if kind == "adapter":
-        loras.clear()
-        loras.add(lora, 0.5)
         there.set_adapters(["default"], [0.5])
-        assert relative(unet(*x), their(there, x)) < 1e-5
-    loras.clear()
-    assert torch.equal(unet(*x), plain)
+        assert relative(merged(networks, [(lora, 0.5)])["unet"](*x), their(there, x)) < 1e-5
 
 
 @pytest.mark.parametrize("names", ["diffusers", "kohya"])

@@ -13,6 +13,7 @@ from unet.small import randomize, relative
 
 from ldm.adapters.textual_inversion import Embedding, TowerWithWords
 from ldm.checkpoints.common_names import clip_names
+from ldm.checkpoints.reading import read_metadata
 from ldm.checkpoints.state import exported
 from ldm.checkpoints.textual_inversion import read_embeddings, save_embedding
 from ldm.conditioning.clip import VOCABULARY, TextTower
@@ -70,6 +71,16 @@ def files(path: Path) -> dict[str, dict[str, Tensor]]:
     save_file({"<a>": vectors, "<b>": one[0].clone()}, path / "two.safetensors")
     torch.save({"<cat>": vectors}, path / "learned_embeds.bin")
     save_file({"emb_params": vectors}, path / "easynegative.safetensors")
+    save_file({"style-1.5": one}, path / "dotted.safetensors")
+    for i, key in enumerate(("emp_params", "clip_l", "clip_g", "*", "embedding", "0", "weight", "a b", "conv.weight")):
+        save_file({key: vectors}, path / f"single{i}.safetensors")
+    save_file({"emp_params": vectors}, path / "my own style.v2.safetensors")
+    save_file({"clip_l": vectors, "clip_g": one}, path / "xl.safetensors")
+    save_file({"emp_params": vectors, "emp_params_out": one}, path / "out.safetensors")
+    torch.save({"<cat>": vectors, "style-1.5": one}, path / "dotted.bin")
+    torch.save({"string_to_param": {"<cat>": vectors, "*": one}}, path / "several.pt")
+    bundle = {"lora_unet_x.alpha": torch.ones(1), "bundle_emb.my.cat.clip_l": vectors}
+    save_file(bundle | {"bundle_emb.style.string_to_param.*": one}, path / "bundle.safetensors")
     entry = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "mine", "step": 10}
     torch.save(entry, path / "a1111.pt")
     torch.save({**entry, "name": None}, path / "nameless.pt")
@@ -85,7 +96,15 @@ def files(path: Path) -> dict[str, dict[str, Tensor]]:
         "two.safetensors": {"<a>": vectors, "<b>": one},
         "learned_embeds.bin": {"<cat>": vectors},
         "easynegative.safetensors": {"easynegative": vectors},
-        "a1111.pt": {"mine": vectors},
+        "dotted.safetensors": {"style-1.5": one},
+        **{f"single{i}.safetensors": {f"single{i}": vectors} for i in range(9)},
+        "my own style.v2.safetensors": {"my_own_style.v2": vectors},
+        "xl.safetensors": {"xl": vectors},
+        "out.safetensors": {"out": vectors},
+        "dotted.bin": {"<cat>": vectors, "style-1.5": one},
+        "several.pt": {"<cat>": vectors, "several": one},
+        "bundle.safetensors": {"my.cat": vectors, "style": one},
+        "a1111.pt": {"a1111": vectors},
         "nameless.pt": {"nameless": vectors},
         "first.pt": {"first": vectors},
     }
@@ -98,13 +117,61 @@ def test_all_layouts(tmp_path: Path) -> None:
         assert all(torch.equal(found[word], words[word]) for word in words)
 
 
+def test_how_a_word_was_read_is_told(tmp_path: Path) -> None:
+    files(tmp_path)
+    for name, said in (
+        ("a1111.pt", "inside it is called 'mine'"),
+        ("nameless.pt", ""),
+        ("ours.safetensors", ""),
+        ("xl.safetensors", "passed over: clip_g"),
+        ("out.safetensors", "passed over: emp_params_out"),
+    ):
+        (embedding,) = read_embeddings(tmp_path / name)
+        assert (said in embedding.remark) if said else not embedding.remark
+
+
+@pytest.mark.parametrize("word", ["<cat>", "*", "emb_params", "0", "clip_l", "a.weight"])
+def test_any_word_of_ours_comes_back(tmp_path: Path, word: str) -> None:
+    """The file says which it is, in the key that others show."""
+    save_embedding(tmp_path / "embedding.safetensors", Embedding(word, CAT.vectors), {"ss_seed": "0"})
+    assert read_metadata(tmp_path / "embedding.safetensors")["modelspec.trigger_phrase"] == word
+    (embedding,) = read_embeddings(tmp_path / "embedding.safetensors")
+    assert embedding.word == word and torch.equal(embedding.vectors, CAT.vectors)
+
+
+def test_words_on_a_tower_that_has_words(tmp_path: Path) -> None:
+    plain = tower()
+    one = TowerWithWords(plain, [CAT])
+    both = TowerWithWords(one, [STYLE])
+    at_once = TowerWithWords(plain, [CAT, STYLE])
+    prompt = ["a <cat> in easystyle, and a cat"]
+    with torch.no_grad():
+        assert torch.equal(both.encode(prompt), at_once.encode(prompt))
+        assert not torch.equal(one.encode(prompt), both.encode(prompt))
+    with pytest.raises(UserError, match="as another file does"):
+        TowerWithWords(both, [CAT])
+
+
+def test_dotted_words_in_prompts() -> None:
+    dotted = Embedding("style-1.5", CAT.vectors)
+    encode = TowerWithWords(tower(), [dotted]).tokenizer().encode
+    word = [VOCABULARY, VOCABULARY + 1]
+    assert encode("a style-1.5") == encode("a") + word
+    assert encode("style-1.5, style-1.5.") == word + encode(",") + word + encode(".")
+    assert all(piece < VOCABULARY for piece in encode("style-1x5 style-1.55 mystyle-1.5"))
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for tensors, said in (
         ({"<cat>": torch.ones(2, 2, 2)}, "not a list of vectors"),
         ({"<cat>": torch.ones(2, 32).long()}, "not a list of vectors"),
         ({"<cat>": torch.ones(2000, 1)}, "not a list of vectors"),
-        ({"conv.weight": torch.ones(2, 32)}, "neither a word"),
+        ({"conv.weight": torch.ones(2, 32), "conv.bias": torch.ones(2)}, "neither a word"),
+        ({"a.lora_up.weight": torch.ones(2, 32), "a.lora_down.weight": torch.ones(2, 2)}, "looks like a LoRA"),
+        ({"emp_params_out": torch.ones(2, 32)}, "what the text tower gives, which is not supported"),
+        ({"bundle_emb.cat.t5_out": torch.ones(2, 32)}, "which is not supported"),
+        ({"two words": torch.ones(2, 32), "<cat>": torch.ones(2, 32)}, "neither a word"),
         ({"<cat>": torch.full((2, 32), torch.nan)}, "not finite"),
     ):
         save_file(tensors, path)
@@ -115,6 +182,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ([Embedding("<x>", torch.ones(0, 32))], "another text tower"),
         ([Embedding("two words", torch.ones(2, 32))], "white space"),
         ([Embedding("", torch.ones(2, 32))], "white space"),
+        ([Embedding("\x1b[31mred", torch.ones(2, 32))], "white space"),
         ([CAT, Embedding("<CAT>", torch.ones(2, 32))], "as another file does"),
     ):
         with pytest.raises(UserError, match=said):

@@ -13,8 +13,11 @@ from checkpoints.small_models import SMALL, random_states  # tests/ is the root 
 from safetensors.torch import load_file, save_file
 
 import ldm
+from ldm.adapters import use
+from ldm.adapters.record import Adapter
 from ldm.checkpoints import export, native
 from ldm.checkpoints.opening import open_checkpoint
+from ldm.checkpoints.reading import read_metadata
 from ldm.checkpoints.textual_inversion import read_embeddings
 from ldm.config import (
     DiffusionLossConfig,
@@ -77,8 +80,18 @@ def test_a_lora_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         assert stage.validate()["validation/loss"] < 0.96 * loss
     assert not (tmp_path / "run" / "model.json").exists()
+    said = read_metadata(tmp_path / "run" / "lora.safetensors")
+    assert {"ss_network_dim": "2", "ss_network_alpha": "4", "ss_learning_rate": "0.01"}.items() <= said.items()
+    assert {
+        "ss_steps": "12",
+        "ss_seed": str(LONG.seed),
+        "modelspec.architecture": "latent-diffusion/lora",
+    }.items() <= said.items()
+    assert said["ss_sd_model_name"] == tiny_checkpoint.name
+    assert said["ldm.base_hash"] == said["ss_new_sd_model_hash"] == open_checkpoint(tiny_checkpoint).base_hash
 
     model = ldm.load(tiny_checkpoint, device="cpu").adapted({tmp_path / "run" / "lora.safetensors": 1.0})
+    assert not model.notices  # it is for this model
     assert stage.lora is not None
     average = torch.load(next((tmp_path / "run" / "state").glob("*12.pt")), weights_only=True)["averages"]["unet"]
     stage.lora.load_state_dict(average["average"])
@@ -135,7 +148,13 @@ def test_a_new_word(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert same(dict(stage.model.unet.state_dict()), unet)
     (word,) = read_embeddings(tmp_path / "embedding.safetensors")
     assert word.word == "<thing>" and torch.equal(word.vectors, stage.tower.token_embedding.extra)
-    model = ldm.load(tiny_checkpoint, device="cpu").adapted(embeddings=[tmp_path / "embedding.safetensors"])
+    said = read_metadata(tmp_path / "embedding.safetensors")
+    assert said["modelspec.trigger_phrase"] == "<thing>" and said["ss_learning_rate"] == "0.03"
+    assert said["modelspec.architecture"] == "latent-diffusion/textual-inversion"
+    assert said["ldm.base_hash"] == open_checkpoint(tiny_checkpoint).base_hash
+    model = ldm.load(tiny_checkpoint, device="cpu")
+    model = use.apply(model, [Adapter("embedding", str(tmp_path / "embedding.safetensors"))])
+    assert not any("another model" in notice for notice in model.notices)
     drawn = model.txt2img("a <thing>", steps=1)
     assert not torch.equal(drawn, model.txt2img("a heart heart", steps=1))
 

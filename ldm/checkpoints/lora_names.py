@@ -1,0 +1,150 @@
+"""The names that LoRA files give to a model's modules, and to what they say of them.
+
+    kohya       lora_unet_down_blocks_0_..._to_q              lora_te_text_model_encoder_layers_0_...
+    diffusers   unet.down_blocks.0....to_q                    text_encoder.text_model.encoder.layers.0....
+    ComfyUI     diffusion_model.input_blocks.1.1....to_q      text_encoders.clip_l.transformer.text_model....
+    OneTrainer  unet.input_blocks.1.1....to_q                 clip_l.text_model....      (and kohya's)
+    peft        base_model.model.down_blocks.0....to_q        LyCORIS  lycoris_down_blocks_0_..._to_q
+
+Behind the prefix stands diffusers' name of a module or the original checkpoint's, with dots or without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+from torch import nn
+
+from ldm.adapters.lora import Rows
+from ldm.checkpoints import diffusers, original
+from ldm.checkpoints.common_names import clip_names
+from ldm.unet.unet import UNet
+
+Table: TypeAlias = dict[str, dict[str, Rows]]
+"""A module's foreign name, its dots gone -> "weight" and "bias" -> what they are here."""
+
+PREFIXES: dict[str, tuple[str, ...]] = {  # the first that fits -> the networks whose modules may follow
+    "lora_unet_": ("unet",),
+    "lora_te_": ("text",),
+    "lora_te1_": ("text",),
+    "lycoris_": ("unet", "text"),
+    "unet.": ("unet",),
+    "diffusion_model.": ("unet",),
+    "model.diffusion_model.": ("unet",),
+    "text_encoder.": ("text",),
+    "text_encoders.clip_l.": ("text",),
+    "text_encoders.clip_h.": ("text",),
+    "clip_l.": ("text",),
+    "clip_h.": ("text",),
+    "": ("unet", "text"),
+}
+
+STRANGERS = (  # part of a name -> the kind of file, said by name: these are what people have lying about
+    (r"\.(oft|boft)_", "an OFT"),
+    (r"\.on_input$", "an IA3"),
+    (r"\.[ab][12]\.weight$", "a GLoRA"),
+    (r"\.lokr_t1$", "a LoKr with two cores"),
+    (r"\.(lora_up|lora_B)(\.default)?\.bias$", "a LoRA with biases of its own (peft's lora_bias)"),
+    (r"\.lora_embedding_[AB]$", "a LoRA of an embedding table"),
+    (r"\.(set_weight|reshape_weight)$", "a file of whole weights"),
+    (r"^lora_te2_|^text_encoder_2\.|\bclip_g\.", "a LoRA of Stable Diffusion XL"),
+    (
+        r"^lora_te3_|^lora_transformer_|^transformer\.|(double|single|joint)_blocks",
+        "a LoRA of a transformer (SD 3, Flux)",
+    ),
+)
+
+_OLD = (  # diffusers until 0.17, and its text encoder's until 0.19
+    (r"\.processor\.", "."),
+    (r"(\.self_attn)\.to_([qkv])(?=_lora\.|\.lora)", r"\1.\2_proj"),
+    (r"(\.self_attn)\.to_out(?=_lora\.|\.lora)", r"\1.out_proj"),
+    (r"\.to_out(?=_lora\.|\.lora)", ".to_out.0"),
+    (r"(?<=[\w])_lora\.(?=(down|up)\.)", ".lora."),
+)
+_SAID = re.compile(
+    r"(.+?)\.(?:(alpha|dora_scale|diff|diff_b|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)|([wb])_norm"
+    r"|lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.default)?\.weight"
+    r"|lora_(magnitude)_vector(?:\.default)?(?:\.weight)?)"
+)
+_SIDES = {"A": "down", "B": "up", "w": "diff", "b": "diff_b"}
+
+
+def split(name: str) -> tuple[str, str] | None:
+    """A tensor's name -> the module's and what is said of it: "down", "up", "mid", "alpha", "hada_w1_a", ..., "diff"
+    (of a weight), "diff_b" (of a bias), "dora_scale" (LyCORIS') or "magnitude" (peft's). None: none of these."""
+    for pattern, replacement in _OLD:
+        name = re.sub(pattern, replacement, name)
+    parsed = _SAID.fullmatch(name)
+    if parsed is None:
+        return None
+    module, *sides = parsed.groups()
+    side = next(side for side in sides if side)
+    return module, _SIDES.get(side, side)
+
+
+def strip(module: str) -> str:
+    """A module's name without what stands before the network's own names."""
+    return _strip(module)[1]
+
+
+def _strip(module: str) -> tuple[str, str]:
+    module = module.removeprefix("base_model.model.")
+    prefix = next(prefix for prefix in PREFIXES if module.startswith(prefix))
+    return prefix, module.removeprefix(prefix).removeprefix("base_model.model.")
+
+
+def place(module: str, tables: Mapping[str, Table]) -> tuple[str, str] | None:
+    """The network ("unet", "text") and the key in its table of `module`, as a file names it; None if it has none."""
+    prefix, name = _strip(module)
+    flat = name.replace(".", "_")
+    for part in PREFIXES[prefix]:
+        key = re.sub(r"^(transformer_)?text_model_", "", flat) if part == "text" else flat
+        if key in tables.get(part, {}):
+            return part, key
+    return None
+
+
+def stranger(names: Iterable[str]) -> str:
+    """What a file with these tensors is, if it is of a known kind that is not merged here; "" otherwise."""
+    return next((kind for name in names for pattern, kind in STRANGERS if re.search(pattern, name)), "")
+
+
+def make_tables(unet: UNet, text: nn.Module | None) -> dict[str, Table]:
+    """All modules of the networks in all foreign names."""
+    table = _table(unet_names(unet))
+    for rows, theirs in _paired(original.unet_names(_parameters(unet), unet.config)).items():
+        _enter(table, theirs.removeprefix(original.UNET), rows)
+    return {"unet": table} | ({"text": _table(text_names(text))} if text is not None else {})
+
+
+def unet_names(unet: UNet) -> dict[Rows, str]:
+    """Each weight and bias -> its name in diffusers."""
+    return _paired(diffusers.unet_names(_parameters(unet)))
+
+
+def text_names(text: nn.Module) -> dict[Rows, str]:
+    """The same of the text tower, in Hugging Face's names without the prefix "text_model."."""
+    keys = [key for key in _parameters(text) if key.startswith(("transformer.", "ln_final."))]
+    return _paired(clip_names(keys, ""))
+
+
+def _parameters(network: nn.Module) -> list[str]:
+    return [name for name, _ in network.named_parameters() if name.endswith(("weight", "bias"))]
+
+
+def _paired(names: Mapping[str, tuple[str, ...]]) -> dict[Rows, str]:
+    return {Rows(ours, i, len(theirs)): name for ours, theirs in names.items() for i, name in enumerate(theirs)}
+
+
+def _table(names: Mapping[Rows, str]) -> Table:
+    table: Table = {}
+    for rows, theirs in names.items():
+        _enter(table, theirs, rows)
+    return table
+
+
+def _enter(table: Table, theirs: str, rows: Rows) -> None:
+    module, _, leaf = theirs.rpartition(".")
+    table.setdefault(module.replace(".", "_"), {}).setdefault(leaf, rows)
