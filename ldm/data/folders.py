@@ -108,8 +108,8 @@ def _beside(stems: Collection[str], files: Iterable[str]) -> dict[str, dict[str,
 
 
 def _split(name: str) -> tuple[str, str]:
-    stem, _, kind = name.rpartition(".")
-    return stem, kind.lower()
+    stem, dot, kind = name.rpartition(".")
+    return (stem, kind.lower()) if dot else (name, "")
 
 
 def _folded(stem: str) -> str:

@@ -88,6 +88,7 @@ def test_one_bad_picture_never_ends_the_work(tmp_path):
         path.with_suffix(".txt").write_text(path.stem)
     (root / "mute.png").write_bytes(picture(5, (20, 20)))
     (root / "mute.txt").mkdir()
+    (root / "png").write_bytes(picture(6, (20, 20)))  # named like a kind, it is of none
     done = make(root, out)
     found = {json.loads(r.fields["json"])["file"]: r.fields["webp"] for r in records(out)}
     assert sorted(found) == [
