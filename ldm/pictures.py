@@ -60,7 +60,13 @@ def contents(path: str | os.PathLike[str]) -> bytes:
 
 def decode(content: bytes) -> Image.Image:
     """Bytes of a PNG, JPEG or WebP -> upright picture in 8 bits, its alpha kept. Raises BadPicture."""
-    return upright(opened(content, lambda picture: picture.load()))
+
+    def turn(picture: Image.Image) -> None:
+        picture.load()
+        with suppress(*_DAMAGE):  # damaged EXIF turns nothing
+            ImageOps.exif_transpose(picture, in_place=True)
+
+    return _eight_bits(opened(content, turn))
 
 
 def size(content: bytes) -> tuple[int, int]:
@@ -77,7 +83,7 @@ def upright(picture: Image.Image) -> Image.Image:
     with _refused():
         _check_size(picture)
         picture.load()
-        with suppress(*_DAMAGE):  # damaged EXIF turns nothing
+        with suppress(*_DAMAGE):
             picture = ImageOps.exif_transpose(picture)
         return _eight_bits(picture)
 
