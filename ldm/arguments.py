@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from ldm.device import DEVICES, PRECISIONS
 from ldm.errors import UserError, instead
+from ldm.jobs import MAX_SEED, MAX_SIDE
 
 NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)  # a value that looks like an option
 WORDS = {int: "it must be a whole number", float: "it must be a number"}
@@ -132,7 +133,7 @@ class Bounded:
     def __call__(self, word: str) -> float:
         value = self.kind(word)
         if not self.low <= value <= self.high:
-            bounds = f"at least {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
+            bounds = f"at least {self.low}" if self.high == math.inf else f"between {self.low} and {self.high}"
             bounds = "a finite number above 0" if self.low == SMALLEST else bounds
             raise argparse.ArgumentTypeError(f"it must be {bounds}")
         return value
@@ -141,6 +142,8 @@ class Bounded:
 SMALLEST = math.ulp(0.0)
 COUNT, NATURAL = Bounded(int, 1), Bounded(int, 0)  # whole numbers, from 1 and from 0 on
 POSITIVE = Bounded(float, SMALLEST, sys.float_info.max)
+SIDE = Bounded(int, 1, MAX_SIDE)  # pixels
+SEED = Bounded(int, 0, MAX_SEED // 2)  # and as many pictures behind it as there may be
 
 
 # ---------------------------------------------------------------- flags

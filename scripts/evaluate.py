@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.arguments import COUNT, NATURAL, Bounded, Parser, add_fields, add_machine, taken
+from ldm.arguments import COUNT, NATURAL, SEED, SIDE, Bounded, Parser, add_fields, add_machine, taken
 from ldm.errors import UserError
 from ldm.home import recipe
 from ldm.jobs import Settings
@@ -267,7 +267,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add("--captions-where", action="append", default=[], metavar="FIELD=VALUE,...", help="of those shards, as --where")
     add("--count", type=COUNT, metavar="N", help="pictures to draw, captions in turn; default: one of each")
     add("--seed", type=NATURAL, metavar="N", help="picture i has the seed SEED + i [0]")
-    add("--size", type=COUNT, metavar="N", help="pixels; default: the model's")
+    add("--size", type=SIDE, metavar="N", help="pixels; default: the model's")
     add_fields(add, Settings, SETTINGS)
     add("--sweep", nargs="+", default=[], metavar="NAME=VALUES", help="each combination: cfg=1,2,4 steps=10,20 eta=0,1")
     add("--weights", choices=("auto", "ema", "raw"), help="of files that hold two sets")
@@ -295,7 +295,7 @@ def add_autoencoder(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--shards", required=True, help="real pictures: shards or a folder")
     add("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
-    add("--size", type=COUNT, metavar="N", help="pixels; default: the model's")
+    add("--size", type=SIDE, metavar="N", help="pixels; default: the model's")
     add("--space", action="append", default=[], help="of rFID: efficientnet-lite0, inception=FILE")
     add("--perceptual", action="append", default=[], choices=("efficientnet-lite0", "lpips"))
     add("--allow-few", action="store_true", help="rFID of fewer pictures than dimensions")
@@ -321,7 +321,7 @@ def add_likelihood(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--method", choices=["flow", "bound"], default="flow", help="the ODE's density, or DDPM's")
     add("--count", type=COUNT, default=8, metavar="N", help="pictures, from the first of the shards")
-    add("--seed", type=NATURAL, default=0, metavar="N", help="picture i of all has the seed SEED + i")
+    add("--seed", type=SEED, default=0, metavar="N", help="picture i of all has the seed SEED + i")
     add("--probes", type=COUNT, default=1, metavar="N", help="flow: of the trace's estimate")
     add("--tolerance", type=Bounded(float, 0), default=1e-4, metavar="X", help="flow: of the solver, in either sense")
     add("--variance", choices=["posterior", "beta", "learned"], default="posterior", help="bound")

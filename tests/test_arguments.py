@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ldm.arguments import COUNT, NATURAL, POSITIVE, Bounded, Parser, add_fields, comments, taken
+from ldm.arguments import COUNT, NATURAL, POSITIVE, SIDE, Bounded, Parser, add_fields, comments, taken
 from ldm.errors import UserError
 from ldm.jobs import Settings
 
@@ -48,6 +48,7 @@ def parser() -> Parser:
     made.add_argument("--rate", type=POSITIVE)
     made.add_argument("--share", type=Bounded(float, 0, 1))
     made.add_argument("--scale", type=float)
+    made.add_argument("--size", type=SIDE)
     made.add_argument("--folder", type=Path)
     made.add_argument("--device", choices=("auto", "cpu", "cuda"))
     made.add_argument("--interval", type=float, nargs=2)
@@ -92,6 +93,7 @@ DRAW = ("draw", "a.png", "--output", "b")
         (["--rate", "inf", *DRAW], "--rate is inf; it must be"),
         (["--rate", "nan", *DRAW], "--rate is nan; it must be"),
         (["--share", "1.5", *DRAW], "--share is 1.5; it must be between 0 and 1"),
+        (["--size", "1000000", *DRAW], "--size is 1000000; it must be between 1 and 16384"),
         (["--scale", "much", *DRAW], "--scale is 'much'; it must be a number"),
         (["--scale", "nan", *DRAW], "--scale is nan; give it a value, or leave it out"),
         (["--folder", "", *DRAW], "--folder is empty; give it a value, or leave it out"),

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.arguments import COUNT, Parser, add_machine
+from ldm.arguments import COUNT, SIDE, Parser, add_machine
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning.clip import TextTower
@@ -148,7 +148,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shards", help="pictures with captions (setting: data.shards)")
     parser.add_argument("--where", action="append", metavar="FIELD=VALUE,...", help=f"{WHERE_HELP}; may be repeated")
     parser.add_argument("--output", help="folder of the latents (setting: latents)")
-    parser.add_argument("--size", type=COUNT, help="pixels (setting: data.size)")
+    parser.add_argument("--size", type=SIDE, help="pixels (setting: data.size)")
     parser.add_argument("--flip", action="store_true", help="the mirrored pictures too (setting: data.flip)")
     parser.add_argument("--batch", type=COUNT, default=64, help="pictures encoded at once")
     parser.add_argument("--shard-samples", type=COUNT, default=1024, help="an interrupted run goes on at a whole shard")

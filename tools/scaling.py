@@ -176,8 +176,8 @@ def main() -> None:
     inputs = Inputs(**taken(parser.parse_args(), Inputs))
     for field in fields(Inputs):
         value = getattr(inputs, field.name)
-        if value <= 0 and field.name not in ("overlap", "latency"):
-            raise UserError(f"--{field.name.replace('_', '-')} is {value:g}; it must be above 0")
+        if value == math.inf or (value <= 0 and field.name not in ("overlap", "latency")):
+            raise UserError(f"--{field.name.replace('_', '-')} is {value:g}; it must be a finite number above 0")
     print(summary(inputs) + "\n")
     print(table(inputs))
 

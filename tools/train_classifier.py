@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from ldm.arguments import COUNT, NATURAL, POSITIVE, Parser
+from ldm.arguments import COUNT, POSITIVE, SEED, SIDE, Parser
 from ldm.errors import UserError
 from ldm.home import recipe
 from ldm.metrics.accuracy import prototypes, ranks
@@ -60,12 +60,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--pictures", type=COUNT, default=5, help="pictures a concept must have to be learnt")
     parser.add_argument("--left-out", default="twemoji", help="the style it never sees")
-    parser.add_argument("--size", type=COUNT, default=64, help="pixels")
+    parser.add_argument("--size", type=SIDE, default=64, help="pixels")
     parser.add_argument("--channels", type=COUNT, default=32)
     parser.add_argument("--steps", type=COUNT, default=600)
     parser.add_argument("--batch", type=COUNT, default=64)
     parser.add_argument("--rate", type=POSITIVE, default=3e-3)
-    parser.add_argument("--seed", type=NATURAL, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     return parser.parse_args()
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.arguments import COUNT, NATURAL, POSITIVE, Parser
+from ldm.arguments import COUNT, POSITIVE, SEED, Bounded, Parser
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import DataConfig
@@ -34,6 +34,7 @@ from ldm.errors import UserError
 from ldm.guidance.latents import latent_probe
 from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, save_noisy_classifier
 from ldm.home import recipe
+from ldm.jobs import MAX_SIDE
 from ldm.metrics.augment import Augmentation, augment
 from ldm.metrics.pictures import read_concepts
 from ldm.options import WHERE_HELP, where_of
@@ -91,14 +92,16 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--pictures", type=COUNT, default=5, help="pictures a class must have to be learnt")
     parser.add_argument("--views", type=COUNT, default=8, help="latents kept of each picture")
-    parser.add_argument("--size", type=NATURAL, default=0, help="pixels (default: what the model was trained at)")
+    parser.add_argument(
+        "--size", type=Bounded(int, 0, MAX_SIDE), default=0, help="pixels (default: what the model was trained at)"
+    )
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--sigma-min", type=float, default=NoisyClassifierConfig.sigma_min, help="of the levels")
     parser.add_argument("--sigma-max", type=float, default=NoisyClassifierConfig.sigma_max, help="of the levels")
     parser.add_argument("--steps", type=COUNT, default=2000)
     parser.add_argument("--batch", type=COUNT, default=128)
     parser.add_argument("--rate", type=POSITIVE, default=1e-3)
-    parser.add_argument("--seed", type=NATURAL, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", choices=DEVICES, default="auto")
     arguments = parser.parse_args()
     if arguments.channels < 2 or arguments.channels % 2:

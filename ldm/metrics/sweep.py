@@ -41,7 +41,7 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
         try:
             axes[name] = [KINDS[name](value) for value in values.split(",") if value]
         except ValueError as error:
-            raise UserError(f"--sweep {word}: {error}") from error
+            raise UserError(f"--sweep {word}: {name} takes numbers") from error
     return axes
 
 
