@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -31,10 +33,42 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is 
     signal.signal(signal.SIGINT, _interrupt)
 
 
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # which launchers set for what they launch
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "torch/distributed")  # in their command lines
+
+
+def _end_with_launcher() -> None:
+    """Have this process told by SIGTERM when its launcher is gone, which may die without a word to it.
+
+    Only where its parent is one: that a shell ends is no reason.
+    """
+    if not any(name in os.environ for name in LAUNCHED):
+        return
+    import psutil
+
+    launcher = os.getppid()
+    try:
+        words = " ".join(psutil.Process(launcher).cmdline())
+    except psutil.Error:
+        return
+    if any(name in words for name in LAUNCHERS):
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    try:
+        print(f"warning: the launcher, process {launcher}, is gone, so this one ends too", file=sys.stderr, flush=True)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; user errors end in one sentence and exit code 1, Ctrl-C in 130."""
     from ldm.errors import UserError  # not above: what is imported there goes before Ctrl-C is heeded
 
+    _end_with_launcher()
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ldm.script import INTERRUPTED, run
 
+import os
 import random
 import signal
 import subprocess
@@ -123,3 +124,45 @@ def test_ctrl_c_in_the_first_seconds(tmp_path, words: Sequence[str]):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (130, "", INTERRUPTED) or err.startswith("error: no such file")
+
+
+LAUNCHED = """
+from ldm.script import run
+import os, sys, time
+def main():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+run(main)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, sys.argv[1]]).wait()"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variable", "how", "ends"),
+    [
+        ("accelerate-launch", "ACCELERATE_MIXED_PRECISION", signal.SIGTERM, True),
+        ("torchrun", "TORCHELASTIC_RUN_ID", signal.SIGKILL, True),
+        ("nightly", "ACCELERATE_MIXED_PRECISION", signal.SIGTERM, False),
+        ("accelerate-all.sh", "", signal.SIGKILL, False),
+    ],
+)
+def test_who_was_launched_ends_with_the_launcher(tmp_path, monkeypatch, launcher, variable, how, ends):
+    """And nobody else: a shell, or a script of one's own with a launcher's settings, may end before its children."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "no")
+    (tmp_path / launcher).write_text(LAUNCHER)
+    (tmp_path / "main.py").write_text(LAUNCHED)
+    process = begin(tmp_path / launcher, tmp_path / "main.py")
+    assert process.stdout and process.stderr
+    child = int(process.stdout.readline())
+    process.send_signal(how)
+    process.wait(timeout=60)
+    if ends:
+        assert process.stdout.read() == ""  # which waits until the child too has closed it
+        said = f"warning: the launcher, process {process.pid}, is gone, so this one ends too\n"
+        assert process.stderr.read() == said
+    else:
+        time.sleep(1)
+        os.kill(child, signal.SIGKILL)  # it is still there

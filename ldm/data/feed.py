@@ -316,8 +316,9 @@ def _batch(kind: type[B], samples: Sequence[Fetched[Any]]) -> B:
 
 def _quiet_worker(_: int) -> None:
     """A reader leaves signals to the training process, which saves and then ends its readers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

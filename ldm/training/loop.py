@@ -9,8 +9,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ldm import settings
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.files import atomic_write_text
+from ldm.locks import check_free
 from ldm.training.backward import Gradients, accumulate
 from ldm.training.command import BEGAN
 from ldm.training.draws import generator
@@ -29,10 +30,11 @@ from ldm.training.guard import MOST, Guard
 from ldm.training.members import Members
 from ldm.training.meters import Meters
 from ldm.training.preflight import check_output
-from ldm.training.processes import Division, agree, check_order, divide, from_all, precision_here
+from ldm.training.processes import Division, agree, check_order, divide, from_all, precision_here, writing_alone
 from ldm.training.report import Report
 from ldm.training.saving import Saver, first_line, warn
 from ldm.training.stage import Stage
+from ldm.training.stopping import noted_signals
 
 DONE, BACK, LATE = -1, -2, -3  # how `_Run._until` ends, beside the number of a signal; LATE: the time is up
 POLL = 0.5  # seconds between looks at the clock and at signals, where a batch is waited for
@@ -40,13 +42,14 @@ LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited
 
 
 def prepare_output(output: str, resume: str) -> Path:
-    """The run's folder; raises UserError if none is named, or if it holds a run that was not asked to go on."""
+    """The run's folder; raises UserError if none is named, or if it holds a run that is under way or not to go on."""
     if not output:
         raise UserError("no output folder; say output=runs/NAME")
     if resume not in ("", "auto"):
         raise UserError(f"unknown resume '{resume}'; use --resume auto, or leave it out to start anew")
     path = Path(output)
     check_output(path)
+    check_free(path)
     if not resume and (path / "state").exists():
         raise UserError(f"{path} holds a run already; add --resume auto to go on with it, or choose another output")
     return path
@@ -57,10 +60,11 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
 
     `everything` is the run's whole configuration; it is kept as `output/config.json`. Going on from a saved state
     happens whenever `output` has one. Raises UserError when losses or gradients stay non-finite, or another process
-    has gone; raises KeyboardInterrupt after saving on SIGINT.
+    has gone, or writes into `output`; raises KeyboardInterrupt after saving on SIGINT.
     """
     try:
-        _Run(stage, loop, accelerator, output, everything).go_on()
+        with writing_alone(output, accelerator):
+            _Run(stage, loop, accelerator, output, everything).go_on()
     except RuntimeError as error:
         if accelerator.num_processes == 1 or not any(sign in str(error) for sign in LOST):
             raise
@@ -96,7 +100,7 @@ class _Run:
             self.report.line(0, {"event": f"buckets {buckets.describe()}"})
 
     def go_on(self) -> None:
-        with _signals() as asked:
+        with noted_signals() as asked:
             how = self._until(asked)
             while how == BACK:
                 how = self._until(asked)
@@ -312,18 +316,6 @@ class _Run:
         except Exception as error:
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
             warn(f"warning: no {what} of step {self.step}, and the run goes on: {why}")
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are noted instead of killing the run in the middle of a step."""
-    asked: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _print_plan(stage: Stage, loop: LoopConfig, division: Division, accelerator: Accelerator, step: int) -> None:

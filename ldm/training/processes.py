@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 from ldm import ranges
 from ldm.config import LoopConfig
 from ldm.errors import UserError
+from ldm.locks import held
 from ldm.training.rendezvous import PATIENCE, join
 from ldm.training.stage import Batches
 
@@ -129,6 +131,21 @@ def check_order(batches: Batches, accelerator: Accelerator) -> None:
                 f"process {rank} reads another order of samples than process 0 ({', '.join(other)} differ); let all of "
                 "them see the same shards and settings, and start again"
             )
+
+
+@contextmanager
+def writing_alone(output: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Let no other run write into `output` while the block runs; raises UserError, on all processes, if one does."""
+    with ExitStack() as stack:
+        wrong = ""
+        try:
+            if accelerator.is_main_process:
+                stack.enter_context(held(output))
+        except UserError as error:
+            wrong = str(error)
+        if wrong := from_main(wrong, accelerator):
+            raise UserError(wrong)
+        yield
 
 
 def from_main(value: Any, accelerator: Accelerator) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,8 +38,8 @@ class Report:
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
-        self.bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        self._show(lambda: self.bar.write(text, file=sys.stdout))
+        self._show(sys.stdout.flush)
 
     def line(self, step: int, values: Mapping[str, Value]) -> None:
         """Append {"step": step, ...} to the log and show it."""
@@ -55,7 +57,8 @@ class Report:
                 raise
             self.waiting.clear()
         except OSError as error:
-            print(f"warning: {self.path} waits with {len(self.waiting)} lines: {error.strerror}", file=sys.stderr)
+            warning = f"warning: {self.path} waits with {len(self.waiting)} lines: {error.strerror}"
+            self._show(lambda: print(warning, file=sys.stderr))
         said = [f"{key} {value}" for key, value in entry.items() if key != "step" and not key.startswith(UNSPOKEN)]
         self.say(f"step {step:>7}  " + "  ".join([*said, *self._left(step)]))
         self.bar.set_postfix({key: entry[key] for key in SHOWN_BY_THE_BAR if key in entry}, refresh=False)
@@ -65,13 +68,25 @@ class Report:
         self._drop_after(step)
         self.begun, self.first = time.monotonic(), step
         self.bar.n = step
-        self.bar.refresh()
+        self._show(self.bar.refresh)
 
     def advance(self) -> None:
-        self.bar.update(1)
+        self._show(self.bar.update)
 
     def close(self) -> None:
-        self.bar.close()
+        self._show(self.bar.close)
+
+    def _show(self, show: Callable[[], object]) -> None:
+        """Whoever looked on may have gone, with his terminal or the other end of a pipe; that is no end of a run."""
+        try:
+            show()
+        except OSError:
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except OSError:
+                    with suppress(OSError):  # what waits in the stream must go somewhere
+                        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def _left(self, step: int) -> list[str]:
         """The time that is left, where no bar says it: ["left 1:23:45"]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,4 +191,5 @@ def first_line(error: BaseException) -> str:
 
 
 def warn(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # whoever looked on may have gone
+        print(text, file=sys.stderr, flush=True)

@@ -118,7 +118,7 @@ def tidy(output: Path, step: int) -> None:
     and deleted when the run has come by them again (`finish`). Pictures and snapshots of averages from beyond it are
     deleted: a reconstruction would mix them with those of the branch that counts.
     """
-    for half in [half for folder in ("state", "ema", "samples") for half in (output / folder).glob(".*.tmp")]:
+    for half in [half for folder in (".", "state", "ema", "samples") for half in (output / folder).glob(".*.tmp")]:
         half.unlink(missing_ok=True)
     for beyond in saved_steps(output):
         if beyond > step:

@@ -30,6 +30,7 @@ import torch
 from accelerate import DistributedType
 
 from ldm.errors import UserError
+from ldm.locks import held
 from ldm.training.loop import _Run, train
 from ldm.training.processes import from_main, make_accelerator
 from ldm.training.stage_two import DiffusionStage
@@ -247,6 +248,9 @@ def trouble(output: Path) -> None:
         assert found == codes, (name, found)
     print("elsewhere", flush=True)
     assert crew(2, lambda rank: train_troubled(output / "stalled", rank, unreadable, True)) == [1, 1]
+    print("held", flush=True)
+    with held(output / "held"):
+        assert crew(2, lambda rank: train_troubled(output / "held", rank, unreadable)) == [1, 1]
 
 
 class Spread:

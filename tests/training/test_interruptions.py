@@ -1,9 +1,11 @@
 """Real processes that are interrupted, killed, or run out of disk, and what is left of them."""
 
+import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,13 +38,15 @@ def command(output: Path, *words: str) -> list[str]:
     return [sys.executable, str(script), "--config", str(recipe), *WORDS, f"output={output}", *words]
 
 
-def interrupted(number: int, output: Path, *words: str) -> tuple[int, str, str]:
-    """Send signal `number` to a run of far too many steps when it has logged twice; exit code, stdout, stderr."""
+def under_way(output: Path, *words: str, before: tuple[str, ...] = ()) -> tuple[subprocess.Popen, str]:
+    """A run of far too many steps that has logged twice, in a group of its own; what it said until then."""
     process = subprocess.Popen(
-        command(output, "loop.steps=1000000", "optimizer.law=constant", *words),
+        [*before, *command(output, "loop.steps=1000000", "optimizer.law=constant", *words)[bool(before) :]],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which tests under nohup would ignore
     )
     assert process.stdout is not None
     said = ""
@@ -50,13 +54,20 @@ def interrupted(number: int, output: Path, *words: str) -> tuple[int, str, str]:
         said += line
         if line.startswith("step       4"):
             break
-    process.send_signal(number)
+    return process, said
+
+
+def interrupted(number: int, output: Path, *words: str) -> tuple[int, str, str]:
+    """Send signal `number` to a run and its readers, as a terminal does; exit code, stdout, stderr."""
+    process, said = under_way(output, *words)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)  # that its data readers end too, or the pipes would stay open
     return process.returncode, said + out, err
 
 
-def test_sigterm_saves_exits_0_and_the_run_goes_on(tmp_path):
-    code, out, err = interrupted(signal.SIGTERM, tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_saves_exits_0_and_the_run_goes_on(tmp_path, number):
+    code, out, err = interrupted(number, tmp_path)
     assert (code, err) == (0, "")
     found = load_state(tmp_path)
     assert found is not None
@@ -77,6 +88,56 @@ def test_ctrl_c_saves_and_exits_130_with_one_sentence(tmp_path):
     assert code == 130
     assert err.strip() == "interrupted: what was finished before is on disk, nothing is half-written"
     assert load_state(tmp_path) is not None
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_log_too_saves(tmp_path):
+    """As in `python scripts/train_... | tee log`, where both get it and tee goes first."""
+    process, _ = under_way(tmp_path, "loop.log_every=1")
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    before = log_of(tmp_path)[-1]["step"]
+    while log_of(tmp_path)[-1]["step"] < before + 3:  # it goes on, though nobody reads what it says
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 130
+    assert err.strip() == "interrupted: what was finished before is on disk, nothing is half-written"
+    found = load_state(tmp_path)
+    assert found is not None and found[0] >= before + 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_ends_without_a_word_to_its_run(tmp_path, number):
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    process, said = under_way(tmp_path, before=launcher)
+    assert process.stdout and process.stderr
+    process.send_signal(number)
+    said += process.stdout.read()  # until the trainer has closed it
+    found = load_state(tmp_path)
+    assert found is not None and f"stopped at step {found[0]} as asked; --resume auto goes on from there" in said
+    told = f"warning: the launcher, process {process.pid}, is gone, so this one ends too\n"
+    assert process.stderr.read().endswith(told)
+    assert process.wait(timeout=120) == -number
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    """Of two that begin at once one goes on, and its log has each line once; who comes later is refused at once."""
+    words = command(tmp_path, "loop.steps=1000000", "optimizer.law=constant")
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    while all(process.poll() is None for process in both):
+        time.sleep(0.05)
+    both.sort(key=lambda process: process.poll() is None)
+    out, err = both[0].communicate()
+    assert (both[0].returncode, out) == (1, "")
+    assert err.startswith(f"error: process {both[1].pid} on ") and err.count("\n") == 1
+    third = subprocess.run([*words, "--resume", "auto"], capture_output=True, text=True)
+    assert (third.returncode, third.stdout) == (1, "") and third.stderr == err
+    both[1].terminate()
+    _, err = both[1].communicate(timeout=120)
+    assert (both[1].returncode, err) == (0, "")
+    steps = [line["step"] for line in log_of(tmp_path)]
+    assert steps and steps == sorted(set(steps))
 
 
 def test_a_run_killed_at_any_moment_goes_on_from_its_last_state(tmp_path):

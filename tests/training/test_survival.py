@@ -96,10 +96,11 @@ def test_a_run_goes_on_with_fewer_processes_or_more(tmp_path):
 
 @pytest.mark.slow
 def test_what_happens_to_one_process_is_a_sentence_on_the_other(tmp_path):
-    """Its data are bad; it is killed; its store hangs when the queue's time is up; it sees another folder."""
+    """Its data are bad; it is killed; its store hangs when the queue's time is up; it sees another folder; another run
+    writes there."""
     said: dict[str, list[str]] = {}
     for line in crew("trouble", str(tmp_path)).splitlines():
-        if line in ("bad", "dead", "stalled", "elsewhere"):
+        if line in ("bad", "dead", "stalled", "elsewhere", "held"):
             said[line] = []
         elif line.startswith(("rank", "stopped")):
             said[list(said)[-1]].append(line)
@@ -112,6 +113,7 @@ def test_what_happens_to_one_process_is_a_sentence_on_the_other(tmp_path):
     assert len(said["elsewhere"]) == 2
     assert all("process 1 cannot read the state of step 4 in" in line for line in said["elsewhere"])
     assert all("output must lie on storage that all nodes see" in line for line in said["elsewhere"])
+    assert len(said["held"]) == 2 and all("has been writing into" in line for line in said["held"])
 
 
 @pytest.mark.slow
@@ -198,6 +200,22 @@ def test_a_rank_that_is_killed_under_elastic_restart(two, tmp_path):
     assert len(plans) == 2 and plans[0] != plans[1], plans
     assert same(state(two), state(output))
     assert log_of(two) == log_of(output)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_no_ranks_behind(tmp_path):
+    """They save, and end."""
+    output = tmp_path / "run"
+    process = launched("--standalone", "--nproc_per_node=2", words=["loop.steps=1000000", f"output={output}"])
+    until = time.monotonic() + 200
+    while time.monotonic() < until and not (output / "state" / "00000004.sha256").exists():
+        time.sleep(0.005)
+    process.kill()
+    _, out, err = ended(process)  # when both have closed their ends
+    assert err.count(f"warning: the launcher, process {process.pid}, is gone, so this one ends too") == 2
+    step = state(output)["step"]
+    assert f"stopped at step {step} as asked" in out and log_of(output)[-1]["step"] <= step
+    assert not (output / ".lock").exists()
 
 
 @pytest.mark.slow
