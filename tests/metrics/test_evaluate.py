@@ -114,7 +114,7 @@ def test_mistakes_end_in_one_sentence(command, toy, tmp_path):
         ("tools/train_classifier.py", (*words, "--steps", 0), "--steps is 0"),
         ("tools/train_classifier.py", (*words, "--where", "style"), "and got 'style'"),
         ("scripts/evaluate.py", ("autoencoder", *words, "--model", tmp_path / "none"), "no model"),
-        ("scripts/evaluate.py", ("autoencoder", *words, "--size", -3), "--size is -3; it must be at least 1"),
+        ("scripts/evaluate.py", ("autoencoder", *words, "--size", -3), "--size is -3; it must be between 1 and"),
         ("scripts/evaluate.py", ("autoencoder", *words, "--size", 8), "smaller than the window of SSIM"),
         ("scripts/evaluate.py", ("autoencoder", *words, "--size", 33), "multiples of 4"),
         ("scripts/evaluate.py", ("likelihood", *words, "--seed", 10**23), f"--seed is {10**23}; it must be between 0"),
