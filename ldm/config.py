@@ -105,6 +105,15 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
+class EncoderConfig:
+    """What a network is told beside the caption."""
+
+    labels: tuple[str, ...] = ()  # names of the classes, in order; none: numbers from 0
+    pooled: bool = False  # the vector begins with the text tower's feature of the whole caption
+    sizes: Whole = 0  # width of each of six sizes and crops in the vector (SDXL: 256); 0: they are not told
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     """The law t <-> sigma of the training noise. The defaults are Stable Diffusion's."""
 
@@ -133,6 +142,12 @@ class ModelConfig:
     learned_variance: bool = False  # the U-Net's second half of channels says the reverse steps' variance
     image_size: Side = 512  # pixels, the side it was trained at
     loss: DiffusionLossConfig | None = None  # what the U-Net was trained by; training that goes on from it reads this
+    encoder: EncoderConfig = EncoderConfig()  # what the network is told beside the caption
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the model has, or should have, a text tower: not where its network takes no captions."""
+        return self.text is not None or self.unet is None or self.unet.context_width > 0
 
 
 # ---------------------------------------------------------------- where data comes from
@@ -151,6 +166,7 @@ class DataConfig:
     buckets: Whole = 0  # > 0: pictures keep their shape; sides are multiples of it, about size x size pixels in all
     bucket_aspect: Annotated[float, Range(least=1)] = 2.0  # longer side / shorter side of a bucket, at most
     where: dict[str, list[str]] = field(default_factory=dict)  # keep samples whose json field is one of these
+    label: str = ""  # the field of a sample's json that says its class; empty: none
     caption: Caption = "txt"  # txt, or variants: one of json["captions"], drawn anew each epoch
     streams: Count = 8  # virtual streams; global batch % streams == 0, streams % (processes * workers) == 0
     shuffle: Whole = 1000  # samples in the shuffle buffers of all streams together; 0 keeps the order
@@ -316,6 +332,7 @@ class DiffusionTraining:
     text: str = ""  # a model whose text tower is taken, as of train_clip.py
     latents: str = ""  # shards that tools/precompute_latents.py wrote; empty: encode data.shards on the fly
     model: UNetConfig = UNetConfig()
+    encoder: EncoderConfig = EncoderConfig()  # what the network is told beside the caption
     schedule: ScheduleConfig = ScheduleConfig()
     parameterization: str = ""  # eps, x0, v, flow, score, edm; empty: that of init, else v
     sigma_data: Positive = 1.0  # the data's deviation, for edm; latents have 1, pixels about 0.5

@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm import catalogue
+from ldm.conditioning.condition import Condition, cat
+from ldm.conditioning.planes import depth_plane, inpainting_planes
 from ldm.diffusion import Branches, Denoiser, Fraction, LearnedVariance, bind
-from ldm.errors import UserError, printable
+from ldm.errors import UserError
 from ldm.guidance import (
     autoguidance,
     cfg,
@@ -31,17 +33,15 @@ from ldm.guidance import (
 )
 from ldm.guides import Guides, load_guides
 from ldm.inputs import check_images, check_masks
-from ldm.jobs import Request, Settings, batches, real
+from ldm.jobs import Ask, Request, Settings, batches, real
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid, start, tail
 from ldm.sampling.step import solver_state
 
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
-    from ldm.unet.attention import ContextKV
 
 
 THRESHOLDS = {"static": static_threshold, "dynamic": dynamic_threshold}
-SHOWN_WORDS = 12  # of those unknown to a model, in a notice
 LATENT_BOUND = 4.0  # deviations; the latents of 640 real pictures of the shipped model's reach 3.9 at most
 
 
@@ -52,6 +52,7 @@ class Begin:
     `image`: (B, 3, H, W) in [-1, 1], one for each request, H and W divisible by f.
     `strength`: in (0, 1], the share of the grid's steps that are walked, from the picture noised to where they begin.
     `mask`: (B, 1, H, W) in [0, 1], 1 where the picture is drawn anew and 0 where it stays; None draws all of it.
+    `depth`: (B, 1, H', W') of any scale, larger is nearer, for networks that take it.
 
     Raises UserError for anything else; `inputs` makes these of all that may be given.
     """
@@ -59,6 +60,7 @@ class Begin:
     image: Tensor
     strength: float = 0.75
     mask: Tensor | None = None
+    depth: Tensor | None = None
 
     def __post_init__(self) -> None:
         real(self.strength, "the strength")
@@ -80,15 +82,12 @@ class Begin:
 
     def rows(self, rows: slice) -> Begin:
         """Those of some of the pictures."""
-        return Begin(self.image[rows], self.strength, None if self.mask is None else self.mask[rows])
+        mask, depth = (None if part is None else part[rows] for part in (self.mask, self.depth))
+        return Begin(self.image[rows], self.strength, mask, depth)
 
 
-class PromptCut(UserWarning):
-    """A prompt is longer than the text tower reads; the message names the words that were dropped."""
-
-
-class UnknownWords(UserWarning):
-    """A prompt has words that the text tower takes for one another; the message names them."""
+class PromptNotice(UserWarning):
+    """A prompt has words that the text tower does not read or does not know; the message names them."""
 
 
 def draw(
@@ -133,7 +132,7 @@ def sample(
     bit on one device and batch size, to rounding otherwise). The caller may stop whenever it likes.
     `guides`: what `load_guides` made of `settings`, for those who draw many batches; None loads them here.
     Raises UserError, before the first step, for settings that the model cannot follow; warns of words that the text
-    tower does not read (PromptCut) or does not know (UnknownWords).
+    tower does not read or does not know (PromptNotice).
     """
     settings = settings.check()
     if begin is not None:
@@ -143,7 +142,10 @@ def sample(
     sigmas = make_sigmas(model, settings)
     with _memory_told(len(requests)):
         noise = make_noise(settings, [request.seed for request in requests], shape, model.device)
-    denoiser, fraction = make_denoiser(model, requests, settings, guides or load_guides(model, settings))
+    with torch.no_grad(), _memory_told(len(requests)):
+        planes = planes_of(model, shape, len(requests), begin)
+    guides = guides or load_guides(model, settings)
+    denoiser, fraction = make_denoiser(model, requests, settings, guides, shape, planes)
     sampler = make_sampler(model, settings, fraction)
     if begin is None:
         with _memory_told(len(requests)):
@@ -157,7 +159,7 @@ def sample(
             else:
                 latent = model.codec.encode_tiled(image, settings.tile, overlap)
         x = solver_state(latent) + float(sigmas[0]) * noise.initial()
-        if begin.mask is not None:  # what a mask touches at all is drawn
+        if begin.mask is not None and planes is None:  # what a mask touches at all is drawn
             denoiser = keep(denoiser, latent, F.max_pool2d(begin.mask.to(latent), model.codec.factor))
     steps = sampler(denoiser, x, sigmas, noise)
     while True:
@@ -169,27 +171,33 @@ def sample(
 
 
 def make_denoiser(
-    model: LatentDiffusion, requests: Sequence[Request], settings: Settings, guides: Guides
+    model: LatentDiffusion,
+    requests: Sequence[Request],
+    settings: Settings,
+    guides: Guides,
+    shape: tuple[int, int, int],
+    planes: Tensor | None,
 ) -> tuple[Denoiser, Fraction | None]:
-    """The model on the prompts of `requests`, guided: by comparison first, then by the classifier, then thresholded.
+    """The model on what `requests` ask for, guided: by comparison first, then by the classifier, then thresholded.
 
-    And, of a model that learned its variance, what it says of that for the prompts themselves.
-    Raises UserError for negative prompts beside a guide model, which stands in their place.
+    And, of a model that learned its variance, what it says of that for the prompts themselves. Latents have `shape`;
+    `planes` are what stands beside them. Raises UserError for negative prompts beside a guide model, which stands in
+    their place.
     """
-    prompts = [request.prompt for request in requests]
-    negatives = [request.negative for request in requests]
+    f = model.codec.factor
+    asks, others = zip(*(request.asks(shape[1] * f, shape[2] * f) for request in requests), strict=True)
     how = settings.cfg, settings.cfg_rescale, settings.cfg_interval
     if guides.worse is not None:
-        if any(negatives):
+        if any(ask.text for ask in others):
             raise UserError("a guide model stands in the negative prompt's place; leave one of the two out")
-        branches = branches_of(model, [prompts])
-        denoiser = autoguidance(branches, branches_of(guides.worse, [prompts]), *how)
+        branches = branches_of(model, [asks], planes)
+        denoiser = autoguidance(branches, branches_of(guides.worse, [asks], planes), *how)
     elif settings.perp_negative is not None:
-        branches = branches_of(model, [prompts, [""] * len(prompts), negatives])
+        branches = branches_of(model, [asks, [replace(ask, text="") for ask in others], others], planes)
         denoiser = perpendicular_negative(branches, settings.perp_negative, *how)
     else:
         # Under guidance scale 1 nothing looks at the unconditional branch, so it is not even encoded.
-        branches = branches_of(model, [prompts] if settings.cfg == 1 else [prompts, negatives])
+        branches = branches_of(model, [asks] if settings.cfg == 1 else [asks, others], planes)
         denoiser = cfg(branches, *how)
 
     if guides.classifier is not None:
@@ -203,20 +211,35 @@ def make_denoiser(
     return denoiser, branches.fraction if isinstance(branches, LearnedVariance) else None
 
 
-def branches_of(model: LatentDiffusion, prompts: Sequence[Sequence[str]]) -> Branches:
-    """The model's predictions for K lists of B prompts; their keys and values are projected when first needed.
-
-    Raises UserError for a model that has to be given more than prompts.
-    """
-    model.check_prompt_suffices()
+def branches_of(model: LatentDiffusion, asks: Sequence[Sequence[Ask]], planes: Tensor | None = None) -> Branches:
+    """The model's predictions for K lists of B asks, each with the same `planes` (B, C, h, w) beside the latent."""
     with torch.no_grad():
-        contexts = [encode(model, texts) for texts in prompts]
+        told = [replace(conditions(model, some), planes=planes) for some in asks]
+    return (LearnedVariance if model.law.learned_variance else bind)(model.unet, told, model.law)
 
-    def prepare(some: Sequence[Tensor]) -> ContextKV:
-        return model.unet.project_context(torch.cat(list(some)))
 
-    bound = LearnedVariance if model.law.learned_variance else bind
-    return bound(model.unet, contexts, prepare, model.law)
+def planes_of(model: LatentDiffusion, shape: tuple[int, int, int], count: int, begin: Begin | None) -> Tensor | None:
+    """What the network takes beside `count` latents of `shape`; None for most networks.
+
+    An inpainting network's planes are of the picture and mask of `begin`; without a mask all of the picture is drawn,
+    without a picture it is grey. Raises UserError for a network that takes what is not given.
+    """
+    c, h, w = shape
+    extra = model.extra_channels
+    if not extra:
+        return None
+    if extra == 1 + c:
+        size = (count, 3, h * model.codec.factor, w * model.codec.factor)
+        image = torch.zeros(size, device=model.device) if begin is None else begin.image.to(model.device)
+        mask = None if begin is None else begin.mask
+        return inpainting_planes(model.codec, image, torch.ones_like(image[:, :1]) if mask is None else mask.to(image))
+    if extra == 1 and begin is not None and begin.depth is not None:
+        return depth_plane(begin.depth.to(model.device), (h, w))
+    what = "a depth map, which img2img takes as depth=" if extra == 1 else "and nobody knows what they are"
+    raise UserError(
+        f"the U-Net of {model.name or 'this model'} takes {extra} channels beside the latent, {what}; give it, or draw "
+        f"with a model that takes {c} channels"
+    )
 
 
 def decode(model: LatentDiffusion, step: Step, tile: int | None = None) -> Tensor:
@@ -234,45 +257,22 @@ def decode(model: LatentDiffusion, step: Step, tile: int | None = None) -> Tenso
         return model.codec.decode_tiled(latent, tile, model.codec.overlap(tile))
 
 
-def encode(model: LatentDiffusion, prompts: Sequence[str]) -> Tensor:
-    """Context (B, L, D) of the prompts.
+def conditions(model: LatentDiffusion, asks: Sequence[Ask]) -> Condition:
+    """What the model is told (B rows).
 
-    Each is read by itself (and once): in a batch its last bits would depend on how many others there are.
+    Each ask is read by itself (and once): in a batch its last bits would depend on how many others there are.
     """
-    contexts: dict[str, Tensor] = {}
-    for prompt in dict.fromkeys(prompts):
-        tokens, (words,) = model.text.tokenize([prompt])
-        if words:
-            warnings.warn(_cut_notice(prompt, words), PromptCut, stacklevel=2)
-        unknown = model.text.unknown_words(tokens[0])
-        if unknown:
-            warnings.warn(_unknown_notice(model, unknown), UnknownWords, stacklevel=2)
-        contexts[prompt] = model.text(tokens.to(model.device))
-    return torch.cat([contexts[prompt] for prompt in prompts])
+    read: dict[Ask, Condition] = {}
+    for ask in dict.fromkeys(asks):
+        read[ask], notices = model.encoder([ask])
+        for notice in notices:
+            warnings.warn(notice, PromptNotice, stacklevel=2)
+    return cat([read[ask] for ask in asks]).to(model.device)
 
 
-def prompt_notices(model: LatentDiffusion, requests: Sequence[Request]) -> list[str]:
-    """One sentence for each different prompt or negative prompt that the text tower does not read to its end, and one
-    for all words that it does not know."""
-    texts = list(dict.fromkeys(text for request in requests for text in (request.prompt, request.negative)))
-    tokens, dropped = model.text.tokenize(texts)
-    found = [_cut_notice(text, words) for text, words in zip(texts, dropped, strict=True) if words]
-    unknown = dict.fromkeys(word for row in tokens for word in model.text.unknown_words(row))
-    return [*found, _unknown_notice(model, list(unknown))] if unknown else found
-
-
-def _cut_notice(prompt: str, words: str) -> str:
-    shown = prompt if len(prompt) <= 40 else f"{prompt[:39]}…"
-    return printable(f"the prompt '{shown}' is longer than the text tower reads; dropped: {words}")
-
-
-def _unknown_notice(model: LatentDiffusion, words: Sequence[str]) -> str:
-    shown = ", ".join(f"'{word[:40]}'" for word in words[:SHOWN_WORDS])
-    more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
-    return printable(
-        f"the text tower of {model.name or 'this model'} does not know {shown}{more}: it takes all such words for one, "
-        "so what they mean is not drawn; use words that it was trained on"
-    )
+def prompt_notices(model: LatentDiffusion, requests: Sequence[Request]) -> tuple[str, ...]:
+    """What a user should know of how the prompts and negative prompts are read: `Encoder.notices`."""
+    return model.encoder.notices([text for request in requests for text in (request.prompt, request.negative)])
 
 
 def latent_shape(model: LatentDiffusion, settings: Settings) -> tuple[int, int, int]:

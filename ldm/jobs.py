@@ -22,12 +22,29 @@ THRESHOLDS = ("static", "dynamic")
 
 
 @dataclass(frozen=True)
+class Ask:
+    """What a picture is to be: one row of what a network is told. A training sample is an Ask too."""
+
+    text: str = ""
+    label: str | int | None = None  # of a class-conditional model: a name, or a number where classes have no names
+    size: tuple[int, int] | None = None  # height and width of the picture before it was resized, pixels
+    crop: tuple[int, int] = (0, 0)  # top and left of what is seen of it, pixels after the resize
+    target: tuple[int, int] | None = None  # height and width of what is seen
+
+
+@dataclass(frozen=True)
 class Request:
     """One picture: what it shows, what it should not, and the seed of its noise."""
 
     prompt: str
     negative: str = ""
     seed: int = 0
+    label: str | int | None = None  # of a class-conditional model
+
+    def asks(self, height: int, width: int) -> tuple[Ask, Ask]:
+        """What the picture is to be, and what it is guided away from, at the size in pixels that is drawn."""
+        whole = (height, width)
+        return Ask(self.prompt, self.label, size=whole, target=whole), Ask(self.negative, size=whole, target=whole)
 
     def check(self) -> Request:
         """The same; raises UserError for a seed that is none, and for texts that no file could hold."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ldm.autoencoder.codec import Codec
     from ldm.checkpoints.record import Checkpoint
     from ldm.conditioning.clip import TextTower
+    from ldm.conditioning.encoder import Encoder
     from ldm.diffusion import Law
     from ldm.inputs import Picture
     from ldm.sampling import Step
@@ -47,7 +48,7 @@ class LatentDiffusion:
 
     config: ModelConfig
     codec: Codec
-    text: TextTower
+    encoder: Encoder
     unet: UNet
     law: Law
     name: str = ""
@@ -69,20 +70,10 @@ class LatentDiffusion:
         """Channels that the U-Net takes beside the noisy latent's: 5 of an inpainting model, 1 of a depth model."""
         return self.unet.config.in_channels - self.codec.latent_channels
 
-    def check_prompt_suffices(self) -> None:
-        """Raise UserError if the U-Net has to be given more than a prompt."""
-        if self.extra_channels:
-            what = {5: "a mask and the masked picture, to inpaint", 1: "a depth map"}.get(self.extra_channels, "others")
-            raise UserError(
-                f"the U-Net of {self.name or 'this model'} takes {self.extra_channels} channels beside the latent "
-                f"({what}), which a prompt does not give; draw with a model that takes {self.codec.latent_channels}"
-            )
-        kinds = {"a class": self.unet.config.classes, "a vector": self.unet.config.vector_width}
-        for what in (what for what, size in kinds.items() if size):
-            raise UserError(
-                f"the U-Net of {self.name or 'this model'} takes {what} beside the latent, which a prompt does not "
-                "give; call the network itself, or draw with a model that takes prompts alone"
-            )
+    @property
+    def text(self) -> TextTower | None:
+        """The tower that reads captions; None of a model that takes none."""
+        return self.encoder.text
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +129,7 @@ class LatentDiffusion:
         *,
         strength: float = 0.75,
         mask: Picture | Sequence[Picture] | None = None,
+        depth: Tensor | None = None,
         negative: str | Sequence[str] = "",
         cfg: float | None = None,
         steps: int | None = None,
@@ -152,6 +144,7 @@ class LatentDiffusion:
         arrays of uint8, or lists of these (ldm/inputs.py). One prompt serves all pictures, one picture all prompts.
         `strength`: in (0, 1], the share of the steps that are walked: 0.75 keeps the composition, 1 hardly anything.
         `mask`: draw anew where it is 1 (white); where it is 0 the pixels stay as they are. One serves all pictures.
+        `depth`: (B, 1, H', W') of any scale, larger is nearer, for networks that take a depth map.
         """
         from ldm import generate
         from ldm.inputs import as_images, as_masks
@@ -161,7 +154,7 @@ class LatentDiffusion:
         requests = of_prompts(prompts, negative, seed)
         if len(images) == 1:
             images = images.expand(len(requests), -1, -1, -1)
-        begin = generate.Begin(images, strength, None if mask is None else as_masks(mask, images))
+        begin = generate.Begin(images, strength, None if mask is None else as_masks(mask, images), depth)
         return generate.draw(self, requests, settings.but(cfg, steps, sampler), batch_size, begin)
 
     def sample(
@@ -248,7 +241,8 @@ def load(
     for notice in checkpoint.notices:
         warnings.warn(notice, CheckpointNotice, stacklevel=2)
     codec = checkpoint.load("autoencoder", where, dtype)
-    text, unet = checkpoint.load("text", where, dtype), checkpoint.load("unet", where, dtype)
+    text = checkpoint.load("text", where, dtype) if checkpoint.config.takes_text else None
+    unet = checkpoint.load("unet", where, dtype)
     unet.set_attention_backend(attention)
     made = assemble(checkpoint.config, codec, text, unet, name=str(model), path=path)
     named = None if vae is None else str(vae)
@@ -256,13 +250,14 @@ def load(
 
 
 def assemble(
-    config: ModelConfig, codec: Codec, text: TextTower, unet: UNet, name: str = "", path: Path | None = None
+    config: ModelConfig, codec: Codec, text: TextTower | None, unet: UNet, name: str = "", path: Path | None = None
 ) -> LatentDiffusion:
     """A model of parts in memory; the law is made from `config`.
 
     The U-Net may take more channels than the latent has (inpainting, depth). Raises UserError if the parts do not fit
     each other.
     """
+    from ldm.conditioning.encoder import Encoder
     from ldm.diffusion import make_law
 
     schedule = config.schedule or ScheduleConfig()
@@ -270,9 +265,12 @@ def assemble(
     here, there = codec.latent_channels, unet.config.in_channels
     if here > there or here * (1 + config.learned_variance) != unet.config.out_channels:
         raise UserError(f"the autoencoder makes latents of {here} channels and the U-Net takes {there}; pair others")
-    if text.config.width != unet.config.context_width:
-        raise UserError(
-            f"the text tower's context is {text.config.width} wide and the U-Net takes {unet.config.context_width}; "
-            "pair others"
-        )
-    return LatentDiffusion(config, codec, text, unet, law, name, path)
+    encoder = Encoder(text, config.encoder, unet.config.classes)
+    width = 0 if text is None else text.config.width
+    for what, made, taken in (
+        ("context", width, unet.config.context_width),
+        ("vector", encoder.vector_width, unet.config.vector_width),
+    ):
+        if made != taken:
+            raise UserError(f"the {what} that is made here is {made} wide and the U-Net takes {taken}; pair others")
+    return LatentDiffusion(config, codec, encoder, unet, law, name, path)

@@ -91,8 +91,7 @@ def main() -> None:
     notices += provenance.differences(recipe, model, guides.hashes) if recipe else []
     for notice in dict.fromkeys(notices):
         print(f"warning: {notice}", file=sys.stderr)
-    for said in (generate.PromptCut, generate.UnknownWords):  # above, once
-        warnings.simplefilter("ignore", said)
+    warnings.simplefilter("ignore", generate.PromptNotice)  # said above, once
 
     sheet: list[tuple[torch.Tensor, Request, Path]] = []
     with tqdm(total=len(batches) * settings.steps, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:

@@ -20,10 +20,10 @@ from torch import Tensor
 from ldm import generate, jobs, provenance
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import native
-from ldm.config import AutoencoderConfig
+from ldm.config import AutoencoderConfig, EncoderConfig
 from ldm.errors import UserError
 from ldm.image_io import save_png
-from ldm.jobs import Request, Settings
+from ldm.jobs import Ask, Request, Settings
 from ldm.model import LatentDiffusion, assemble, load
 from ldm.unet import UNet
 
@@ -150,8 +150,8 @@ def test_sizes(tiny_model: LatentDiffusion) -> None:
 def test_evaluations(
     tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], rows: list[int]
 ) -> None:
-    evaluated = spied(monkeypatch, tiny_model.unet, "forward", lambda x, t, context: len(x))
-    projected = spied(monkeypatch, tiny_model.unet, "project_context", len)
+    evaluated = spied(monkeypatch, tiny_model.unet, "forward", lambda x, t, told: len(x))
+    projected = spied(monkeypatch, tiny_model.unet, "prepare", len)
     read = spied(monkeypatch, tiny_model.text, "tokenize", list)
     draw(tiny_model, [Request("a cat", "dog"), Request("a cat", "dog", 1)], **changes)
     assert evaluated == rows
@@ -177,7 +177,7 @@ def test_the_loop_can_be_taken_apart(tiny_model: LatentDiffusion) -> None:
 
 def test_words_that_are_not_read_are_named(tiny_model: LatentDiffusion) -> None:
     prompt = "a b c d e f g h i j k l m n o p"
-    with pytest.warns(generate.PromptCut, match="dropped: o p"):
+    with pytest.warns(generate.PromptNotice, match="dropped: o p"):
         cut = draw(tiny_model, [Request(prompt)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -192,9 +192,9 @@ def test_words_that_the_model_does_not_know_are_named(tiny_model: LatentDiffusio
     (notice,) = generate.prompt_notices(tiny_model, requests)
     assert "does not know 'zebra', " in notice and "'giraffe': it takes all such words for one" in notice
     assert notice.isprintable()
-    with pytest.warns(generate.UnknownWords, match="does not know 'zebra': it takes"):
+    with pytest.warns(generate.PromptNotice, match="does not know 'zebra': it takes"):
         tiny_model.txt2img("a zebra", cfg=1, steps=1)
-    with pytest.warns(generate.UnknownWords, match="does not know 'zebra': it takes"):
+    with pytest.warns(generate.PromptNotice, match="does not know 'zebra': it takes"):
         next(tiny_model.sample("a cat", negative="a zebra", steps=1))
     many = [Request(f"zebra{letter}") for letter in "abcdefghijklmn"]
     assert "'zebral' and 2 more: it" in generate.prompt_notices(tiny_model, many)[0]
@@ -290,14 +290,72 @@ def test_parts_that_do_not_fit(tiny_model: LatentDiffusion) -> None:
         assemble(dataclasses.replace(m.config, schedule=schedule, parameterization="eps"), m.codec, m.text, m.unet)
 
 
-@pytest.mark.parametrize("what", ["classes", "vector_width"])
-def test_a_network_that_a_prompt_does_not_suffice(tiny_model: LatentDiffusion, what: str) -> None:
-    m = tiny_model
+def told_more(m: LatentDiffusion, encoder: EncoderConfig = EncoderConfig(), **changes: int) -> LatentDiffusion:
+    """The model with a random U-Net that is told, or takes, something else beside the caption."""
     assert m.config.unet
-    config = dataclasses.replace(m.config.unet, **{what: 3})
-    model = assemble(dataclasses.replace(m.config, unet=config), m.codec, m.text, UNet(config))
-    with pytest.raises(UserError, match=r"takes a (class|vector) beside the latent, which a prompt does not give"):
-        model.txt2img("a cat")
+    config = dataclasses.replace(m.config.unet, **changes)
+    torch.manual_seed(0)
+    unet = UNet(config)
+    for parameter in unet.parameters():
+        if not bool(parameter.detach().any()):
+            torch.nn.init.normal_(parameter, std=0.1)
+    text = m.text if config.context_width else None
+    model = dataclasses.replace(m.config, unet=config, encoder=encoder)
+    return assemble(model, m.codec, text, unet.eval().requires_grad_(False))
+
+
+def test_a_class_is_drawn_by_its_name_and_guided_from_the_null_class(tiny_model: LatentDiffusion) -> None:
+    model = told_more(tiny_model, EncoderConfig(labels=("cat", "dog", "hen")), classes=3, context_width=0)
+
+    def of(label: str | int | None, cfg: float) -> Tensor:
+        return draw(model, [Request("", label=label)], cfg=cfg)
+
+    cat, dog, none = (of(label, 1.0) for label in ("cat", "dog", None))
+    assert not torch.equal(cat, dog) and not torch.equal(cat, none)
+    assert (
+        float((of("cat", 0.0) - none).abs().mean()) < 1e-3 < float((cat - none).abs().mean())
+    )  # guidance scale 0 is the null class alone
+    with pytest.raises(UserError, match="there is no label 'cow'; this model knows cat, dog, hen"):
+        of("cow", 1.0)
+    with pytest.raises(UserError, match="this model knows no labels"):
+        draw(tiny_model, [Request("", label="cat")])
+
+
+def test_a_network_is_told_the_pictures_size(tiny_model: LatentDiffusion) -> None:
+    model = told_more(tiny_model, EncoderConfig(pooled=True, sizes=8), vector_width=16 + 6 * 8)
+    square, wide = draw(model, [Request("a cat")]), draw(model, [Request("a cat")], width=64)
+    assert square.shape[-1] == 32 and wide.shape[-1] == 64
+    one, other = (model.encoder([Ask("a cat", size=(32, 32), target=target)])[0] for target in ((32, 32), (32, 64)))
+    assert one.vector is not None and other.vector is not None and one.vector.shape == (1, 64)
+    assert torch.equal(one.vector[:, :-8], other.vector[:, :-8]) and not torch.equal(one.vector, other.vector)
+    with pytest.raises(UserError, match="the vector that is made here is 0 wide and the U-Net takes 3"):
+        told_more(tiny_model, vector_width=3)
+
+
+def test_an_inpainting_network_is_given_mask_and_picture(tiny_model: LatentDiffusion) -> None:
+    model = told_more(tiny_model, in_channels=9)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :16] = 1
+    drawn = model.img2img(image, "a cat", mask=mask, strength=1.0, steps=2)
+    assert torch.equal(drawn[..., 16:], image[..., 16:]) and not torch.equal(drawn[..., :16], image[..., :16])
+    under = image * (1 - mask) + 0.7 * mask  # what lies under it shows through the first noise alone
+    again = model.img2img(under, "a cat", mask=mask, strength=1.0, steps=2)
+    assert float((again - drawn).abs().mean()) < 0.02 < float((under - image).abs().mean())
+    whole = model.txt2img("a cat", steps=2)  # without a picture all is drawn
+    assert bool(whole.isfinite().all()) and not torch.equal(whole[..., :16], drawn[..., :16])
+
+
+def test_a_depth_network_is_given_the_depth(tiny_model: LatentDiffusion) -> None:
+    model = told_more(tiny_model, in_channels=5)
+    image, depth = torch.zeros(1, 3, 32, 32), torch.arange(32.0).expand(1, 1, 32, 32)
+    one, other = (model.img2img(image, "a cat", depth=d, strength=1.0, steps=2) for d in (depth, depth.flip(3)))
+    assert not torch.equal(one, other)
+    assert torch.equal(model.img2img(image, "a cat", depth=7 * depth + 3, strength=1.0, steps=2), one)
+    with pytest.raises(UserError, match="1 channels beside the latent, a depth map, which img2img takes as depth="):
+        model.txt2img("a cat", steps=2)
+    with pytest.raises(UserError, match="takes 3 channels beside the latent, and nobody knows what they are"):
+        told_more(tiny_model, in_channels=7).txt2img("a cat", steps=2)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def trace(arguments: argparse.Namespace) -> None:
     requests = jobs.of_prompts([arguments.prompt])
     settings = jobs.Settings(cfg=arguments.cfg, steps=arguments.steps)
     with torch.inference_mode():
-        generate.encode(made, [arguments.prompt, ""])
+        generate.conditions(made, [jobs.Ask(arguments.prompt), jobs.Ask()])
     mark("encode the prompt")
     steps = list(generate.sample(made, requests, settings))
     mark(f"sample, {arguments.steps} steps")
@@ -182,6 +182,7 @@ def unet(arguments: argparse.Namespace) -> dict[str, Any]:
     """Samples/s of a training step (forward, backward, AdamW) and pictures x steps/s of guided sampling, float32."""
     import torch
 
+    from ldm.conditioning.condition import Condition
     from ldm.config import DiffusionTraining, load
     from ldm.unet.unet import UNet
 
@@ -209,8 +210,8 @@ def unet(arguments: argparse.Namespace) -> dict[str, Any]:
     x2, t2, context2 = inputs(2 * arguments.pictures)
     network.eval().requires_grad_(False)
     with torch.inference_mode():
-        kv = network.project_context(context2) if context2 is not None else None
-        sampling = seconds_each(lambda: network(x2, t2, kv), arguments.seconds)
+        told = network.prepare(Condition(context2)) if context2 is not None else None
+        sampling = seconds_each(lambda: network(x2, t2, told), arguments.seconds)
 
     figures = {
         "parameters": parameters,

@@ -13,6 +13,7 @@ from ldm.checkpoints.adapter_words import other_base
 from ldm.checkpoints.lora import read_lora
 from ldm.checkpoints.reading import read_metadata
 from ldm.checkpoints.textual_inversion import read_bundled, read_embeddings
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
@@ -43,7 +44,11 @@ def apply(model: LatentDiffusion, adapters: Sequence[Adapter]) -> LatentDiffusio
     for word in words:
         vectors = f"{len(word.vectors)} vector{'s' if len(word.vectors) > 1 else ''}"
         told.append(f"{word.source} brings the word '{word.word}', {vectors}{word.remark}")
-    networks: dict[str, Any] = merged({"unet": model.unet, "text": model.text}, loras)
-    if words:
-        networks["text"] = TowerWithWords(networks["text"], words).eval()
-    return replace(model, **networks, adapters=(*model.adapters, *read), told=(*model.told, *told))
+    if words and model.text is None:
+        raise UserError("a word goes into a text tower, and this model has none; leave the embedding out")
+    own = {"unet": model.unet} | ({} if model.text is None else {"text": model.text})
+    networks: dict[str, Any] = merged(own, loras)
+    text = TowerWithWords(networks["text"], words).eval() if words else networks.get("text")
+    encoder = model.encoder.with_text(text)
+    adapters = (*model.adapters, *read)
+    return replace(model, unet=networks["unet"], encoder=encoder, adapters=adapters, told=(*model.told, *told))

@@ -94,6 +94,7 @@ class LatentBatch:
     epoch: list[int]
     size: Tensor
     crop: Tensor
+    label: list[str | None]
 
     def __len__(self) -> int:
         return len(self.key)
@@ -105,6 +106,7 @@ class _Latent:
     context: Tensor
     size: Tensor
     crop: Tensor
+    label: str | None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class _LatentDecode:
 
     caption: str
     flip: bool
+    label: str
 
     def __call__(self, record: Record, rng: random.Random) -> _Latent:
         try:
@@ -128,7 +131,8 @@ class _LatentDecode:
         flipped = self.flip and mirror < 0.5
         if flipped:
             moments = tensors["moments_flipped"]
-        return _Latent(moments.float(), contexts[chosen].float(), size, crops[int(flipped)])
+        label = samples.label(samples.read_meta(record), self.label)
+        return _Latent(moments.float(), contexts[chosen].float(), size, crops[int(flipped)], label)
 
 
 class LatentLoader(Feed[_Latent, LatentBatch]):
@@ -159,7 +163,7 @@ class LatentLoader(Feed[_Latent, LatentBatch]):
         data = replace(open_set(config.shards, "latents", _fault, config.where, config), keys_are_addresses=True)
         lost = {shard.source for shard in data.quarantine.values()}
         _check_count(data, sum(count for source, count in zip(sources, counts, strict=True) if source not in lost))
-        decode = _LatentDecode(config.caption, config.flip)
+        decode = _LatentDecode(config.caption, config.flip, config.label)
         super().__init__(data, config, global_batch, rank, world, seed, decode, LatentBatch)
 
 

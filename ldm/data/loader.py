@@ -18,12 +18,13 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True)
 class Decoded:
-    """A sample's picture and caption, before it is in a batch; `size` and `crop` as in Batch."""
+    """A sample's picture and caption, before it is in a batch; `size`, `crop` and `label` as in Batch."""
 
     image: Tensor  # (3, H, W) float32 in [-1, 1]
     caption: str
     size: tuple[int, int]
     crop: tuple[int, int]
+    label: str | None = None
 
 
 Decode = Decoder[Decoded]
@@ -32,6 +33,8 @@ Decode = Decoder[Decoded]
 @dataclass(frozen=True)
 class Batch:
     """`image` float32 (B, 3, H, W) in [-1, 1]; caption, key ("train-0003/00017") and epoch of each row.
+
+    `label`: what the samples' json says in the field `data.label`; None where none is named.
 
     `size` int64 (B, 2) is the height and width of the pictures as they lie in the shards, `crop` int64 (B, 2) the top
     and left of what is seen of them, in pixels after the resize: what Podell et al. 2023 condition on.
@@ -43,6 +46,7 @@ class Batch:
     epoch: list[int]
     size: Tensor
     crop: Tensor
+    label: list[str | None]
 
     def __len__(self) -> int:
         return len(self.key)
@@ -58,7 +62,7 @@ class PictureDecode:
         sample = samples.decode(record, self.config.caption, rng)
         size = record.bucket or self.config.size
         made = transforms.prepare(sample.picture, size, self.config.crop, self.config.flip, rng)
-        return Decoded(made.image, sample.caption, made.size, made.crop)
+        return Decoded(made.image, sample.caption, made.size, made.crop, samples.label(sample.meta, self.config.label))
 
 
 class Loader(Feed[Decoded, Batch]):

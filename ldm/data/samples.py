@@ -102,6 +102,16 @@ def choose_caption(record: Record, meta: dict[str, Any], caption: str, rng: rand
     return text
 
 
+def label(meta: dict[str, Any], field: str) -> str | None:
+    """What the sample's json says in `field`, as text; None for an empty `field`. Raises BadSample."""
+    if not field:
+        return None
+    value = meta.get(field)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise BadSample(f"no label: its json has no text or whole number in '{field}'")
+    return str(value)
+
+
 def caption_variants(meta: dict[str, Any]) -> list[str]:
     """The json's `captions`, stripped, without empty ones and those that no UTF-8 holds; [] where there are none."""
     given = meta.get("captions")

@@ -10,36 +10,44 @@ channels; D is made of the first half, and only learned_variance.py looks at the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ldm.conditioning.condition import Condition, cat
 from ldm.diffusion.law import Law
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, h, w), sigma () or (B,)) -> the expected x0 (B, C, h, w)."""
 
-Network = Callable[[Tensor, Tensor], Tensor]
-"""(x_in (B, C, h, w) float32, t (B,) float32) -> F (B, C or 2 C, h, w); its conditioning, if any, is closed over."""
+
+class Network(Protocol):
+    """What is trained, and whatever stands in its place: compiled, prepared, captured in a graph."""
+
+    def prepare(self, told: Condition) -> Any:
+        """What of the conditions does not depend on x and t, as keys and values: made once for a trajectory."""
+        ...
+
+    def __call__(self, x: Tensor, t: Tensor, told: Any) -> Tensor:
+        """x_in (B, C, h, w) float32, t (B,) float32, what `prepare` made for B pictures -> F (B, C or 2 C, h, w)."""
+        ...
+
 
 Outputs = Callable[[Tensor, Tensor, int], Tensor]
-"""(x (B, C, h, w), sigma () or (B,), k) -> what the network puts out for the first k conditionings (k, B, ...)."""
-
-C = TypeVar("C")
-P = TypeVar("P")
+"""(x (B, C, h, w), sigma () or (B,), k) -> what the network puts out for the first k conditions (k, B, ...)."""
 
 
 class Branches(Protocol):
-    """A network bound to K conditionings: index 0 the prompt's, 1 the unconditional or negative one, then any more."""
+    """A network bound to K conditions: index 0 the prompt's, 1 the unconditional or negative one, then any more."""
 
     def __call__(self, x: Tensor, sigma: Tensor, count: int | None = None) -> Tensor:
         """(B, C, h, w), () or (B,) -> (K, B, C, h, w): each one's x0. `count` evaluates only the first `count`."""
         ...
 
 
-def precondition(network: Network, law: Law) -> Denoiser:
-    """D(x, sigma) = c_skip x + c_out F(c_in x, t), computed in x's dtype around a float32 network."""
+def precondition(network: Callable[[Tensor, Tensor], Tensor], law: Law) -> Denoiser:
+    """D(x, sigma) = c_skip x + c_out F(c_in x, t), computed in x's dtype around a float32 network of x_in and t."""
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         return law.denoised(network(*law.input(x, sigma)), x, sigma)
@@ -47,42 +55,27 @@ def precondition(network: Network, law: Law) -> Denoiser:
     return denoise
 
 
-def bind(
-    network: Callable[[Tensor, Tensor, P], Tensor],
-    conditionings: Sequence[C],
-    prepare: Callable[[Sequence[C]], P],
-    law: Law,
-    one_batch: bool = True,
-) -> Branches:
-    """`network` on K conditionings, in one batch or, where memory is short, one after another.
+def bind(network: Network, told: Sequence[Condition], law: Law, one_batch: bool = True) -> Branches:
+    """`network` on K conditions of B pictures each, in one batch or, where memory is short, one after another.
 
-    `network(x_in, t, prepared)` is evaluated on k B pictures; the k conditionings of a batch lie one after another
-    (all pictures of the first, then all of the second). What a conditioning is does not matter here: `prepare` makes
-    of k of them, each for B pictures, what the network takes for those k B pictures (it concatenates them, and may
-    project the context's keys and values). It is called once for each set that is needed, not once for each step.
+    In one batch the network is evaluated on k B pictures: all of the first condition, then all of the second. It
+    prepares each set of conditions that is needed once, not once for each step.
     """
-    outputs = outputs_of(network, conditionings, prepare, law, one_batch)
+    outputs = outputs_of(network, told, law, one_batch)
 
     def branches(x: Tensor, sigma: Tensor, count: int | None = None) -> Tensor:
-        output = outputs(x, sigma, len(conditionings) if count is None else count)
-        return law.denoised(output, x, sigma)
+        return law.denoised(outputs(x, sigma, len(told) if count is None else count), x, sigma)
 
     return branches
 
 
-def outputs_of(
-    network: Callable[[Tensor, Tensor, P], Tensor],
-    conditionings: Sequence[C],
-    prepare: Callable[[Sequence[C]], P],
-    law: Law,
-    one_batch: bool,
-) -> Outputs:
+def outputs_of(network: Network, told: Sequence[Condition], law: Law, one_batch: bool) -> Outputs:
     """What `bind` evaluates, before it is made a denoiser; the arguments are those of `bind`."""
-    kept: dict[tuple[int, int], P] = {}
+    kept: dict[tuple[int, int], Any] = {}
 
-    def prepared(start: int, stop: int) -> P:
+    def prepared(start: int, stop: int) -> Any:
         if (start, stop) not in kept:
-            kept[start, stop] = prepare(conditionings[start:stop])
+            kept[start, stop] = network.prepare(cat(told[start:stop]))
         return kept[start, stop]
 
     def outputs(x: Tensor, sigma: Tensor, count: int) -> Tensor:

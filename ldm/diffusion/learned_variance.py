@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import C, P, outputs_of
+from ldm.conditioning.condition import Condition
+from ldm.diffusion.denoiser import Network, outputs_of
 from ldm.diffusion.law import Law
 from ldm.diffusion.parameterization import per_picture
 from ldm.diffusion.schedule import Schedule
@@ -32,21 +33,14 @@ class LearnedVariance:
     nothing; with others it evaluates the network.
     """
 
-    def __init__(
-        self,
-        network: Callable[[Tensor, Tensor, P], Tensor],
-        conditionings: Sequence[C],
-        prepare: Callable[[Sequence[C]], P],
-        law: Law,
-        one_batch: bool = True,
-    ) -> None:
+    def __init__(self, network: Network, told: Sequence[Condition], law: Law, one_batch: bool = True) -> None:
         """The arguments are those of `bind`."""
-        self._outputs = outputs_of(network, conditionings, prepare, law, one_batch)
-        self._count, self._law = len(conditionings), law
+        self._outputs = outputs_of(network, told, law, one_batch)
+        self._count, self._law = len(told), law
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, count: int | None = None) -> Tensor:
-        """(B, C, h, w), () or (B,) -> (K, B, C, h, w): each conditioning's x0, or the first `count`."""
+        """(B, C, h, w), () or (B,) -> (K, B, C, h, w): each condition's x0, or the first `count`."""
         output = self._outputs(x, sigma, self._count if count is None else count)
         second = split(output[0], x.shape[1])[1]
         if second is None:
@@ -57,11 +51,11 @@ class LearnedVariance:
         return self._law.denoised(output, x, sigma)
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The Denoiser of the first conditioning."""
+        """The Denoiser of the first condition."""
         return self(x, sigma, 1)[0]
 
     def fraction(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """v (B, C, h, w) in [-1, 1], in x's dtype, of the first conditioning; -1 is beta-tilde, 1 is beta.
+        """v (B, C, h, w) in [-1, 1], in x's dtype, of the first condition; -1 is beta-tilde, 1 is beta.
 
         Training puts no bound on v (as in the paper); what lies outside is cut here.
         """

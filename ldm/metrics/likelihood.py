@@ -26,6 +26,7 @@ from ldm.diffusion.likelihood import (
 )
 from ldm.errors import UserError
 from ldm.generate import branches_of
+from ldm.jobs import Ask
 from ldm.sampling import NoiseStream, make_grid
 from ldm.sampling.step import solver_state
 
@@ -121,5 +122,5 @@ def _encode(model: LatentDiffusion, image: Tensor, noise: NoiseStream) -> Tensor
 
 def _denoiser(model: LatentDiffusion, captions: Sequence[str]) -> tuple[Denoiser, LearnedVariance | None]:
     """The conditional model, and the same again if it has a learned variance."""
-    branches = branches_of(model, [list(captions)])
+    branches = branches_of(model, [[Ask(caption) for caption in captions]])
     return lambda x, sigma: branches(x, sigma, 1)[0], branches if isinstance(branches, LearnedVariance) else None

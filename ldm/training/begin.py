@@ -70,6 +70,7 @@ def begin(
         parameterization=model.parameterization,
         sigma_data=model.sigma_data,
         learned_variance=model.learned_variance,
+        encoder=model.encoder,
         loss=config.loss if own_loss or model.loss is None else model.loss,
     )
     if config.data.size == DataConfig().size != model.image_size:  # nobody has chosen that size
@@ -79,7 +80,8 @@ def begin(
         )
     _check_agreement(config, filled, said)
     unet = checkpoint.load("unet", device).requires_grad_(True)
-    codec, text = checkpoint.load("autoencoder", device), checkpoint.load("text", device)
+    codec = checkpoint.load("autoencoder", device)
+    text = checkpoint.load("text", device) if model.takes_text else None
     return filled, Beginning(codec, text, unet, dict.fromkeys(WORDS, checkpoint))
 
 

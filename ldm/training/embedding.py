@@ -16,7 +16,7 @@ from ldm.adapters.textual_inversion import Embedding, TowerWithWords
 from ldm.checkpoints.adapter_words import training_words
 from ldm.checkpoints.textual_inversion import save_embedding
 from ldm.conditioning.clip import TextTower
-from ldm.conditioning.record import Conditioning
+from ldm.conditioning.condition import Condition
 from ldm.config import DiffusionTraining, EmbeddingTraining
 from ldm.data.loader import Batch
 from ldm.errors import UserError
@@ -68,7 +68,7 @@ class EmbeddingStage:
             raise UserError(f"vectors is {config.vectors}, and a prompt has room for 1 to {room}")
         self.tower = TowerWithWords(tower, [Embedding(config.word, _first_vectors(config, tower), "word")]).to(device)
         self.tower.requires_grad_(False).eval()
-        self.model.text = self.tower
+        self.model.encoder = self.model.encoder.with_text(self.tower)
         if rank == 0:
             self.model.check_end()
         self.players = {"word": Player(Word(self.tower), config.optimizer)}
@@ -86,7 +86,7 @@ class EmbeddingStage:
         templates = self.config.templates
         captions = [templates[int(u * len(templates))] for u in draws.uniform("template").tolist()]
         tokens, _ = self.tower.tokenize([caption.replace("{}", self.config.word) for caption in captions])
-        condition = Conditioning(networks["word"](tokens.to(model.device)))
+        condition = Condition(networks["word"](tokens.to(model.device)))
         loss, logs = model.noised(model.unet, x0, condition, draws)
         yield "word", loss, logs
 

@@ -21,8 +21,9 @@ from ldm.checkpoints import native
 from ldm.checkpoints.adapter_words import training_words
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.lora import save_lora
-from ldm.conditioning.dropout import drop
-from ldm.conditioning.record import Conditioning
+from ldm.conditioning.clip import TextTower
+from ldm.conditioning.condition import Condition, drop
+from ldm.conditioning.encoder import Encoder, Texts
 from ldm.config import DiffusionLossConfig, DiffusionTraining, ModelConfig
 from ldm.data.latents import LatentBatch, LatentLoader, latent_fingerprint
 from ldm.data.loader import Batch, Loader, validation_batches
@@ -30,6 +31,7 @@ from ldm.diffusion import Law, check_loss, diffusion_loss, draw_levels, make_law
 from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
+from ldm.jobs import Ask
 from ldm.model import assemble
 from ldm.training.begin import begin
 from ldm.training.draws import Draws
@@ -66,7 +68,7 @@ class DiffusionStage:
         self.notices, self.sources = list(began.notices), began.sources
         self.law = make_law(config.schedule, config.parameterization, config.sigma_data, config.learned_variance)
         check_loss(config.loss, config.learned_variance)
-        self.codec, self.text = began.codec, began.text
+        self.codec, self.encoder = began.codec, Encoder(began.text, config.encoder, config.model.classes)
         check_sides(config.data, self.codec.factor)
         self.latent_shape = self.codec.latent_shape(config.data.size, config.data.size)
         self._check_fits()
@@ -78,7 +80,7 @@ class DiffusionStage:
         lora = config.lora
         self.lora = AdaptedUNet(self.unet, lora.rank, lora.alpha or lora.rank, lora.layers) if lora.rank else None
         self.players = {"unet": Player(self.lora or self.unet, config.optimizer)}
-        self.null = self._condition([""])
+        self.empty = self.encoder.texts([""])
         loop = config.loop
         if config.latents:
             expected = latent_fingerprint(began.sources.get("autoencoder"), began.sources.get("text"), config.data)
@@ -122,13 +124,12 @@ class DiffusionStage:
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         x0, condition = self._prepare(batch, draws)
         keep = draws.uniform("caption dropout") >= self.config.loss.caption_dropout
-        if condition is not None and self.null is not None:
-            condition = drop(condition, self.null, keep)
+        condition = drop(condition, self.encoder.null(self._asks(batch), self.empty), keep)
         loss, logs = self.noised(networks["unet"], x0, condition, draws)
         yield "unet", loss, logs
 
     def noised(
-        self, network: nn.Module, x0: Tensor, condition: Conditioning | None, draws: Draws
+        self, network: nn.Module, x0: Tensor, condition: Condition, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of `network` on latents x0 (B, C, h, w), with noise and levels drawn; and what to log of it."""
         settings = self.config.loss
@@ -203,6 +204,7 @@ class DiffusionStage:
             autoencoder=self.codec.config,
             text=None if self.text is None else self.text.config,
             unet=self.config.model,
+            encoder=self.encoder.config,
             schedule=self.config.schedule,
             parameterization=self.config.parameterization,
             sigma_data=self.config.sigma_data,
@@ -211,43 +213,55 @@ class DiffusionStage:
             loss=self.config.loss,
         )
 
-    def _output(
-        self, network: nn.Module, x0: Tensor, n: Tensor, sigma: Tensor, condition: Conditioning | None
-    ) -> Tensor:
+    def _output(self, network: nn.Module, x0: Tensor, n: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """What `network` makes of x0 + sigma n, with x0 and n (B, C, h, w), sigma (B,)."""
         x = x0 + sigma.to(x0).view(-1, 1, 1, 1) * n
         x_in, t = self.law.input(x, sigma)
         x_in = x_in.contiguous(memory_format=torch.channels_last)
-        return network(x_in, t, None if condition is None else condition.context)
+        return network(x_in, t, condition)
 
     def _loss(self, output: Tensor, x0: Tensor, n: Tensor, sigma: Tensor) -> Tensor:
         """(B,)"""
         return diffusion_loss(output, x0, n, sigma, self.config.loss, self.law)
 
     @torch.no_grad()
-    def _prepare(self, batch: Batch | LatentBatch, draws: Draws) -> tuple[Tensor, Conditioning | None]:
+    def _prepare(self, batch: Batch | LatentBatch, draws: Draws) -> tuple[Tensor, Condition]:
         """Latents (B, C, h, w) sampled from their posteriors, and conditions."""
         if isinstance(batch, LatentBatch):
             noise = draws.normal("posterior", self.latent_shape)
             posterior = DiagonalGaussian.from_moments(batch.moments.to(self.device))
-            context = None if self.text is None else Conditioning(batch.context.to(self.device))
-            return self.codec.to_latent(posterior.sample(noise)), context
+            context = None if self.text is None else batch.context.to(self.device)
+            told = self.encoder.of_texts(self._asks(batch), Texts(context))
+            return self.codec.to_latent(posterior.sample(noise)), told.to(self.device)
         height, width = batch.image.shape[2:]  # of its bucket, where pictures have buckets
         noise = draws.normal("posterior", self.codec.latent_shape(height, width))
-        return self.codec.encode(batch.image.to(self.device), noise), self._condition(batch.caption)
+        return self.codec.encode(batch.image.to(self.device), noise), self.encoder(self._asks(batch))[0].to(self.device)
 
-    @torch.no_grad()
-    def _condition(self, captions: Sequence[str]) -> Conditioning | None:
-        return None if self.text is None else Conditioning(self.text.encode(captions))
+    def _asks(self, batch: Batch | LatentBatch) -> list[Ask]:
+        """What each sample shows, as somebody would ask for it; the text of cached latents is encoded already."""
+        size = self.config.data.size
+        captions, target = [""] * len(batch), (size, size)
+        if isinstance(batch, Batch):
+            captions, target = batch.caption, (batch.image.shape[2], batch.image.shape[3])
+        rows = zip(captions, batch.label, batch.size.tolist(), batch.crop.tolist(), strict=True)
+        return [Ask(text, label, (h, w), (top, left), target) for text, label, (h, w), (top, left) in rows]
+
+    @property
+    def text(self) -> TextTower | None:
+        return self.encoder.text
 
     def _check_fits(self) -> None:
         model, channels = self.config.model, self.latent_shape[0]
-        for name in ("classes", "vector_width"):
-            if getattr(model, name):
-                raise UserError(
-                    f"model.{name} is {getattr(model, name)}, and captions are all that this training conditions on; "
-                    f"leave model.{name} out (the network takes it in a training of your own)"
-                )
+        if bool(model.classes) != bool(self.config.data.label):
+            raise UserError(
+                f"model.classes is {model.classes} and data.label is '{self.config.data.label}'; say data.label=FIELD, "
+                "the field of the samples' json that says the class, or set model.classes=0"
+            )
+        if model.vector_width != self.encoder.vector_width:
+            raise UserError(
+                f"model.vector_width is {model.vector_width} and the vector made of encoder.pooled and encoder.sizes "
+                f"{self.encoder.vector_width} wide; set model.vector_width={self.encoder.vector_width}"
+            )
         wanted = channels * (1 + self.config.learned_variance)
         if (model.in_channels, model.out_channels) != (channels, wanted):
             why = ", and as many again say the learned variance" if self.config.learned_variance else ""

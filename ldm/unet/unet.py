@@ -11,6 +11,7 @@ concatenates in reverse order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -19,11 +20,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm import ranges
+from ldm.conditioning.condition import Condition
 from ldm.config import UNetConfig
 from ldm.errors import UserError
 from ldm.unet.attention import ContextKV, CrossAttention, SelfAttention, check_backend
 from ldm.unet.blocks import Downsample, GroupNorm, ResidualBlock, SpatialTransformer, Upsample, zeroed
 from ldm.unet.embedding import FEATURES, EmbeddingMLP
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a U-Net makes of a Condition once for a trajectory; a part that the network has not is None."""
+
+    kv: ContextKV | None = None
+    embedding: Tensor | None = None  # (B, 4 channels): of vector and label, beside that of t
+    planes: Tensor | None = None  # (B, C, h, w), concatenated to x
 
 
 class UNet(nn.Module):
@@ -96,43 +107,58 @@ class UNet(nn.Module):
             if isinstance(module, SelfAttention | CrossAttention):
                 module.backend = backend
 
-    def project_context(self, context: Tensor) -> ContextKV:
-        """context (B, L, context_width) -> the keys and values of every cross-attention layer.
+    def prepare(self, told: Condition | None) -> Prepared:
+        """What of `told` does not depend on x and t; `forward` takes it in its place, so a trajectory computes it once.
 
-        `forward` takes them in the context's place, so that a trajectory computes them once.
+        Raises ValueError: a part that this configuration needs is missing, or one that it cannot use is there.
         """
+        config, parts = self.config, {} if told is None else told.parts()
+        wanted = {"context": config.context_width, "vector": config.vector_width, "label": config.classes}
+        for name, size in wanted.items():
+            if (name in parts and parts[name].numel() > 0) != (size > 0):
+                there = "missing" if size else "given"
+                raise ValueError(f"{name} is {there}, and the configuration has it of size {size}")
+        kv = self.project_context(parts["context"], parts.get("mask")) if config.context_width else None
+        embedding = None
+        if self.vector_embedding is not None:
+            embedding = self.vector_embedding(parts["vector"].to(self.dtype))
+        if self.class_embedding is not None:
+            of_label = self.class_embedding(parts["label"])
+            embedding = of_label if embedding is None else embedding + of_label
+        return Prepared(kv, embedding, parts.get("planes"))
+
+    def project_context(self, context: Tensor, mask: Tensor | None = None) -> ContextKV:
+        """context (B, L, context_width) -> the keys and values of every cross-attention layer."""
         if context.ndim != 3 or context.shape[-1] != self.config.context_width:
             raise ValueError(f"context is {tuple(context.shape)}, not (B, L, {self.config.context_width})")
         context = context.to(self.dtype)
-        return ContextKV(tuple(attention.project(context) for attention in self._cross_attentions()))
+        return ContextKV(tuple(attention.project(context) for attention in self._cross_attentions()), mask)
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor | ContextKV | None = None,
-        vector: Tensor | None = None,
-        classes: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, told: Condition | Prepared | Tensor | None = None) -> Tensor:
         """One evaluation, in the parameters' precision.
 
         Args:
-            x: (B, in_channels, h, w), of any h and w: the noisy latent and whatever is concatenated to it.
+            x: (B, C, h, w), of any h and w: the noisy latent; with the planes it has `in_channels`.
             t: (B,) in [0, steps), need not be whole.
-            context: (B, L, context_width), or what `project_context` made of it; None if context_width is 0.
-            vector: (B, vector_width); None if vector_width is 0.
-            classes: (B,) whole numbers in [0, classes], where `classes` itself is the null class; None without classes.
+            told: a Condition with context (B, L, context_width), vector (B, vector_width), label (B,) in [0, classes],
+                where `classes` itself is the null class, and planes, each where the configuration has it; or what
+                `prepare` made of one. A tensor is a context alone; None is for networks that are told nothing.
 
         Returns:
             (B, out_channels, h, w) in float32 (float64 if the parameters are).
 
         Raises:
-            ValueError: an input that this configuration needs is missing, or one that it cannot use is there.
+            ValueError: as `prepare`.
         """
-        embedding = F.silu(self._embed(t, vector, classes))  # each residual block begins with it: once for all
-        if (context is None) != (self.config.context_width == 0):
-            raise ValueError(f"context is {_presence(context)}, context_width {self.config.context_width}")
-        kv = self.project_context(context) if isinstance(context, Tensor) else context
+        if not isinstance(told, Prepared):
+            told = self.prepare(Condition(told) if isinstance(told, Tensor) else told)
+        kv = told.kv
+        embedding = self.time_embedding(self.time_features(t).to(self.dtype))
+        if told.embedding is not None:
+            embedding = embedding + told.embedding
+        embedding = F.silu(embedding)  # each residual block begins with it: once for all
+        if told.planes is not None:
+            x = torch.cat([x, told.planes.to(x)], dim=1)
 
         h = self.conv_in(x.to(self.dtype))
         skips = [h]
@@ -152,19 +178,6 @@ class UNet(nn.Module):
                 h = level.resample(h, skips[-1].shape[-2:])
         out = self.conv_out(F.silu(self.norm_out(h)))
         return out.to(torch.promote_types(out.dtype, torch.float32))
-
-    def _embed(self, t: Tensor, vector: Tensor | None, classes: Tensor | None) -> Tensor:
-        """(B, 4 * channels): t, the vector and the class, added."""
-        embedding = self.time_embedding(self.time_features(t).to(self.dtype))
-        if (vector is None) != (self.vector_embedding is None):
-            raise ValueError(f"vector is {_presence(vector)}, vector_width {self.config.vector_width}")
-        if (classes is None) != (self.class_embedding is None):
-            raise ValueError(f"classes are {_presence(classes)}, the configuration has {self.config.classes} of them")
-        if self.vector_embedding is not None and vector is not None:
-            embedding = embedding + self.vector_embedding(vector.to(self.dtype))
-        if self.class_embedding is not None and classes is not None:
-            embedding = embedding + self.class_embedding(classes)
-        return embedding
 
     def _run(
         self, stage: nn.Module, h: Tensor, embedding: Tensor, kv: ContextKV | None, skip: Tensor | None = None
@@ -245,7 +258,3 @@ def check(config: UNetConfig, name: str = "unet") -> None:
 
 def _middle_attends(config: UNetConfig) -> bool:
     return bool(config.context_width or config.attention_levels)
-
-
-def _presence(value: object) -> str:
-    return "missing" if value is None else "given"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from ldm.conditioning.condition import Condition
 from ldm.config import DiffusionLossConfig, ScheduleConfig
 from ldm.diffusion import (
     PARAMETERIZATIONS,
@@ -128,23 +129,36 @@ def test_float32_and_a_chain_that_ends_in_noise_stay_finite() -> None:
 
 
 class Twofold:
-    """A toy network of (x_in, t, conditioning) with 2 C channels; counts its evaluations."""
+    """A toy network of (x_in, t, vector) with 2 C channels; counts its evaluations."""
 
     def __init__(self) -> None:
         self.pictures = 0
 
-    def __call__(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+    def prepare(self, told: Condition) -> Tensor:
+        assert told.vector is not None
+        return told.vector
+
+    def __call__(self, x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
         self.pictures += len(x)
-        shift = conditioning.reshape(-1, 1, 1, 1)
+        shift = shift.reshape(-1, 1, 1, 1)
         return torch.cat([torch.tanh(x + shift), torch.sin(3 * x + t.reshape(-1, 1, 1, 1) / 100 + shift)], dim=1)
 
 
-def joined(conditionings: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(conditionings))
+class Plain:
+    """A network that is told nothing: a function of x."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def prepare(self, told: Condition) -> None:
+        return None
+
+    def __call__(self, x: Tensor, t: Tensor, told: None) -> Tensor:
+        return self.function(x)
 
 
 SCHEDULE = make_schedule(ScheduleConfig(steps=50))
-CONDITIONINGS = [torch.tensor([0.2, -0.4]), torch.tensor([1.0, 1.0])]
+TOLD = [Condition(vector=torch.tensor([[0.2], [-0.4]])), Condition(vector=torch.tensor([[1.0], [1.0]]))]
 V = PARAMETERIZATIONS["v"]
 X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
@@ -152,8 +166,8 @@ X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=to
 @pytest.mark.parametrize("one_batch", [True, False])
 def test_the_fraction_is_the_prompts_own_and_costs_nothing(one_batch: bool) -> None:
     network, sigma = Twofold(), torch.tensor(1.3, dtype=torch.float64)
-    branches = LearnedVariance(network, CONDITIONINGS, joined, Law(SCHEDULE, V), one_batch)
-    plain = bind(Twofold(), CONDITIONINGS, joined, Law(SCHEDULE, V), one_batch)
+    branches = LearnedVariance(network, TOLD, Law(SCHEDULE, V), one_batch)
+    plain = bind(Twofold(), TOLD, Law(SCHEDULE, V), one_batch)
     assert torch.equal(branches(X, sigma), plain(X, sigma))  # which never looks at the second half
     denoiser = cfg(branches, 3.0)
     denoiser(X, sigma)
@@ -161,7 +175,7 @@ def test_the_fraction_is_the_prompts_own_and_costs_nothing(one_batch: bool) -> N
     fraction = branches.fraction(X, sigma)
     assert network.pictures == cost == 8
     x_in, t = (X / math.hypot(1, 1.3)).float(), SCHEDULE.t(sigma).float().expand(2)
-    expected = Twofold()(x_in, t, CONDITIONINGS[0])[:, 3:]
+    expected = Twofold()(x_in, t, Twofold().prepare(TOLD[0]))[:, 3:]
     torch.testing.assert_close(fraction, expected.double(), rtol=0, atol=1e-6)
     assert fraction.dtype == torch.float64 and fraction.shape == X.shape
     assert torch.equal(branches.denoise(X, sigma), plain(X, sigma, 1)[0])
@@ -169,7 +183,7 @@ def test_the_fraction_is_the_prompts_own_and_costs_nothing(one_batch: bool) -> N
 
 def test_another_state_or_level_is_evaluated() -> None:
     network = Twofold()
-    branches = LearnedVariance(network, CONDITIONINGS[:1], joined, Law(SCHEDULE, V))
+    branches = LearnedVariance(network, TOLD[:1], Law(SCHEDULE, V))
     one, two = torch.tensor(1.0), torch.tensor(2.0)
     fractions = [branches.fraction(x, sigma) for x, sigma in ((X, one), (X, two), (X + 1, two), (X, one))]
     assert network.pictures == 8
@@ -178,13 +192,10 @@ def test_another_state_or_level_is_evaluated() -> None:
 
 
 def test_what_lies_outside_is_cut_and_a_network_without_a_second_half_refused() -> None:
-    def network(x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
-        return torch.cat([x, 5 * x], dim=1)
-
-    branches = LearnedVariance(network, [torch.zeros(2)], joined, Law(SCHEDULE, V))
+    branches = LearnedVariance(Plain(lambda x: torch.cat([x, 5 * x], dim=1)), TOLD[:1], Law(SCHEDULE, V))
     fraction = branches.fraction(X, torch.tensor(1.0))
     assert float(fraction.min()) == -1 and float(fraction.max()) == 1
-    narrow = LearnedVariance(lambda x, t, _: x, [torch.zeros(2)], joined, Law(SCHEDULE, V))
+    narrow = LearnedVariance(Plain(lambda x: x), TOLD[:1], Law(SCHEDULE, V))
     with pytest.raises(ValueError, match="3 channels for x of 3, not twice as many"):
         narrow(X, torch.tensor(1.0))
 
@@ -193,7 +204,7 @@ def test_what_lies_outside_is_cut_and_a_network_without_a_second_half_refused() 
 def test_ddpm_steps_with_it(second: float, variance: str) -> None:
     """At either end it is ddpm with that variance; one evaluation a step."""
 
-    def network(x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+    def output(x: Tensor) -> Tensor:
         nonlocal evaluations
         evaluations += 1
         return torch.cat([torch.tanh(x), torch.full_like(x, second)], dim=1)
@@ -202,7 +213,7 @@ def test_ddpm_steps_with_it(second: float, variance: str) -> None:
     sigmas = make_grid(SCHEDULE, 6)
     results = []
     for learned in (True, False):
-        branches = LearnedVariance(network, [torch.zeros(2)], joined, Law(SCHEDULE, V))
+        branches = LearnedVariance(Plain(output), TOLD[:1], Law(SCHEDULE, V))
         sampler = ddpm("learned", fraction=branches.fraction) if learned else ddpm(variance)
         noise = NoiseStream([3, 4], (3, 4, 4))
         *_, last = sampler(branches.denoise, start(noise.initial(), SCHEDULE, sigmas), sigmas, noise)

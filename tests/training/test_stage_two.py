@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ldm
 from ldm.checkpoints import native
+from ldm.conditioning.condition import Condition
 from ldm.config import DiffusionTraining, FiguresConfig, ModelConfig, TextConfig
 from ldm.errors import UserError
 from ldm.training.draws import Draws
@@ -48,10 +49,11 @@ class Spy(nn.Module):
         self.t: list[Tensor] = []
         self.context: list[Tensor] = []
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, told: Condition) -> Tensor:
         self.x.append(x)
         self.t.append(t)
-        self.context.append(context)
+        assert told.context is not None
+        self.context.append(told.context)
         return x * self.weight
 
 
@@ -199,8 +201,8 @@ def test_a_class_less_network_without_captions_trains_too(tmp_path):
     [
         ({"in_channels": 4}, r"latents have 3; set model.in_channels=3 model.out_channels=3"),
         ({"context_width": 48}, r"the text tower's width is 32; set model.context_width=32"),
-        ({"classes": 10}, r"leave model.classes out"),
-        ({"vector_width": 8}, r"leave model.vector_width out"),
+        ({"classes": 10}, r"say data.label=FIELD"),
+        ({"vector_width": 8}, r"set model.vector_width=0"),
     ],
 )
 def test_parts_that_do_not_fit_are_named_with_the_setting_that_mends_it(pixels, model, words):

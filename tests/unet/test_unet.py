@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ldm.conditioning.condition import Condition
 from ldm.config import UNetConfig
 from ldm.errors import UserError
 from ldm.unet import UNet
+from ldm.unet.unet import Prepared
 
 from .small import SMALL, inputs, relative, small_unet
 
@@ -108,8 +110,8 @@ def test_context_kv_equals_the_context():
     with torch.no_grad():
         kv = unet.project_context(context)
         assert len(kv.layers) == 2 * (1 + 1 + 2)  # one stage down, the middle, two up
-        assert torch.equal(unet(x, t, kv), unet(x, t, context))
-        assert relative(unet(x[:1], t[:1], kv[:1]), unet(x[:1], t[:1], context[:1])) < 1e-6
+        assert torch.equal(unet(x, t, Prepared(kv)), unet(x, t, context))
+        assert relative(unet(x[:1], t[:1], Prepared(kv[:1])), unet(x[:1], t[:1], context[:1])) < 1e-6
 
 
 def test_each_cross_attention_layer_uses_its_own_keys():
@@ -117,7 +119,7 @@ def test_each_cross_attention_layer_uses_its_own_keys():
     x, t, context = inputs()
     kv = unet.project_context(context)
     swapped = type(kv)(kv.layers[::-1])
-    assert relative(unet(x, t, swapped), unet(x, t, kv)) > 1e-3
+    assert relative(unet(x, t, Prepared(swapped)), unet(x, t, Prepared(kv))) > 1e-3
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -204,8 +206,8 @@ def test_classes():
     unet = small_unet(classes=10)
     x, t, context = inputs()
     with torch.no_grad():
-        out = unet(x, t, context, classes=torch.tensor([3, 4]))
-        null = unet(x, t, context, classes=torch.tensor([3, 10]))
+        out = unet(x, t, Condition(context, label=torch.tensor([3, 4])))
+        null = unet(x, t, Condition(context, label=torch.tensor([3, 10])))
     assert torch.equal(out[0], null[0]) and relative(null[1], out[1]) > 1e-3
 
 
@@ -213,8 +215,8 @@ def test_vector():
     unet = small_unet(vector_width=6)
     x, t, context = inputs()
     with torch.no_grad():
-        out = unet(x, t, context, vector=torch.zeros(2, 6))
-        assert relative(unet(x, t, context, vector=torch.ones(2, 6)), out) > 1e-3
+        out = unet(x, t, Condition(context, vector=torch.zeros(2, 6)))
+        assert relative(unet(x, t, Condition(context, vector=torch.ones(2, 6))), out) > 1e-3
 
 
 @pytest.mark.parametrize("levels", [(1,), ()])
@@ -237,6 +239,6 @@ def test_inputs_that_do_not_fit_the_configuration_are_refused():
     with pytest.raises(ValueError, match=r"not \(B, L, 12\)"):
         unet(x, t, context[..., :5])
     with pytest.raises(ValueError, match="vector is given"):
-        unet(x, t, context, vector=x)
-    with pytest.raises(ValueError, match="classes are missing"):
+        unet(x, t, Condition(context, vector=torch.zeros(2, 6)))
+    with pytest.raises(ValueError, match="label is missing"):
         small_unet(classes=3)(x, t, context)

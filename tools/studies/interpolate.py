@@ -18,6 +18,7 @@ from ldm import generate
 from ldm.diffusion import precondition
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
+from ldm.jobs import Ask
 from ldm.metrics.pictures import read_pictures
 from ldm.model import LatentDiffusion
 from ldm.sampling import BrownianPath, ddpm, finish, make_grid
@@ -41,8 +42,8 @@ def mix(model: LatentDiffusion, pair: Tensor, prompt: str, steps: int, level: in
         return model.codec.decode(mixed.float()).cpu()
     noise = ((1 - weights) * own[:1] + weights * own[1:]) / torch.hypot(1 - weights, weights)
     x = mixed + float(sigmas[0]) * noise
-    context = model.unet.project_context(generate.encode(model, [prompt] * WEIGHTS))
-    denoiser = precondition(lambda x, t: model.unet(x, t, context), model.law)
+    told = model.unet.prepare(generate.conditions(model, [Ask(prompt)] * WEIGHTS))
+    denoiser = precondition(lambda x, t: model.unet(x, t, told), model.law)
     for step in ddpm()(denoiser, x, sigmas, BrownianPath([seed + 2] * WEIGHTS, shape, model.device)):
         x = step.x
     return model.codec.decode(finish(x, model.law.schedule, sigmas[-1:])).cpu()

@@ -1,0 +1,101 @@
+"""Encoder: what is asked for -> what the network is told, one way for sampling and for training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning.clip import TextTower
+from ldm.conditioning.condition import Condition
+from ldm.config import EncoderConfig
+from ldm.errors import UserError, printable
+from ldm.jobs import Ask
+
+SHOWN_WORDS = 12  # of those unknown to a tower, in a notice
+LONGEST_PERIOD = 10_000.0  # of the sizes' sinusoids, in pixels over 2 pi
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Encoded texts, each part None where the model has none, and sentences on what was not read or not known."""
+
+    context: Tensor | None = None  # (B, L, D)
+    pooled: Tensor | None = None  # (B, E)
+    notices: tuple[str, ...] = ()
+
+    def expand(self, count: int) -> Texts:
+        """One row, `count` times."""
+        context = None if self.context is None else self.context.expand(count, -1, -1)
+        return Texts(context, None if self.pooled is None else self.pooled.expand(count, -1))
+
+
+class Encoder(nn.Module):
+    """Asks -> Condition.
+
+    `text`: the tower of the captions; None for a network that takes none. `classes`: how many a class-conditional
+    network knows; the label after the last is the null class. `config` has their names, and what the vector is made of.
+    Raises UserError for settings that contradict each other.
+    """
+
+    def __init__(self, text: TextTower | None, config: EncoderConfig = EncoderConfig(), classes: int = 0) -> None:
+        super().__init__()
+        names = len(config.labels)
+        if names not in (0, classes):
+            raise UserError(f"encoder.labels has {names} names and the network {classes} classes; match them")
+        if config.pooled and (text is None or not text.config.embed_dim):
+            raise UserError("encoder.pooled needs a text tower with a projection (text.embed_dim above 0)")
+        if config.sizes % 2 or config.sizes < 0:
+            raise UserError(
+                f"encoder.sizes is {config.sizes}; choose an even number (half are cosines, half sines), or 0"
+            )
+        self.text, self.config, self.classes = text, config, classes
+
+    def with_text(self, text: TextTower | None) -> Encoder:
+        """The same with another tower, as one that knows more words."""
+        return Encoder(text, self.config, self.classes)
+
+    @property
+    def vector_width(self) -> int:
+        """V, of the vector that it makes; 0: none."""
+        pooled = self.text.config.embed_dim if self.config.pooled and self.text is not None else 0
+        return pooled + 6 * self.config.sizes
+
+    def forward(self, asks: Sequence[Ask]) -> tuple[Condition, tuple[str, ...]]:
+        """The conditions (B rows) of the asks, and what a user should know of how their texts were read.
+
+        Raises UserError for a label or size that is unknown or missing.
+        """
+        texts = self.texts([ask.text for ask in asks])
+        return self.of_texts(asks, texts), texts.notices
+
+    def texts(self, texts: Sequence[str]) -> Texts:
+        """The texts encoded, words beyond what the tower reads cut off."""
+        if self.text is None:
+            return Texts()
+        tokens, dropped = self.text.tokenize(texts)
+        tokens = tokens.to(self.text.positional_embedding.device)
+        pooled = self.text.features(tokens).float() if self.config.pooled else None
+        return Texts(self.text(tokens), pooled, self._notices(texts, tokens, dropped))
+
+    def notices(self, texts: Sequence[str]) -> tuple[str, ...]:
+        """A sentence for each different text that would not be read to its end, and one for all words that the tower
+        does not know; nothing is encoded for it."""
+        different = list(dict.fromkeys(texts))
+        return () if self.text is None else self._notices(different, *self.text.tokenize(different))
+
+    def _six(ask: Ask) -> list[float]:
+    if ask.size is None or ask.target is None:
+        raise UserError("this network is told the picture's size, which is not known here")
+    return [float(value) for value in (*ask.size, *ask.crop, *ask.target)]
+
+
+def _waves(values: Tensor, width: int) -> Tensor:
+    """(B, K) -> (B, K width), float32: [cos | sin] of each, as a network's t (Podell et al. 2023, section 2.2)."""
+    index = torch.arange(width // 2, dtype=torch.float32)
+    phase = values[..., None] * torch.exp(-math.log(LONGEST_PERIOD) / (width // 2) * index)
+    return torch.cat([phase.cos(), phase.sin()], dim=-1).flatten(1)
