@@ -70,17 +70,17 @@ class Encoder(nn.Module):
 
         Raises UserError for a label or size that is unknown or missing.
         """
-        texts = self.texts([ask.text for ask in asks])
+        texts = self.texts([ask.text for ask in asks], notice=True)
         return self.of_texts(asks, texts), texts.notices
 
-    def texts(self, texts: Sequence[str]) -> Texts:
-        """The texts encoded, words beyond what the tower reads cut off."""
+    def texts(self, texts: Sequence[str], notice: bool = False) -> Texts:
+        """The texts encoded, words beyond what the tower reads cut off; `notice`: say which."""
         if self.text is None:
             return Texts()
         tokens, dropped = self.text.tokenize(texts)
         tokens = tokens.to(self.text.positional_embedding.device)
         pooled = self.text.features(tokens).float() if self.config.pooled else None
-        return Texts(self.text(tokens), pooled, self._notices(texts, tokens, dropped))
+        return Texts(self.text(tokens), pooled, self._notices(texts, tokens, dropped) if notice else ())
 
     def notices(self, texts: Sequence[str]) -> tuple[str, ...]:
         """A sentence for each different text that would not be read to its end, and one for all words that the tower
@@ -88,7 +88,57 @@ class Encoder(nn.Module):
         different = list(dict.fromkeys(texts))
         return () if self.text is None else self._notices(different, *self.text.tokenize(different))
 
-    def _six(ask: Ask) -> list[float]:
+    def _notices(self, texts: Sequence[str], tokens: Tensor, dropped: Sequence[str]) -> tuple[str, ...]:
+        assert self.text is not None
+        found = []
+        for text, words in zip(texts, dropped, strict=True):
+            if words:
+                shown = text if len(text) <= 40 else f"{text[:39]}…"
+                found.append(f"the prompt '{shown}' is longer than the text tower reads; dropped: {words}")
+        unknown = list(dict.fromkeys(word for row in tokens for word in self.text.unknown_words(row)))
+        if unknown:
+            shown = ", ".join(f"'{word[:40]}'" for word in unknown[:SHOWN_WORDS])
+            more = f" and {len(unknown) - SHOWN_WORDS} more" if len(unknown) > SHOWN_WORDS else ""
+            found.append(
+                f"the text tower does not know {shown}{more}: it takes all such words for one, so what they mean is "
+                "not drawn; use words that it was trained on"
+            )
+        return tuple(map(printable, found))
+
+    def of_texts(self, asks: Sequence[Ask], texts: Texts) -> Condition:
+        """The conditions of asks whose texts are encoded already."""
+        context, parts = texts.context, [] if texts.pooled is None else [texts.pooled]
+        if self.config.sizes:
+            parts.append(_waves(torch.tensor([_six(ask) for ask in asks]), self.config.sizes))
+        numbers = [self.number(ask.label) for ask in asks]
+        label = torch.tensor(numbers) if self.classes else None
+        if not parts and context is None and label is None:
+            parts = [torch.zeros(len(asks), 0)]  # a network that is told nothing is told no numbers
+        here = torch.device("cpu") if context is None else context.device
+        vector = torch.cat([part.to(here) for part in parts], dim=1) if parts else None
+        return Condition(context=context, vector=vector, label=label).to(here)
+
+    def null(self, asks: Sequence[Ask], empty: Texts) -> Condition:
+        """The asks without text and label; sizes stay. `empty`: what `texts` makes of the empty text, one row."""
+        nothing = [dataclasses.replace(ask, text="", label=None) for ask in asks]
+        return self.of_texts(nothing, empty.expand(len(asks)))
+
+    def number(self, label: str | int | None) -> int:
+        """The row of the network's table of classes that a label means; the null class for none. Raises UserError."""
+        if label is None:
+            return self.classes
+        word, names = str(label), self.config.labels
+        if word in names:
+            return names.index(word)
+        if not names and word.isdecimal() and int(word) < self.classes:
+            return int(word)
+        if not self.classes:
+            raise UserError(f"the label '{word}' was asked for, and this model knows no labels; leave it out")
+        known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise UserError(f"there is no label '{word}'; this model knows {known or f'0 to {self.classes - 1}'}")
+
+
+def _six(ask: Ask) -> list[float]:
     if ask.size is None or ask.target is None:
         raise UserError("this network is told the picture's size, which is not known here")
     return [float(value) for value in (*ask.size, *ask.crop, *ask.target)]

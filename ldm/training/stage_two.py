@@ -235,7 +235,9 @@ class DiffusionStage:
             return self.codec.to_latent(posterior.sample(noise)), told.to(self.device)
         height, width = batch.image.shape[2:]  # of its bucket, where pictures have buckets
         noise = draws.normal("posterior", self.codec.latent_shape(height, width))
-        return self.codec.encode(batch.image.to(self.device), noise), self.encoder(self._asks(batch))[0].to(self.device)
+        asks = self._asks(batch)
+        told = self.encoder.of_texts(asks, self.encoder.texts([ask.text for ask in asks]))
+        return self.codec.encode(batch.image.to(self.device), noise), told.to(self.device)
 
     def _asks(self, batch: Batch | LatentBatch) -> list[Ask]:
         """What each sample shows, as somebody would ask for it; the text of cached latents is encoded already."""
