@@ -51,6 +51,7 @@ class AutoencoderConfig:
     middle_attention: bool = True  # self-attention on the coarsest level, between encoder and decoder
     latent_channels: Count = 4  # of the latent
     patch: Count = 1  # side of the pixel-unshuffle before the first convolution; 1 is none
+    norm_groups: Whole = 0  # of each normalization; 0: 32, and fewer where a level has fewer than 128 channels
     shift: Annotated[tuple[float, ...], Filled()] = (0.0,)  # one, or one for each channel
     scale: Annotated[tuple[Positive, ...], Filled()] = (0.18215,)  # latent = (posterior sample - shift) * scale
 

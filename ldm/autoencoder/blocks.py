@@ -18,37 +18,43 @@ from ldm.errors import UserError
 NORM_EPS = 1e-6
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with at most 32 groups (eps 1e-6), each of at least four channels; 32 from 128 channels on.
+def group_norm(channels: int, groups: int = 0) -> nn.GroupNorm:
+    """GroupNorm with `groups` groups (eps 1e-6); 0: as many as `usual_groups` says."""
+    return nn.GroupNorm(groups or usual_groups(channels), channels, eps=NORM_EPS)
+
+
+def usual_groups(channels: int) -> int:
+    """At most 32 groups, each of at least four channels; 32 from 128 channels on.
 
     Narrow networks get fewer groups instead of smaller ones: a group of one channel (32 groups of 32 channels) would
     subtract each channel's mean over the picture, and a flat picture's colour could not reach the last convolution.
     """
-    return nn.GroupNorm(_groups(channels), channels, eps=NORM_EPS)
+    return math.gcd(32, max(channels // 4, 1))
 
 
-def check_widths(widths: Sequence[int], name: str) -> None:
+def said_groups(widths: Sequence[int], groups: int) -> int:
+    """What `norm_groups` has to say of an autoencoder whose norms have `groups` groups at all of these widths."""
+    return 0 if {usual_groups(width) for width in widths} == {groups} else groups
+
+
+def check_widths(widths: Sequence[int], name: str, groups: int = 0) -> None:
     """Raise UserError, naming the setting `name`, for layers whose channels `group_norm` cannot divide."""
     for width in widths:
-        if width % _groups(width):
+        if width % (groups or usual_groups(width)):
             raise UserError(
-                f"{name} makes a layer of {width} channels, which the {_groups(width)} groups of its norm do not "
-                "divide; choose a multiple of 4"
+                f"{name} makes a layer of {width} channels, which the {groups or usual_groups(width)} groups of its "
+                f"norm do not divide; choose a multiple of {groups or 4}"
             )
-
-
-def _groups(channels: int) -> int:
-    return math.gcd(32, max(channels // 4, 1))
 
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm_1 = group_norm(in_channels)
+        self.norm_1 = group_norm(in_channels, groups)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm_2 = group_norm(out_channels)
+        self.norm_2 = group_norm(out_channels, groups)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -62,9 +68,9 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """x + self-attention of all L positions, a single head as wide as the feature map."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
@@ -107,12 +113,14 @@ class Double(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, attention after each if asked for, then `resample` to the next level."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, resample: nn.Module) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, attention: bool, resample: nn.Module, groups: int
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.blocks = nn.ModuleList(ResBlock(a, b) for a, b in itertools.pairwise(widths))
+        self.blocks = nn.ModuleList(ResBlock(a, b, groups) for a, b in itertools.pairwise(widths))
         self.attentions = nn.ModuleList(
-            AttentionBlock(out_channels) if attention else nn.Identity() for _ in range(blocks)
+            AttentionBlock(out_channels, groups) if attention else nn.Identity() for _ in range(blocks)
         )
         self.resample = resample
 
@@ -125,11 +133,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """The bottom: residual block, attention (optional), residual block."""
 
-    def __init__(self, channels: int, attention: bool) -> None:
+    def __init__(self, channels: int, attention: bool, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.attention = AttentionBlock(channels) if attention else nn.Identity()
-        self.block_2 = ResBlock(channels, channels)
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attention = AttentionBlock(channels, groups) if attention else nn.Identity()
+        self.block_2 = ResBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attention(self.block_1(x)))
@@ -138,7 +146,8 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Picture (B, in_channels, H, W) -> (B, out_channels, H/f, W/f), f = patch * 2 ** (levels - 1).
 
-    `widths` are the channels of the levels, finest first; `attention` says which levels have attention.
+    `widths` are the channels of the levels, finest first; `attention` says which levels have attention, `groups` how
+    many each normalization has (see `group_norm`).
     """
 
     def __init__(
@@ -150,6 +159,7 @@ class Encoder(nn.Module):
         attention: Sequence[bool],
         middle_attention: bool,
         patch: int,
+        groups: int,
     ) -> None:
         super().__init__()
         self.patch = patch
@@ -159,10 +169,10 @@ class Encoder(nn.Module):
         for index, width in enumerate(widths):
             last = index == len(widths) - 1
             resample = nn.Identity() if last else Halve(width)
-            self.levels.append(Level(previous, width, blocks, attention[index], resample))
+            self.levels.append(Level(previous, width, blocks, attention[index], resample, groups))
             previous = width
-        self.middle = Middle(previous, middle_attention)
-        self.norm_out = group_norm(previous)
+        self.middle = Middle(previous, middle_attention, groups)
+        self.norm_out = group_norm(previous, groups)
         self.conv_out = nn.Conv2d(previous, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,19 +199,20 @@ class Decoder(nn.Module):
         attention: Sequence[bool],
         middle_attention: bool,
         patch: int,
+        groups: int,
     ) -> None:
         super().__init__()
         self.patch = patch
         previous = widths[-1]
         self.conv_in = nn.Conv2d(in_channels, previous, 3, padding=1)
-        self.middle = Middle(previous, middle_attention)
+        self.middle = Middle(previous, middle_attention, groups)
         self.levels = nn.ModuleList()
         for index in reversed(range(len(widths))):
             width = widths[index]
             resample = nn.Identity() if index == 0 else Double(width)
-            self.levels.append(Level(previous, width, blocks + 1, attention[index], resample))
+            self.levels.append(Level(previous, width, blocks + 1, attention[index], resample, groups))
             previous = width
-        self.norm_out = group_norm(previous)
+        self.norm_out = group_norm(previous, groups)
         self.conv_out = nn.Conv2d(previous, out_channels * patch**2, 3, padding=1)
 
     @property

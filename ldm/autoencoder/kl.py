@@ -26,7 +26,7 @@ class AutoencoderKL(nn.Module):
         widths = [config.channels * m for m in config.multipliers]
         attention = [level in config.attention_levels for level in range(len(widths))]
         moments, latent = 2 * config.latent_channels, config.latent_channels
-        shared = (widths, config.blocks, attention, config.middle_attention, config.patch)
+        shared = (widths, config.blocks, attention, config.middle_attention, config.patch, config.norm_groups)
         self.encoder = Encoder(config.in_channels, moments, *shared)
         self.to_moments = nn.Conv2d(moments, moments, 1)
         self.from_latent = nn.Conv2d(latent, latent, 1)
@@ -55,4 +55,5 @@ def check(config: AutoencoderConfig, name: str = "autoencoder") -> None:
     if wrong:
         last = len(config.multipliers) - 1
         raise UserError(f"{name}.attention_levels has {wrong[0]}; there are levels 0 to {last}")
-    check_widths([config.channels * multiplier for multiplier in config.multipliers], f"{name}.channels")
+    widths = [config.channels * multiplier for multiplier in config.multipliers]
+    check_widths(widths, f"{name}.channels", config.norm_groups)

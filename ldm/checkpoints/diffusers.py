@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ldm.autoencoder.blocks import said_groups
 from ldm.checkpoints import diffusers_configs as configs
 from ldm.checkpoints.architectures import assumed_side
 from ldm.checkpoints.common_names import TRANSFORMER, clip_names
@@ -34,6 +35,7 @@ from ldm.plain import read_json
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PICKLES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
+GROUPS = 32  # of norms, where no config.json says another number
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
 UNUSED = r"position_ids$|^text_projection\.weight$"  # computed; of the joint space, which nothing here draws with
 
@@ -115,7 +117,7 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
         plain = read_json(where)
         settings |= {"unet": configs.read_unet(plain, str(where)), "schedule": ScheduleConfig()}
         source = _open_weights(path / "unet", "unet", raw=weights == "raw")
-        parts["unet"] = _part(source, path / "unet", unet_names, 32)
+        parts["unet"] = _part(source, path / "unet", unet_names, GROUPS)
         where = path / "scheduler" / "scheduler_config.json"
         said, remarks = read_scheduler(read_json(where), _scheduler_class(index), str(where))
         said += by_tensors(source)
@@ -166,15 +168,14 @@ def open_autoencoder_file(path: Path, tensors: Tensors) -> Checkpoint:
         config, assumed = _autoencoder_config(path.parent / "config.json")
     else:
         config, assumed = _autoencoder_of_shapes({name: tensors.form(name)[1] for name in tensors}, path), True
-    part = _autoencoder_part(tensors, path, 32)
+    part = _autoencoder_part(tensors, path)
     told = ("autoencoder.scale",) if assumed else ()
     return Checkpoint(path, "diffusers autoencoder", ModelConfig(config), {"autoencoder": part}, told)
 
 
 def _autoencoder(folder: Path) -> tuple[AutoencoderConfig, Part, tuple[str, ...]]:
     config, assumed = _autoencoder_config(folder / "config.json")
-    groups = configs.norm_groups(read_json(folder / "config.json"), str(folder / "config.json"))
-    part = _autoencoder_part(_open_weights(folder, "vae"), folder, groups)
+    part = _autoencoder_part(_open_weights(folder, "vae"), folder)
     return config, part, ("autoencoder.scale",) if assumed else ()
 
 
@@ -187,9 +188,9 @@ def _autoencoder_config(where: Path) -> tuple[AutoencoderConfig, bool]:
     return configs.read_autoencoder(plain, str(where)), "scaling_factor" not in plain
 
 
-def _autoencoder_part(source: Source, where: Path, groups: int) -> Part:
+def _autoencoder_part(source: Source, where: Path) -> Part:
     old = "encoder.mid_block.attentions.0.query.weight" in source
-    return _part(source, where, partial(autoencoder_names, old=old), groups)
+    return _part(source, where, partial(autoencoder_names, old=old), 0)
 
 
 def _autoencoder_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> AutoencoderConfig:
@@ -207,6 +208,7 @@ def _autoencoder_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) ->
             blocks=sum(bool(pattern.fullmatch(name)) for name in shapes),
             middle_attention="encoder.mid_block.attentions.0.group_norm.weight" in shapes,
             latent_channels=shapes["post_quant_conv.weight"][0],
+            norm_groups=said_groups(widths, GROUPS),
         )
     except (LookupError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"the autoencoder in {path} is not built as Stable Diffusion's ({error})") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ldm.autoencoder.blocks import said_groups
 from ldm.config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 from ldm.errors import UserError
 
@@ -56,6 +57,7 @@ AUTOENCODER_FIXED: Plain = {
     "use_post_quant_conv": True,
 }
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SCHEDULER = "DPMSolverMultistepScheduler"
 BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 
 
@@ -102,6 +104,9 @@ def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if any(block != kind for block in _words(plain, name, (kind,))):
             raise UserError(f"{where}: {name} has blocks that are not {kind}, which alone are read")
+    groups = number(plain, "norm_num_groups", 32, where)
+    if groups < 1:
+        raise UserError(f"{where}: norm_num_groups is {groups} and should be at least 1")
     return AutoencoderConfig(
         in_channels=number(plain, "in_channels", 3, where),
         channels=widths[0],
@@ -109,14 +114,10 @@ def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
         blocks=number(plain, "layers_per_block", 1, where),
         middle_attention=bool(plain.get("mid_block_add_attention", True)),
         latent_channels=number(plain, "latent_channels", 4, where),
+        norm_groups=said_groups(widths, groups),
         shift=(real(plain, "shift_factor", 0.0, where),),
         scale=(real(plain, "scaling_factor", 0.18215, where),),
     )
-
-
-def norm_groups(plain: Plain, where: str) -> int:
-    """The groups of an autoencoder's norms, which our networks derive from their widths."""
-    return number(plain, "norm_num_groups", 32, where)
 
 
 def read_text(plain: Plain, padding: str, where: str) -> TextConfig:
@@ -208,19 +209,26 @@ def write_text(config: TextConfig) -> dict[str, Any]:
 
 
 def write_scheduler(schedule: ScheduleConfig, parameterization: str) -> dict[str, Any]:
-    """scheduler/scheduler_config.json: DDIM on the grid that Stable Diffusion was released with."""
+    """scheduler/scheduler_config.json of what draws here unless another sampler is asked for: DDIM on trailing levels.
+
+    DPM-Solver++ of order 1 is DDIM with eta 0. Their DDIMScheduler steps from t to t - T // N whatever its grid is, so
+    with N = 30 of 1000 levels it would come by others than it evaluates.
+    """
     return {
-        "_class_name": "DDIMScheduler",
+        "_class_name": SCHEDULER,
         "num_train_timesteps": schedule.steps,
         "beta_schedule": {ours: theirs for theirs, ours in BETAS.items()}[schedule.kind],
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[parameterization],
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 1,
+        "timestep_spacing": "trailing",
+        "steps_offset": 1,  # of leading levels; the pipeline complains of any other number
+        "final_sigmas_type": "zero",
+        "thresholding": False,
+        "clip_sample": False,  # of other schedulers, which may be made of this file and do so unless told
         "trained_betas": None,
     }
 

@@ -6,14 +6,15 @@ What can be said in other words without a change of what is drawn is said so (`p
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import diffusers, networks, original_file
+from ldm.autoencoder.blocks import usual_groups
+from ldm.checkpoints import diffusers, native, networks, original_file
 from ldm.checkpoints import diffusers_configs as configs
 from ldm.checkpoints.architectures import DEPTH, MASK, extra_channels
 from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
@@ -29,6 +30,7 @@ States = Mapping[str, Mapping[str, Tensor]]
 
 OUTER_SCALE = 0.18215  # Stable Diffusion's
 FORMATS = ("original", "diffusers")
+NAMES = {"original": "an original file", "diffusers": "a diffusers directory"}
 PIPELINES = {
     0: "StableDiffusionPipeline",
     MASK: "StableDiffusionInpaintPipeline",
@@ -145,7 +147,7 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", configs.SCHEDULER],
         "feature_extractor": [None, None],
     }
     if extra_channels(config) == DEPTH:
@@ -156,7 +158,7 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
 
 
 def _write_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor]) -> None:
-    (groups,) = networks.norm_groups(networks.skeleton("autoencoder", ModelConfig(config), folder))
+    (groups,) = _norm_groups(config)
     tensors = exported(state, diffusers.autoencoder_names(state))
     attention = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight")
     tensors = {n: v.flatten(1) if n.endswith(attention) else v for n, v in tensors.items()}  # linear layers there
@@ -176,39 +178,70 @@ def _json(path: Path, plain: Mapping[str, object]) -> None:
 # ---------------------------------------------------------------- what does not fit
 
 
-def _refuse(config: ModelConfig, states: States, to: str) -> None:
-    """Raise UserError, naming the setting, for a model that format `to` has no words for."""
-    if set(states) != {"autoencoder"} and set(states) != {"autoencoder", "text", "unet"}:
-        raise UserError(f"the {to} layout holds a whole model or an autoencoder, not {' and '.join(states)}")
-    reasons = []
+def where_to(config: ModelConfig) -> str:
+    """Which foreign formats can hold a model of `config`, and what keeps it from the others; for a run's plan."""
+    parts = native.part_names(config)
+    if not _complete(parts):
+        return "our own format alone: others hold a whole model or an autoencoder"
+    why = {to: ", ".join(reasons(config, parts, to)) for to in FORMATS}
+    able = " and ".join(NAMES[to] for to in FORMATS if not why[to])
+    if len(set(why.values())) == 1:
+        return able or f"our own format alone: others have no place for {why[FORMATS[0]]}"
+    kept = "; ".join(f"{NAMES[to]} has no place for {why[to]}" for to in FORMATS if why[to])
+    return f"{able or 'our own format alone'}; {kept}"
+
+
+def reasons(config: ModelConfig, parts: Collection[str], to: str) -> list[str]:
+    """What of a model with these parts, all or an autoencoder alone, format `to` has no words for; names settings."""
+    found = []
     if config.autoencoder is not None:
         plain = AutoencoderConfig()
         for name in ("kind", "patch", *(("attention_levels",) if to == "diffusers" else ())):
             if getattr(config.autoencoder, name) != getattr(plain, name):
-                reasons.append(f"autoencoder.{name}={getattr(config.autoencoder, name)}")
-        if not reasons:
-            groups = networks.norm_groups(networks.skeleton("autoencoder", config, "the model"))
-            if len(groups) > 1 or (to == "original" and groups != {32}):
-                reasons.append(f"an autoencoder whose norms have {' and '.join(map(str, sorted(groups)))} groups")
-    if config.unet is not None and "unet" in states:
+                found.append(f"autoencoder.{name}={getattr(config.autoencoder, name)}")
+        groups = _norm_groups(config.autoencoder)
+        if len(groups) > 1 or (to == "original" and groups != {32}):
+            found.append(
+                f"an autoencoder whose norms have {' and '.join(map(str, sorted(groups)))} groups "
+                f"(autoencoder.norm_groups={config.autoencoder.norm_groups})"
+            )
+    if config.unet is not None and "unet" in parts:
         plain_unet = UNetConfig()
         for name in ("time_embedding", "time_injection", "classes", "vector_width"):
             if getattr(config.unet, name) != getattr(plain_unet, name):
-                reasons.append(f"unet.{name}={getattr(config.unet, name)}")
+                found.append(f"unet.{name}={getattr(config.unet, name)}")
         if not config.unet.context_width or not config.unet.attention_levels:
-            reasons.append("a U-Net without a context")
+            found.append("a U-Net without a context")
         elif networks.norm_groups(networks.skeleton("unet", config, "the model")) != {32}:
-            reasons.append(f"unet.channels={config.unet.channels}, whose norms have other than 32 groups")
+            found.append(f"unet.channels={config.unet.channels}, whose norms have other than 32 groups")
+        if to == "diffusers" and config.unet.multipliers[0] != 1:  # there the first level is as wide as what is before
+            found.append(f"unet.multipliers={list(config.unet.multipliers)}, which do not begin with 1")
         if config.parameterization not in configs.PREDICTIONS.values():
-            reasons.append(f"parameterization={config.parameterization}")
+            found.append(f"parameterization={config.parameterization}")
         if config.schedule is not None and config.schedule.kind not in configs.BETAS.values():
-            reasons.append(f"schedule.kind={config.schedule.kind}")
-        if getattr(config, "learned_variance", False):
-            reasons.append("learned_variance=true")
+            found.append(f"schedule.kind={config.schedule.kind}")
+        if config.learned_variance:
+            found.append("learned_variance=true")
         if to == "diffusers" and extra_channels(config) not in PIPELINES:
-            reasons.append(f"unet.in_channels={config.unet.in_channels}")
-    if reasons:
-        raise UserError(f"the {to} layout has no place for {', '.join(reasons)}; keep the native format")
+            found.append(f"unet.in_channels={config.unet.in_channels}")
+    return found
+
+
+def _refuse(config: ModelConfig, parts: Collection[str], to: str) -> None:
+    """Raise UserError, naming the setting, for a model that format `to` has no words for."""
+    if not _complete(parts):
+        raise UserError(f"the {to} layout holds a whole model or an autoencoder, not {' and '.join(parts)}")
+    if found := reasons(config, parts, to):
+        raise UserError(f"the {to} layout has no place for {', '.join(found)}; keep the native format")
+
+
+def _complete(parts: Collection[str]) -> bool:
+    return set(parts) in ({"autoencoder"}, set(native.PARTS))
+
+
+def _norm_groups(config: AutoencoderConfig) -> set[int]:
+    """The different numbers of groups that its norms have."""
+    return {config.norm_groups or usual_groups(config.channels * multiplier) for multiplier in config.multipliers}
 
 
 def _all_rows(table: Tensor, token_ids: tuple[int, ...]) -> Tensor:

@@ -17,12 +17,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ldm.autoencoder.blocks import said_groups
 from ldm.checkpoints.common_names import TRANSFORMER, clip_names
 from ldm.checkpoints.state import Names, Rules, Shape, names_by, rename
 from ldm.config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 from ldm.diffusion.schedule import make_schedule
 from ldm.errors import UserError
 
+GROUPS = 32  # of every norm, in all of these networks
 UNET, EMA, AUTOENCODER = "model.diffusion_model.", "model_ema.", "first_stage_model."
 TEXT, CLIP_TEXT, OPEN_CLIP_TEXT = "cond_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."
 
@@ -199,6 +201,7 @@ def autoencoder_config(shapes: Mapping[str, Shape]) -> AutoencoderConfig:
             attention_levels=tuple(attention),
             middle_attention="encoder.mid.attn_1.q.weight" in shapes,
             latent_channels=shapes["post_quant_conv.weight"][0],
+            norm_groups=said_groups(widths, GROUPS),
         )
     except (LookupError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"the autoencoder is not built as Stable Diffusion's ({error}), which alone is read") from error

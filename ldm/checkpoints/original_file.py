@@ -31,7 +31,6 @@ from ldm.errors import UserError
 from ldm.files import atomic_write
 from ldm.plain import parse_json
 
-GROUPS = 32  # of every norm, in all of these networks
 CONFIG = "ldm.config"  # the metadata's key of our own config, in files that we wrote
 PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample"}  # ours -> those of the metadata's common words
 USUAL_LAYER = {True: "penultimate", False: "last"}  # of a text tower in OpenCLIP's names, in Hugging Face's
@@ -64,7 +63,7 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
     def add(part: str, prefix: str, names: Callable[[Iterable[str]], Names]) -> None:
         scope = tuple(n for n in shapes if n.startswith(prefix) and not original.unused(n) and not marker(n))
         used.update(scope)
-        parts[part] = Part(tensors, names, scope, str(path), 0 if part == "text" else GROUPS)
+        parts[part] = Part(tensors, names, scope, str(path), original.GROUPS if part == "unet" else 0)
 
     unet = autoencoder = text = None
     averaged = any(name.startswith(original.EMA) and not original.unused(name) for name in shapes)

@@ -28,6 +28,18 @@ def test_default_configuration_is_stable_diffusions():
     assert all(norm.num_groups == 32 and norm.eps == 1e-6 for norm in norms)
 
 
+def groups_of(model: AutoencoderKL) -> set[int]:
+    return {m.num_groups for m in model.modules() if isinstance(m, torch.nn.GroupNorm)}
+
+
+def test_the_groups_of_the_norms_are_the_usual_ones_or_those_asked_for():
+    assert groups_of(small(channels=32)) == {8, 16}  # four channels each: what all checkpoints without the setting have
+    assert groups_of(small(channels=32, norm_groups=8, attention_levels=(1,))) == {8}
+    for groups in (3, 12, 64):
+        with pytest.raises(UserError, match=rf"a layer of 32 channels, which the {groups} groups of its norm do not"):
+            small(channels=32, norm_groups=groups)
+
+
 @pytest.mark.parametrize(
     ("settings", "factor"),
     [

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.checkpoints import architectures, export, native
 from ldm.checkpoints.diffusers_configs import read_autoencoder, read_unet
+from ldm.checkpoints.networks import norm_groups
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import AutoencoderConfig, ModelConfig
 from ldm.errors import UserError
@@ -174,8 +175,13 @@ def test_a_folder_and_a_file_of_an_autoencoder(copied: Path):
     change(copied / "vae" / "config.json", scaling_factor=None)
     assert open_checkpoint(copied / "vae").assumed == ("autoencoder.scale",)
     change(copied / "vae" / "config.json", norm_num_groups=16)
-    with pytest.raises(UserError, match="16 groups"):
-        open_checkpoint(copied / "vae").state("autoencoder")
+    codec = open_checkpoint(copied / "vae").load("autoencoder")
+    assert codec.config.norm_groups == 16 and codec.autoencoder is not None
+    assert norm_groups(codec.autoencoder) == {16}
+    for groups, words in ((48, "48 groups"), (0, "norm_num_groups is 0")):
+        change(copied / "vae" / "config.json", norm_num_groups=groups)
+        with pytest.raises(UserError, match=words):
+            open_checkpoint(copied / "vae").load("autoencoder")
 
 
 def test_an_autoencoder_by_itself_is_written_and_comes_back(tmp_path: Path):

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from ldm.autoencoder.blocks import said_groups
 from ldm.autoencoder.codec import Codec
 from ldm.autoencoder.kl import AutoencoderKL
 from ldm.checkpoints import export
@@ -91,6 +93,62 @@ def test_what_cannot_be_said_is_refused(tmp_path: Path, changes: dict[str, Any],
     with pytest.raises(UserError, match=f"no place for .*{words}"):
         export.write(tmp_path / "m.safetensors", config, states, "original")
     assert list(tmp_path.iterdir()) == []
+
+
+def narrow(channels: int, groups: int) -> ModelConfig:
+    config = AutoencoderConfig(channels=channels, multipliers=(1, 2), blocks=1, norm_groups=groups)
+    return replace(SMALL, autoencoder=config)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "to"), [(16, 4, "diffusers"), (32, 32, "diffusers"), (32, 32, "original")]
+)
+def test_a_narrow_autoencoder_comes_back_with_its_groups(channels: int, groups: int, to: str, tmp_path: Path):
+    config = narrow(channels, groups)
+    path = tmp_path / ("m.safetensors" if to == "original" else "m")
+    export.write(path, config, states := random_states(config), to)
+    if to == "original":  # as a stranger's, without our config
+        save_file(load_file(path), path)
+    found = open_checkpoint(path)
+    assert found.config.autoencoder == config.autoencoder
+    ours, theirs = codec(config.autoencoder, states["autoencoder"]), found.load("autoencoder", dtype=torch.float64)
+    image = torch.rand(1, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(theirs.encode(image), ours.encode(image))
+
+
+def test_the_usual_groups_are_not_said():
+    """So that a model's hash, and the name of its architecture, are what they were."""
+    assert said_groups((128, 256, 512, 512), 32) == 0 == said_groups((64,), 16)
+    assert said_groups((64, 128), 32) == 32 and said_groups((64, 128), 16) == 16
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (SMALL, "an original file and a diffusers directory"),
+        (ModelConfig(AutoencoderConfig()), "an original file and a diffusers directory"),
+        (
+            narrow(16, 4),
+            "a diffusers directory; an original file has no place for an autoencoder whose norms have 4",
+        ),
+        (
+            narrow(16, 0),
+            "our own format alone: others have no place for an autoencoder whose norms have 4 and 8",
+        ),
+        (
+            replace(SMALL, unet=replace(SMALL.unet, multipliers=(2, 4))),
+            "an original file; a diffusers directory has no place for unet.multipliers=[2, 4], which do not",
+        ),
+        (
+            replace(SMALL, autoencoder=AutoencoderConfig(kind="identity")),
+            "our own format alone: others hold a whole model or an autoencoder",
+        ),
+        (ModelConfig(text=SMALL.text), "our own format alone: others hold a whole model or an autoencoder"),
+        (replace(SMALL, parameterization="edm"), "our own format alone: others have no place for parameterization=edm"),
+    ],
+)
+def test_a_plan_can_say_where_a_model_will_go(config: ModelConfig, words: str):
+    assert export.where_to(config).startswith(words)
 
 
 def test_where_it_is_written(tmp_path: Path):
