@@ -22,7 +22,17 @@ from ldm.checkpoints.architectures import assumed_prediction, assumed_side
 from ldm.checkpoints.original_yaml import read_yaml
 from ldm.checkpoints.reading import Tensors
 from ldm.checkpoints.record import Checkpoint, Part
-from ldm.checkpoints.said import ZERO_SNR, Said, by_tensors, by_words, follow, marker, range_remark, settle
+from ldm.checkpoints.said import (
+    ZERO_SNR,
+    Said,
+    by_tensors,
+    by_words,
+    follow,
+    marker,
+    names_schedule,
+    range_remark,
+    settle,
+)
 from ldm.checkpoints.scaled import Scaled, unscaled
 from ldm.checkpoints.state import Names, Shape, exported
 from ldm.checkpoints.writing import write_tensors
@@ -164,15 +174,17 @@ def _by_own(config: ModelConfig) -> list[Said]:
 
 
 def _by_tables(tensors: Tensors | Scaled, path: Path, said: Sequence[Said], decided: Collection[str]) -> list[Said]:
-    """The schedule by its table, where it is there and the user has not named one.
+    """The schedule by its table; one that is unknown here is refused, unless the user has named a schedule.
 
     A table is not rescaled by those who go on from a model and rescale its schedule (ztsnr): it stays what the model
     had, so a plain table does not contradict them.
     """
-    if "alphas_cumprod" not in tensors or any(key.startswith("schedule.") for key in decided):
+    if "alphas_cumprod" not in tensors:
         return []
     likely = [one.value for one in said if one.key == "schedule" and one.value is not None]
     found = original.schedule_of(tensors["alphas_cumprod"], tensors.get("betas"), likely)
+    if found is None and names_schedule(decided):
+        return []
     if found is None:
         raise UserError(
             f"{path} was trained with a noise schedule that is not read here (its table alphas_cumprod is neither "

@@ -119,22 +119,25 @@ def range_remark(words: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def settle(statements: Iterable[Said], path: Path, decided: Collection[str]) -> dict[str, Any]:
-    """Setting -> what the statements say it is; none is made for `decided`, the settings that the user has named.
+    """Setting -> what the statements say it is. Of `decided` ones, which the user has named, it is the first's word.
 
-    Raises UserError, naming who says what, for two that disagree, and for one that our settings have no word for.
+    Raises UserError, naming who says what, for two that disagree on another, and for one that our settings have no
+    word for.
     """
-    named = {"schedule" if key.startswith("schedule.") else key for key in decided} | set(decided)
-    open_ = [said for said in statements if said.key not in named]
+    named = {*decided, *(["schedule"] if names_schedule(decided) else [])}
+    known = list(statements)
     found: dict[str, Said] = {}
-    for said in open_:
-        if said.value is None:
-            keys = dict.fromkeys(other.key for other in open_ if other.value is None and other.where == said.where)
+    for said in known:
+        if said.value is None and said.key not in named:
+            keys = dict.fromkeys(other.key for other in known if other.value is None and other.where == said.where)
             raise UserError(
                 f"{path} is not read: by its own word it is of a kind unknown here ({said.where}); if that is wrong, "
                 f"say what it is: {_set(keys)}"
             )
+        if said.value is None:
+            continue
         other = found.setdefault(said.key, said)
-        if not _same(other.value, said.value):
+        if said.key not in named and not _same(other.value, said.value):
             raise UserError(
                 f"{path} contradicts itself: {other.where} says that {said.key} is {_show(other.value)}, {said.where} "
                 f"that it is {_show(said.value)}; say which is right: {_set([said.key])}"
@@ -142,8 +145,14 @@ def settle(statements: Iterable[Said], path: Path, decided: Collection[str]) -> 
     return {key: said.value for key, said in found.items()}
 
 
+def names_schedule(decided: Collection[str]) -> bool:
+    """Whether the settings that the user names say which schedule it is, and not its rescaling alone."""
+    return any(key.startswith("schedule.") and key != ZERO_SNR for key in decided)
+
+
 def _set(keys: Iterable[str]) -> str:
-    return " ".join(f"--set {'schedule.kind' if key == 'schedule' else key}=..." for key in keys)
+    words = (f"--set {'schedule.kind' if key == 'schedule' else key}=..." for key in keys)
+    return f"{' '.join(words)} (init_set of a training)"
 
 
 def follow(config: ModelConfig, answers: Mapping[str, Any]) -> ModelConfig:

@@ -139,7 +139,7 @@ def test_two_that_disagree_are_both_named(more: list[str], words: Mapping[str, s
         opened(shapes, words=words)
     sentence = str(error.value)
     assert all(name in sentence for name in named)
-    key = sentence.rpartition("--set ")[2].removesuffix("=...")
+    key = sentence.rpartition("--set ")[2].partition("=")[0]
     assert opened(shapes, words=words, decided=(key,)).config.unet is not None  # what the user says goes before all
 
 
@@ -178,6 +178,15 @@ def test_a_table_of_another_law_is_no_roundings():
             opened(LISTS["v1"], tensors={"alphas_cumprod": table, "betas": table})
         named = opened(LISTS["v1"], tensors={"alphas_cumprod": table}, decided=("schedule.kind",))
         assert named.config.schedule == ScheduleConfig()
+
+
+def test_what_is_set_of_a_schedule_leaves_the_rest_as_the_table_has_it():
+    linear = ScheduleConfig("linear", 1000, 1e-4, 0.02)
+    checkpoint = opened(LISTS["v1"], tensors=original.tables(linear), decided=("schedule.zero_terminal_snr",))
+    rescaled = checkpoint.with_settings({"schedule.zero_terminal_snr": True})
+    assert rescaled.config.schedule == replace(linear, zero_terminal_snr=True)
+    named = opened(LISTS["v1"], tensors=original.tables(linear), decided=("schedule.kind",))
+    assert named.config.schedule == linear
 
 
 def test_a_scale_that_was_cast():

@@ -15,7 +15,7 @@ from ldm.diffusion import make_law, make_schedule, precondition
 from ldm.sampling import NoiseStream, euler, start
 
 diffusers = pytest.importorskip("diffusers", reason="a peer to compare with, extra `peers`")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 SHAPE, SEEDS = (4, 6, 5), [11, 12]
 
 
