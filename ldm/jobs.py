@@ -15,9 +15,8 @@ from ldm import catalogue
 from ldm.data import tables
 from ldm.errors import UserError
 from ldm.files import read_text
+from ldm.ranges import MAX_SEED, MAX_SIDE, Level
 
-MAX_SEED = 2**63 - 1
-MAX_SIDE = 16_384  # pixels of a picture: the latent alone of a square one is 270 MB, where f is 4
 THRESHOLDS = ("static", "dynamic")
 
 
@@ -68,7 +67,7 @@ class Settings:
     width: int | None = None  # pixels; None: the side the model was trained at
     height: int | None = None  # the same
     cfg_rescale: float = 0.0  # in [0, 1]: takes back over-exposure at large cfg
-    cfg_interval: tuple[float, float] | None = None  # low and high, in sigma: guide there only; None: everywhere
+    cfg_interval: tuple[Level, Level] | None = None  # low and high, in sigma: guide there only; None: everywhere
     options: dict[str, Any] = field(default_factory=dict)  # the sampler's own; catalogue.SAMPLERS names them
     sigmas: tuple[float, ...] = ()  # the levels written out, in place of spacing and steps
     perp_negative: float | None = None  # weight of a negative prompt that acts across the prompt only; None: plain

@@ -1,6 +1,6 @@
 """Which values a setting may have, said in its type (`rate: Positive = 1e-4`) and checked in one place, `check`.
 
-A number without a range has to be finite all the same: in no setting does NaN or infinity mean anything.
+A number without a range has to be finite all the same: infinity means something in no setting but an interval's end.
 """
 
 from __future__ import annotations
@@ -50,6 +50,16 @@ class OneOf:
         return f"one of {', '.join(self.words)}"
 
 
+class Endless:
+    """A number that may be infinite."""
+
+    def holds(self, value: Any) -> bool:
+        return not math.isnan(value)
+
+    def __str__(self) -> str:
+        return "a number"
+
+
 class Filled:
     """A list that is not empty."""
 
@@ -60,6 +70,7 @@ class Filled:
         return "a list with an entry at least"
 
 
+Level = Annotated[float, Endless()]
 Whole = Annotated[int, Range(least=0)]
 Count = Annotated[int, Range(least=1)]
 Side = Annotated[int, Range(least=1, most=MAX_SIDE)]
@@ -100,7 +111,8 @@ def _parts(hint: Any, value: Any) -> Iterator[tuple[Any, Any]]:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         yield from ((rule, value) for rule in hint.__metadata__)
-        yield from _parts(inner[0], value)
+        if not isinstance(hint.__metadata__[0], Endless):
+            yield from _parts(inner[0], value)
     elif origin in (Union, types.UnionType):
         yield from (() if value is None else _parts(inner[0], value))
     elif isinstance(value, tuple | list):
