@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,9 +40,10 @@ def read_embeddings(path: str | Path) -> list[Embedding]:
     """The words in the file at `path`; raises UserError if it is no such file."""
     path = Path(path)
     tensors = read_tensors(path)
-    found = _bundled(tensors, path)
-    if found:
-        return found
+    if found := _bundled(tensors, path):
+        beside = len(tensors) > sum(BUNDLED.fullmatch(name) is not None for name in tensors)
+        remark = "; the LoRA in the same file has to be named as one" if beside else ""
+        return [replace(word, remark=f"{word.remark}{remark}") for word in found]
     params = {name.removeprefix("string_to_param."): name for name in tensors if name.startswith("string_to_param.")}
     keys = params or {name: name for name in tensors if not name.startswith("string_to_token")}
     own = tensors.metadata.get(WORD)  # of a file of ours, whatever its word looks like

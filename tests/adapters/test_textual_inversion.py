@@ -15,7 +15,7 @@ from ldm.adapters.textual_inversion import Embedding, TowerWithWords
 from ldm.checkpoints.common_names import clip_names
 from ldm.checkpoints.reading import read_metadata
 from ldm.checkpoints.state import exported
-from ldm.checkpoints.textual_inversion import read_embeddings, save_embedding
+from ldm.checkpoints.textual_inversion import read_bundled, read_embeddings, save_embedding
 from ldm.conditioning.clip import VOCABULARY, TextTower
 from ldm.config import TextConfig
 from ldm.errors import UserError
@@ -128,6 +128,8 @@ def test_how_a_word_was_read_is_told(tmp_path: Path) -> None:
     ):
         (embedding,) = read_embeddings(tmp_path / name)
         assert (said in embedding.remark) if said else not embedding.remark
+    assert all("the LoRA in the same file" in word.remark for word in read_embeddings(tmp_path / "bundle.safetensors"))
+    assert not any(word.remark for word in read_bundled(tmp_path / "bundle.safetensors"))
 
 
 @pytest.mark.parametrize("word", ["<cat>", "*", "emb_params", "0", "clip_l", "a.weight"])
