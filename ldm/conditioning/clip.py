@@ -124,7 +124,7 @@ class TextTower(nn.Module):
             return True
         if self.config.token_ids and self.rows is not None:
             return int(self.rows[token]) != len(self.config.token_ids)
-        table = getattr(self.token_embedding, "table", self.token_embedding).weight
+        *_, table = self.token_embedding.parameters()  # words of textual inversions have tables of their own before it
         like = table[table[:, 0] == table[token, 0]]
         return int((like == table[token]).all(dim=1).sum()) == 1
 

@@ -311,6 +311,8 @@ def test_words_that_share_a_row_are_named(which: int):
         assert made.unknown_words(made.tokenize([caption])[0][0]) == words, caption
     own = TowerWithWords(made, [Embedding("blue", torch.zeros(2, 32))])
     assert own.unknown_words(own.tokenize(["a blue green heart"])[0][0]) == ["green"]
+    more = TowerWithWords(own, [Embedding("green", torch.zeros(1, 32))])
+    assert more.unknown_words(more.tokenize(["a blue green white heart"])[0][0]) == ["white"]
 
 
 def test_a_tower_of_every_word_knows_them_all():
