@@ -37,29 +37,29 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # which launch
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "torch/distributed")  # in their command lines
 
 
-def _end_with_launcher() -> None:
-    """Have this process told by SIGTERM when its launcher is gone, which may die without a word to it.
-
-    Only where its parent is one: that a shell ends is no reason.
-    """
+def _launched() -> bool:
+    """Whether the parent is a launcher, which may die without a word to this process. (A shell may do so in peace.)"""
     if not any(name in os.environ for name in LAUNCHED):
-        return
+        return False
     import psutil
 
-    launcher = os.getppid()
     try:
-        words = " ".join(psutil.Process(launcher).cmdline())
+        words = " ".join(psutil.Process(os.getppid()).cmdline())
     except psutil.Error:
-        return
-    if any(name in words for name in LAUNCHERS):
-        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+        return False
+    return any(name in words for name in LAUNCHERS)
 
 
-def _watch(launcher: int) -> None:
-    while os.getppid() == launcher:
+def end_with_parent() -> None:
+    """Have this process told by SIGTERM when its parent is gone."""
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
         time.sleep(0.5)
     try:
-        print(f"warning: the launcher, process {launcher}, is gone, so this one ends too", file=sys.stderr, flush=True)
+        print(f"warning: process {parent}, which began this one, is gone, so it ends too", file=sys.stderr, flush=True)
     finally:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -68,7 +68,8 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; user errors end in one sentence and exit code 1, Ctrl-C in 130."""
     from ldm.errors import UserError  # not above: what is imported there goes before Ctrl-C is heeded
 
-    _end_with_launcher()
+    if _launched():
+        end_with_parent()
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:

@@ -161,7 +161,7 @@ def test_who_was_launched_ends_with_the_launcher(tmp_path, monkeypatch, launcher
     process.wait(timeout=60)
     if ends:
         assert process.stdout.read() == ""  # which waits until the child too has closed it
-        said = f"warning: the launcher, process {process.pid}, is gone, so this one ends too\n"
+        said = f"warning: process {process.pid}, which began this one, is gone, so it ends too\n"
         assert process.stderr.read() == said
     else:
         time.sleep(1)

@@ -42,6 +42,7 @@ from icons.sources import NAMES, SOURCES
 from ldm.arguments import COUNT, Parser
 from ldm.errors import UserError, instead
 from ldm.files import atomic_write_text
+from ldm.locks import held
 
 HELD_OUT_PROMPTS = 1000
 
@@ -62,7 +63,8 @@ def main() -> None:
         raise UserError(f"nothing can be built, these packages could not be had: {packages.reasons()}")
     if not masters:
         raise UserError("none of the pictures can be used; check --sources and --tier")
-    write_set(masters, args)
+    with held(args.output):
+        write_set(masters, args)
     report = write.table(masters, found, lost)
     atomic_write_text(args.output / "SOURCES.md", report)
     print(report, end="")

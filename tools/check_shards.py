@@ -25,7 +25,6 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +43,7 @@ from ldm.data.sources import base_name, expand_sources, is_file
 from ldm.data.tars import NotATar
 from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_bytes
+from ldm.workers import pool
 
 CAPTION_EDGES = (0, 10, 20, 40, 80, 160, 320, 640)  # characters; the last bin is open
 SIDE_EDGES = (0, 64, 128, 256, 384, 512, 768, 1024, 2048)  # pixels of the shorter side
@@ -134,8 +134,8 @@ def check_shards(sources: Sequence[str], store: Store, workers: int) -> Iterator
     if workers == 0:
         yield from (check_shard(source, store) for source in sources)
         return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(partial(check_shard, store=store), sources)
+    with pool(workers) as readers:
+        yield from readers.map(partial(check_shard, store=store), sources)
 
 
 # ---------------------------------------------------------------- all of them

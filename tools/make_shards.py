@@ -22,16 +22,11 @@ import argparse
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
-import signal
 import stat
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +45,8 @@ from ldm.data.tables import column_of, rows
 from ldm.data.writing import write_shard
 from ldm.errors import UserError
 from ldm.files import atomic_write_text, read_text
+from ldm.locks import held
+from ldm.workers import pool
 
 MANIFEST, REPORT = "shards.json", "report.json"
 FORMATS = {"webp": ("WEBP", 16_383), "jpg": ("JPEG", 65_500), "png": ("PNG", 2**31 - 1)}  # Pillow's name, longest side
@@ -92,7 +89,8 @@ def main() -> None:
         sources, left_out = from_table(args.pictures, args.table, args.image_column, args.caption_column), []
     else:
         sources, left_out = from_folder(args.pictures)
-    report = make_shards(sources, left_out, args.output, options, args.workers)
+    with held(args.output):
+        report = make_shards(sources, left_out, args.output, options, args.workers)
     print(f"{report['samples']} samples in {len(report['shards'])} shards in {args.output}")
     for reason, names in report["left_out"].items():
         print(f"left out {len(names)}: {reason} ({', '.join(map(shown, names[:3]))}{', ...' * (len(names) > 3)})")
@@ -179,22 +177,16 @@ def make_shards(
     done: dict[str, Any] = manifest["shards"]
     with (
         tqdm(total=len(sources), unit=" pictures", disable=None) as progress,
-        ProcessPoolExecutor(workers, initializer=_start_worker) as pool,
+        pool(workers) as readers,
     ):
         for name, numbered in plan.items():
             if name in done and (output / name).exists():
                 progress.update(len(numbered))
                 continue
             made: list[Made] = []
-            try:
-                for one in pool.map(partial(_convert, options=options), numbered, chunksize=8):
-                    made.append(one)
-                    progress.update()
-            except BrokenProcessPool as error:
-                raise UserError("a worker process died, perhaps for want of memory; try fewer --workers") from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for one in readers.map(partial(_convert, options=options), numbered, chunksize=8):
+                made.append(one)
+                progress.update()
             records = [one for one in made if not isinstance(one, str)]
             write_shard(output / name, records)
             bad = [(source.name, one) for (_, source), one in zip(numbered, made, strict=True) if isinstance(one, str)]
@@ -248,18 +240,6 @@ def _report(plan: Mapping[str, Any], done: Mapping[str, Any], left_out: Sequence
 
 
 # ---------------------------------------------------------------- one picture
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the parent's to handle; when it dies without a word, so does this process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_outlive_nobody, daemon=True).start()
-
-
-def _outlive_nobody() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _convert(numbered: tuple[int, Source], options: Options) -> Made:

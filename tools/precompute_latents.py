@@ -17,13 +17,14 @@ on with the same N.
 
 from __future__ import annotations
 
-from ldm.script import run
+from ldm.script import end_with_parent, run
 
 import argparse
 import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,17 +47,30 @@ from ldm.data.latents import MANIFEST, latent_fingerprint
 from ldm.device import choose_device, choose_precision, precision_name
 from ldm.errors import UserError
 from ldm.home import recipe
+from ldm.locks import held
 from ldm.options import WHERE_HELP, where_of
 
 
 def main() -> None:
     arguments = parse()
     config = settings(arguments)
-    if arguments.part is None:
-        check_parts(config.latents, arguments.processes)
-        if arguments.processes > 1:
-            divide(arguments, config.latents)
+    folder = Path(config.latents)
+    if arguments.part is not None:
+        end_with_parent()
+        folder = part_folder(folder, arguments.part, arguments.processes)
+    with held(folder):
+        if arguments.part is not None:
+            encode(arguments, config, folder, arguments.part, arguments.processes)
             return
+        check_parts(folder, arguments.processes)
+        if arguments.processes > 1:
+            divide(arguments, folder)
+        else:
+            encode(arguments, config, folder, 0, 1)
+
+
+def encode(arguments: argparse.Namespace, config: DiffusionTraining, folder: Path, part: int, parts: int) -> None:
+    """Write the latents of one of the equal parts that the pictures are divided into."""
     device = choose_device(arguments.device)
     dtype = choose_precision(arguments.precision, device)
     autoencoder = open_checkpoint(config.autoencoder).only("autoencoder")
@@ -68,9 +82,7 @@ def main() -> None:
 
     sources = LatentSources(config.data)
     fingerprint = latent_fingerprint(autoencoder, text, config.data)
-    part, parts = (0, 1) if arguments.part is None else (arguments.part, arguments.processes)
     first, stop = (len(sources) * edge // parts for edge in (part, part + 1))
-    folder = config.latents if arguments.part is None else part_folder(config.latents, part, parts)
     writer = LatentWriter(
         folder,
         fingerprint,
@@ -93,13 +105,13 @@ def main() -> None:
         )
 
 
-def divide(arguments: argparse.Namespace, folder: str) -> None:
+def divide(arguments: argparse.Namespace, folder: Path) -> None:
     """Run this tool once for each part, all at a time, and make one set of what they wrote.
 
     Raises UserError with the last words of a process that failed; the others end with it, and go on when run again.
     """
     parts = arguments.processes
-    if os.path.exists(os.path.join(folder, MANIFEST)):  # check_parts has seen that it is not of an unfinished run
+    if (folder / MANIFEST).exists():  # check_parts has seen that it is not of an unfinished run
         print(f"{folder} is complete already")
         return
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parts)), **os.environ}

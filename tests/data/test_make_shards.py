@@ -20,6 +20,7 @@ from ldm.config import DataConfig
 from ldm.data.loader import Loader
 from ldm.data.tables import rows
 from ldm.errors import UserError
+from ldm.locks import held
 
 from .shard_maker import TOOL, command, make, picture, records
 
@@ -99,6 +100,13 @@ def test_the_same_pictures_make_the_same_bytes_and_stay_on_their_side(folder, tm
     assert "holds shards of other pictures" in failed.stderr
     failed = make(folder, tmp_path / "three", code=1)
     assert "holds shards of other options" in failed.stderr
+
+
+def test_two_do_not_write_into_one_folder(folder, tmp_path):
+    with held(tmp_path / "out"):
+        done = subprocess.run(command(folder, tmp_path / "out"), capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith(f"error: process {os.getpid()} on ")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def heed_interrupts() -> None:

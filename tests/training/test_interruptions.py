@@ -115,7 +115,7 @@ def test_a_launcher_that_ends_without_a_word_to_its_run(tmp_path, number):
     said += process.stdout.read()  # until the trainer has closed it
     found = load_state(tmp_path)
     assert found is not None and f"stopped at step {found[0]} as asked; --resume auto goes on from there" in said
-    told = f"warning: the launcher, process {process.pid}, is gone, so this one ends too\n"
+    told = f"warning: process {process.pid}, which began this one, is gone, so it ends too\n"
     assert process.stderr.read().endswith(told)
     assert process.wait(timeout=120) == -number
     assert not (tmp_path / ".lock").exists()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from multiprocessing import get_context
 from typing import TypeVar
 
-from ldm.errors import UserError
+from ldm import workers
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -22,20 +20,10 @@ def ordered_map(work: Callable[[T], R], items: Iterable[T], processes: int) -> I
         yield from map(work, items)
         return
     waiting: deque[Future[R]] = deque()
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_leave_interrupts) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) >= 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
+    with workers.pool(processes, get_context("spawn")) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= 2 * processes:
                 yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError("a worker process died, perhaps for want of memory; try fewer --processes") from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _leave_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+        while waiting:
+            yield waiting.popleft().result()
