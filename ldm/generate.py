@@ -32,7 +32,7 @@ from ldm.guidance import (
     static_threshold,
 )
 from ldm.guides import Guides, load_guides
-from ldm.inputs import check_images, check_masks
+from ldm.inputs import check_depths, check_images, check_masks
 from ldm.jobs import Ask, Request, Settings, batches, real
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid, start, tail
 from ldm.sampling.step import solver_state
@@ -67,6 +67,8 @@ class Begin:
         check_images(self.image)
         if self.mask is not None:
             check_masks(self.mask, self.image)
+        if self.depth is not None:
+            check_depths(self.depth, len(self.image))
 
     def check(self, requests: int, settings: Settings) -> None:
         """Raise UserError unless there is one for each request, of the size that `settings` ask for, if they do."""
@@ -226,6 +228,8 @@ def planes_of(model: LatentDiffusion, shape: tuple[int, int, int], count: int, b
     """
     c, h, w = shape
     extra = model.extra_channels
+    if begin is not None and begin.depth is not None and extra != 1:
+        raise UserError(f"the U-Net of {model.name or 'this model'} takes no depth map; leave it out")
     if not extra:
         return None
     if extra == 1 + c:

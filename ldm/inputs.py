@@ -59,21 +59,17 @@ def as_masks(given: Picture | Sequence[Picture], image: Tensor) -> Tensor:
     (H, W), (B, H, W), (B, 1, H, W) of booleans, of numbers in [0, 1], or of uint8, where 255 is 1 (and 1, if none
     is larger). Raises UserError.
     """
-    if isinstance(given, list | tuple):
-        mask = _joined([as_masks(one, image[:1]) for one in given], "masks")
-    elif isinstance(given, Image.Image | str | os.PathLike):
-        mask = _grey(pictures.read(given))
-    elif isinstance(given, np.ndarray | Tensor):
-        mask = _numbers(given)
-        if mask.ndim == 3 and mask.shape[-1] == 1 and isinstance(given, np.ndarray):
-            mask = mask.movedim(-1, 0)
-        mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
-    else:
-        raise UserError(f"the mask is of the type {type(given).__name__}; give a picture, an array or a tensor")
-    if mask.ndim == 4 and len(mask) == 1:
-        mask = mask.expand(len(image), *mask.shape[1:])
+    mask = _for_each(_planes(given, "mask"), len(image))
     check_masks(mask, image)
     return mask.float()
+
+
+def as_depths(given: Picture | Sequence[Picture], count: int) -> Tensor:
+    """Depth maps (B, 1, H, W), float32 of any size and scale, larger is nearer, for `count` pictures: one for each, or
+    one for all, in the forms of masks. Raises UserError."""
+    depth = _for_each(_planes(given, "depth map"), count)
+    check_depths(depth, count)
+    return depth.float()
 
 
 def check_images(image: Tensor) -> None:
@@ -108,23 +104,44 @@ def check_masks(mask: Tensor, image: Tensor) -> None:
         )
 
 
-def _numbers(given: np.ndarray | Tensor) -> Tensor:
-    """A mask's values as they are meant: booleans and uint8 in [0, 1], others as they are."""
+def check_depths(depth: Tensor, count: int) -> None:
+    """Raise UserError for what is no depth map (B, 1, H, W) of floats for each of `count` pictures."""
+    if depth.ndim != 4 or depth.shape[:2] != (count, 1) or 0 in depth.shape:
+        raise UserError(f"the depth map is {tuple(depth.shape)}; give ({count}, 1, H, W) for {count} pictures")
+    if not depth.is_floating_point() or not bool(depth.isfinite().all()):
+        raise UserError("the depth map has values that are no finite numbers; look at how it was made")
+
+
+def _planes(given: Picture | Sequence[Picture], what: str) -> Tensor:
+    """Pictures of one channel (B, 1, H, W): booleans, uint8 and files in [0, 1], other numbers as they are."""
+    if isinstance(given, list | tuple):
+        return _joined([_planes(one, what) for one in given], f"{what}s")
+    if isinstance(given, Image.Image | str | os.PathLike):
+        return _grey(pictures.read(given), what)
+    if not isinstance(given, np.ndarray | Tensor):
+        raise UserError(f"the {what} is of the type {type(given).__name__}; give a picture, an array or a tensor")
     try:
-        mask = given.detach() if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
+        plane = given.detach() if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
     except TypeError as error:
-        raise UserError(f"the mask is an array of {given.dtype}; give booleans, uint8, or floats in [0, 1]") from error
-    if mask.dtype == torch.uint8 and mask.numel() and mask.max() > 1:
-        return mask / 255
-    return mask if mask.is_floating_point() or mask.is_complex() else mask.float()
+        raise UserError(f"the {what} is an array of {given.dtype}; give booleans, uint8 or floats") from error
+    if plane.dtype == torch.uint8 and plane.numel() and plane.max() > 1:
+        plane = plane / 255
+    if plane.ndim == 3 and plane.shape[-1] == 1 and isinstance(given, np.ndarray):
+        plane = plane.movedim(-1, 0)
+    plane = plane[None, None] if plane.ndim == 2 else plane[:, None] if plane.ndim == 3 else plane
+    return plane if plane.is_floating_point() or plane.is_complex() else plane.float()
 
 
-def _grey(picture: Image.Image) -> Tensor:
-    """An upright picture in 8 bits as a mask (1, 1, H, W)."""
+def _for_each(plane: Tensor, count: int) -> Tensor:
+    return plane.expand(count, *plane.shape[1:]) if plane.ndim == 4 and len(plane) == 1 else plane
+
+
+def _grey(picture: Image.Image, what: str) -> Tensor:
+    """An upright picture in 8 bits -> (1, 1, H, W) in [0, 1]."""
     if picture.has_transparency_data:
         alpha = picture if picture.getbands()[-1] in ("A", "a") else picture.convert("RGBA")
         if alpha.getextrema()[-1][0] < 255:  # type: ignore[index] (of several bands)
-            raise UserError("the mask has transparent parts; save it in black and white, white where to draw anew")
+            raise UserError(f"the {what} has transparent parts; save it in black and white")
     return torch.from_numpy(np.array(pictures.rgb(picture).convert("L")) / np.float32(255))[None, None]
 
 

@@ -129,7 +129,7 @@ class LatentDiffusion:
         *,
         strength: float = 0.75,
         mask: Picture | Sequence[Picture] | None = None,
-        depth: Tensor | None = None,
+        depth: Picture | Sequence[Picture] | None = None,
         negative: str | Sequence[str] = "",
         cfg: float | None = None,
         steps: int | None = None,
@@ -144,17 +144,19 @@ class LatentDiffusion:
         arrays of uint8, or lists of these (ldm/inputs.py). One prompt serves all pictures, one picture all prompts.
         `strength`: in (0, 1], the share of the steps that are walked: 0.75 keeps the composition, 1 hardly anything.
         `mask`: draw anew where it is 1 (white); where it is 0 the pixels stay as they are. One serves all pictures.
-        `depth`: (B, 1, H', W') of any scale, larger is nearer, for networks that take a depth map.
+        `depth`: (B, 1, H', W') of any scale, larger is nearer, or what a mask may be; for networks that take it.
         """
         from ldm import generate
-        from ldm.inputs import as_images, as_masks
+        from ldm.inputs import as_depths, as_images, as_masks
 
         images = as_images(image)
         prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
         requests = of_prompts(prompts, negative, seed)
         if len(images) == 1:
             images = images.expand(len(requests), -1, -1, -1)
-        begin = generate.Begin(images, strength, None if mask is None else as_masks(mask, images), depth)
+        masks = None if mask is None else as_masks(mask, images)
+        depths = None if depth is None else as_depths(depth, len(images))
+        begin = generate.Begin(images, strength, masks, depths)
         return generate.draw(self, requests, settings.but(cfg, steps, sampler), batch_size, begin)
 
     def sample(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ldm import generate, pictures
 from ldm.errors import UserError
-from ldm.inputs import as_images, as_masks
+from ldm.inputs import as_depths, as_images, as_masks
 from ldm.jobs import Request, Settings, of_prompts
 from ldm.model import LatentDiffusion
 
@@ -161,6 +161,21 @@ def test_masks_that_are_none(given: Any, words: str) -> None:
     with pytest.raises(UserError) as error:
         as_masks(given, IMAGE)
     assert words in str(error.value)
+
+
+def test_depth_maps_are_of_any_size_and_scale() -> None:
+    ramp = np.arange(6, dtype=np.float64).reshape(2, 3)
+    for given in (ramp, torch.from_numpy(ramp), torch.from_numpy(ramp)[None, None], [ramp], ramp.astype(np.int64)):
+        assert torch.equal(as_depths(given, 2), torch.from_numpy(ramp)[None, None].float().expand(2, 1, 2, 3))
+    assert as_depths([Image.new("L", (3, 2), 9), Image.new("L", (3, 2), 99)], 2).shape == (2, 1, 2, 3)
+    for wrong in (ramp[0], np.stack([ramp] * 3), torch.full((2, 3), torch.inf), np.zeros((0, 3)), [], "missing.png", 3):
+        with pytest.raises(UserError, match=r"depth map|no picture"):
+            as_depths(wrong, 2)  # type: ignore[arg-type]
+
+
+def test_a_depth_map_for_a_model_that_takes_none(tiny_model: LatentDiffusion) -> None:
+    with pytest.raises(UserError, match="takes no depth map; leave it out"):
+        tiny_model.img2img(torch.zeros(3, 32, 32), "a cat", depth=np.ones((8, 8)), steps=2)
 
 
 def test_img2img_draws_the_same_of_every_form(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
