@@ -35,7 +35,7 @@ NAME = "noisy_classifier"
 class NoisyClassifierConfig:
     """What the network is, and which latents at which levels it was trained on."""
 
-    classes: tuple[str, ...]  # names, in the order of the logits
+    classes: tuple[str, ...] = ()  # names, in the order of the logits
     latent_channels: int = 4
     probe: tuple[float, ...] = ()  # latents.latent_probe of the codec
     channels: int = 64  # of the first level
