@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from types import FrameType
 
 INTERRUPTED = "\ninterrupted: what was finished before is on disk, nothing is half-written\n"
@@ -50,8 +51,9 @@ def _launched() -> bool:
     return any(name in words for name in LAUNCHERS)
 
 
+@cache
 def end_with_parent() -> None:
-    """Have this process told by SIGTERM when its parent is gone."""
+    """Have this process told by SIGTERM, once, when its parent is gone."""
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 
 

@@ -1,6 +1,6 @@
 """Stage one, the autoencoder.
 
-accelerate-launch scripts/train_autoencoder.py --config configs/autoencoder/icons.yaml data.shards='...' output=runs/ae
+python scripts/train_autoencoder.py --config configs/autoencoder/icons.yaml data.shards='...' output=runs/ae
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Between the stages, the CLIP whose text tower conditions stage two.
 
-accelerate-launch scripts/train_clip.py --config configs/clip/icons.yaml data.shards='...' output=runs/clip
+python scripts/train_clip.py --config configs/clip/icons.yaml data.shards='...' output=runs/clip
 """
 
 from __future__ import annotations

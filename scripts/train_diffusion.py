@@ -1,8 +1,8 @@
 """Stage two, the diffusion model on the latents of stage one.
 
-accelerate-launch scripts/train_diffusion.py --config configs/diffusion/icons.yaml autoencoder=runs/ae \\
+python scripts/train_diffusion.py --config configs/diffusion/icons.yaml autoencoder=runs/ae \\
     data.shards='...' output=runs/ldm
-accelerate-launch scripts/train_diffusion.py init=icons lora.rank=8 data.shards='...' output=runs/lora
+python scripts/train_diffusion.py init=icons lora.rank=8 data.shards='...' output=runs/lora
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Textual inversion: teach a model a new word from a few pictures of what it means.
 
-accelerate-launch scripts/train_embedding.py init=icons word='<mine>' begin_with=cat data.shards='...' output=runs/mine
+python scripts/train_embedding.py init=icons word='<mine>' begin_with=cat data.shards='...' output=runs/mine
 """
 
 from __future__ import annotations

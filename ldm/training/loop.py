@@ -329,6 +329,8 @@ def _print_plan(stage: Stage, loop: LoopConfig, division: Division, accelerator:
         "parameters  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
         f"precision   {precision_here(loop.precision)} on {accelerator.device}, {torch.get_num_threads()} threads",
     ]
+    if accelerator.device.type == "cuda" and division.processes == 1 < torch.cuda.device_count():
+        lines.append(f"devices     1 of {torch.cuda.device_count()}; accelerate-launch --multi_gpu starts a run on all")
     print("\n".join(lines), flush=True)
 
 

@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.training.backward import split
-from ldm.training.loop import prepare_output, train
+from ldm.training.loop import _print_plan, prepare_output, train
 from ldm.training.processes import Division, divide, make_accelerator
 from ldm.training.state import load_state
 
@@ -150,6 +152,14 @@ def test_the_plan_is_printed_before_the_first_step(tmp_path, capsys):
         "precision   fp32 on cpu, 1 threads",
     ):
         assert line in plans[0].splitlines()
+
+
+def test_the_plan_names_gpus_that_would_stay_idle(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for processes, device, told in ((1, "cuda", True), (8, "cuda", False), (1, "cpu", False)):
+        accelerator: Any = SimpleNamespace(device=torch.device(device))
+        _print_plan(ToyStage(LOOP), LOOP, Division(processes, 1, 1), accelerator, 0)
+        assert ("devices     1 of 8; accelerate-launch --multi_gpu" in capsys.readouterr().out) == told
 
 
 # ---------------------------------------------------------------- steps
