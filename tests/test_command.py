@@ -128,3 +128,16 @@ def test_an_installation_has_all_of_it_inside_the_package(tiny_checkpoint: Path,
     assert (done.returncode, done.stdout, done.stderr) == (0, "outputs/00000.png  seed 0\n", "")
     done = run("experiments", "toy", folder=empty, package=place)  # it imports what stands beside it
     assert done.stderr == "error: --output is missing; --help says what is meant\n"
+
+
+def test_a_training_takes_a_recipe_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm.config import ClipTraining
+    from ldm.training.command import asked
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "--config", "tiny", "loop.steps=3"])
+    found = asked(ClipTraining, "about")
+    assert found.settings == load(ClipTraining, HOME / "configs" / "clip" / "tiny.yaml", ["loop.steps=3"])
+    monkeypatch.setattr(sys, "argv", ["train", "--config", "tinny"])
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        asked(ClipTraining, "about")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ldm.arguments import Parser
+from ldm.home import recipe
 from ldm.settings import leaves, listing, load, read
 
 BEGAN = time.monotonic()  # the scripts import this file before anything that takes its time
@@ -27,7 +28,9 @@ def asked(cls: type[T], description: str | None) -> Asked[T]:
         description=description,
         epilog="settings, as they are unless the file or a word says otherwise:\n\n" + "\n".join(listing(cls)),
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML of settings; see configs/")
+    folder = cls.__name__.removesuffix("Training").lower()
+    about = f"YAML of settings, or a shipped one by its name, as icons: configs/{folder}/icons.yaml"
+    parser.add_argument("--config", type=recipe(folder), metavar="FILE", help=about)
     parser.add_argument("--resume", choices=["auto"], help="auto: go on from the output folder if it holds a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
     known = parser.parse_intermixed_args()

@@ -17,7 +17,7 @@ from ldm.checkpoints.adapter_words import training_words
 from ldm.checkpoints.textual_inversion import save_embedding
 from ldm.conditioning.clip import TextTower
 from ldm.conditioning.condition import Condition
-from ldm.config import DiffusionTraining, EmbeddingTraining
+from ldm.config import DiffusionTraining, EmbeddingTraining, SampleConfig
 from ldm.data.loader import Batch
 from ldm.errors import UserError
 from ldm.training.draws import Draws
@@ -59,7 +59,7 @@ class EmbeddingStage:
         self.model = DiffusionStage(inner, rank, world, device)
         # A caption without the word teaches it nothing. The rest of the loss may be that of the model itself.
         loss = dataclasses.replace(self.model.config.loss, caption_dropout=0.0)
-        self.model.config = dataclasses.replace(self.model.config, loss=loss, sample=config.sample)
+        self.model.config = dataclasses.replace(self.model.config, loss=loss, sample=_sample(config))
         self.model.unet.requires_grad_(False).eval()
         tower = self.model.text
         assert tower is not None  # init has one
@@ -103,6 +103,12 @@ class EmbeddingStage:
         config = dataclasses.replace(self.config, loss=self.model.config.loss)
         words = training_words("textual-inversion", config, self.model.sources["text"], finished)
         save_embedding(output / "embedding.safetensors", Embedding(self.config.word, vectors), words)
+
+
+def _sample(config: EmbeddingTraining) -> SampleConfig:
+    """What the run draws: without prompts, what it is trained on."""
+    prompts = config.sample.prompts or tuple(template.replace("{}", config.word) for template in config.templates)
+    return dataclasses.replace(config.sample, prompts=prompts)
 
 
 def _first_vectors(config: EmbeddingTraining, tower: TextTower) -> Tensor:

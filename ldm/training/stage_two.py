@@ -111,12 +111,14 @@ class DiffusionStage:
         loss = self.config.loss
         target = self.law.parameterization.name + (" with learned variance" if self.law.learned_variance else "")
         levels = ("stratified " if loss.stratified else "") + loss.levels
+        blind = self.text is not None and not self.config.sample.prompts
+        unseen = ["no pictures are drawn on the way, for sample.prompts is empty"] if blind else []
         return [
             f"latent      {c} x {h} x {w}, {'precomputed' if self.config.latents else 'encoded on the fly'}",
             f"noise       {self.config.schedule.kind}, sigma {self.law.schedule.sigma_min:.4g} to "
             f"{self.law.schedule.sigma_max:.4g}; levels {levels}, weight {loss.weight}, {target}; "
             f"caption dropout {loss.caption_dropout:g}",
-            *(f"note        {notice}" for notice in self.notices),
+            *(f"note        {notice}" for notice in [*self.notices, *unseen]),
         ]
 
     def losses(

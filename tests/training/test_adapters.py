@@ -202,7 +202,12 @@ def test_a_foreign_model_says_in_the_plan_what_was_assumed_of_it(tmp_path: Path)
     config = replace(PLAIN, init=str(tmp_path / "sd.safetensors"))
     stage = DiffusionStage(config, 0, 1, CPU)
     notes = [line for line in stage.describe() if line.startswith("note ")]
-    assert len(notes) == 1 and "assumed by its kind" in notes[0] and "parameterization=v" in notes[0]
+    assert (
+        len(notes) == 2
+        and "no pictures are drawn" in notes[1]
+        and "assumed by its kind" in notes[0]
+        and "parameterization=v" in notes[0]
+    )
     assert stage.model_config().parameterization == "v"
     with pytest.raises(UserError, match="is v; leave it out, or say init_set"):
         DiffusionStage(replace(config, parameterization="eps"), 0, 1, CPU)
@@ -234,12 +239,15 @@ def test_the_scripts(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.
     words = [f"init={tiny_checkpoint}", f"data.shards={DATA.shards}", "data.size=32", "data.streams=4"]
     words += ["data.workers=0", "loop.steps=1", "loop.global_batch=4", "loop.threads=1"]
     for stage, more, made in (
-        ("embedding", ["word=<it>", "begin_with=heart", "sample.prompts=[a <it>]", "sample.steps=1"], "embedding"),
+        ("embedding", ["word=<it>", "begin_with=heart", "sample.steps=1", "templates=['a {}']"], "embedding"),
         ("diffusion", ["lora.rank=8"], "lora"),
     ):
         script = Path(__file__).parents[2] / "scripts" / f"train_{stage}.py"
         monkeypatch.setattr(sys, "argv", [str(script), *words, *more, f"output={tmp_path / stage}"])
         runpy.run_path(str(script), run_name="__main__")
-        assert "finished at step 1" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert "finished at step 1" in told
         assert (tmp_path / stage / f"{made}.safetensors").exists()
-    assert (tmp_path / "embedding" / "samples" / "00000001.png").exists()
+        drawn = (tmp_path / stage / "samples" / "00000001.png").exists()
+        assert drawn == (made == "embedding")  # of its templates, where no prompts are given; else the plan says so
+        assert drawn == ("no pictures are drawn on the way, for sample.prompts is empty" not in told)
