@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm.autoencoder.blocks import said_groups
 from ldm.checkpoints.common_names import TRANSFORMER, clip_names
+from ldm.checkpoints.limits import MAX_STEPS
 from ldm.checkpoints.state import Names, Rules, Shape, names_by, rename
 from ldm.config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 from ldm.diffusion.schedule import make_schedule
@@ -267,10 +268,10 @@ def schedule_of(
     `likely` ones are tried first. Without `betas`, or after a rescaling to zero terminal SNR, ends of the betas other
     than theirs and Stable Diffusion's are not found.
     """
-    table = alphas_bar.double().cpu()
-    steps = len(table) if table.ndim == 1 else 0
-    if steps < 2:
+    steps = len(alphas_bar) if alphas_bar.ndim == 1 else 0
+    if not 2 <= steps <= MAX_STEPS:
         return None
+    table = alphas_bar.double().cpu()
     rtol, atol = _grain(table)
     candidates = [*likely, ScheduleConfig(steps=steps)]
     if betas is not None and betas.shape == table.shape:

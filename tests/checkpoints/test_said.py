@@ -180,6 +180,10 @@ def test_a_table_of_another_law_is_no_roundings():
         assert named.config.schedule == ScheduleConfig()
 
 
+def test_a_table_longer_than_any_is_not_compared():
+    assert original.schedule_of(torch.zeros(1).expand(10**12)) is None
+
+
 def test_what_is_set_of_a_schedule_leaves_the_rest_as_the_table_has_it():
     linear = ScheduleConfig("linear", 1000, 1e-4, 0.02)
     checkpoint = opened(LISTS["v1"], tensors=original.tables(linear), decided=("schedule.zero_terminal_snr",))
