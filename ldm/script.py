@@ -1,8 +1,9 @@
 """How a script begins and ends. Scripts and tools import this first of all, before anything that takes its time.
 
-Python turns Ctrl-C into an exception wherever the program is, and in the middle of an import that gets lost: who can do
-without a package takes any failure of its import for its absence (torch then goes on without half of numpy), and
-compiled code passes another error on. So an import is not interrupted here, it is the end of the process.
+Ctrl-C becomes an exception wherever the program is, and SIGTERM too, so that what is half-written is cleared away.
+In the middle of an import it would get lost: who can do without a package takes any failure of its import for its
+absence (torch then goes on without half of numpy), and compiled code passes another error on. So an import is not
+interrupted, it is the end of the process.
 """
 
 from __future__ import annotations
@@ -16,22 +17,36 @@ from collections.abc import Callable
 from functools import cache
 from types import FrameType
 
-INTERRUPTED = "\ninterrupted: what was finished before is on disk, nothing is half-written\n"
+TOLD = "what was finished before is on disk, nothing is half-written\n"
+INTERRUPTED, TERMINATED = f"\ninterrupted: {TOLD}", f"terminated: {TOLD}"
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: for whoever is interrupted the same."""
+
+
+_stopping = False
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    global _stopping
+    if _stopping:  # and asked once more
+        os._exit(128 + number)
+    _stopping = True
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             try:
-                os.write(2, INTERRUPTED.encode())
+                os.write(2, (TERMINATED if number == signal.SIGTERM else INTERRUPTED).encode())
             finally:
-                os._exit(130)
+                os._exit(128 + number)
         frame = frame.f_back
-    raise KeyboardInterrupt
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as of jobs in the background
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGINT, _stop)
+if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "RANK" not in os.environ:  # it may wait for another rank
+    signal.signal(signal.SIGTERM, _stop)
 
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # which launchers set for what they launch
@@ -67,7 +82,7 @@ def _watch(parent: int) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; user errors end in one sentence and exit code 1, Ctrl-C in 130."""
+    """Run a script's `main`; user errors end in one sentence and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
     from ldm.errors import UserError  # not above: what is imported there goes before Ctrl-C is heeded
 
     if _launched():
@@ -75,9 +90,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
-        if _is_interrupt(error):
-            print(INTERRUPTED, end="", file=sys.stderr)
-            sys.exit(130)
+        if interrupt := _interrupt_behind(error):
+            terminated = isinstance(interrupt, Terminated)
+            print(TERMINATED if terminated else INTERRUPTED, end="", file=sys.stderr)
+            sys.exit(143 if terminated else 130)
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
@@ -87,8 +103,8 @@ def run(main: Callable[[], None]) -> None:
         raise
 
 
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether it is Ctrl-C, or what became of it: clearing up may fail where it came too early (argparse's does)."""
+def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """What `error` is, or came of: clearing up may fail where it is interrupted too early (argparse's does)."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
-    return error is not None
+    return error

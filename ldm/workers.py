@@ -34,6 +34,7 @@ def pool(processes: int, context: BaseContext | None = None) -> Iterator[Process
 
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to heed
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_outlive_nobody, daemon=True).start()
 
 

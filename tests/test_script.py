@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.script import INTERRUPTED, run
+from ldm.script import INTERRUPTED, TERMINATED, Terminated, run
 
 import os
 import random
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
     [
         (UserError("no shard at x; check the path"), 1, "error: no shard at x; check the path\n"),
         (KeyboardInterrupt(), 130, INTERRUPTED),
+        (Terminated(), 143, TERMINATED),
     ],
 )
 def test_a_script_ends_in_one_sentence(capsys, error, code, said):
@@ -85,22 +86,65 @@ run(main)
 SWALLOWS = """
 import os, signal
 try:
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.{})
     for _ in range(1000): pass
 except BaseException:
     pass
 """
+IN_THE_MIDDLE = """
+from ldm.script import run
+import os, signal, sys, time
+from ldm.files import atomic_write
+def main():
+    with atomic_write(sys.argv[1]) as temporary:
+        temporary.write_bytes(b"half")
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+        time.sleep(60)
+run(main)
+"""
+TWICE = """
+from ldm.script import run
+import os, signal, time
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+run(main)
+"""
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_an_import_that_takes_ctrl_c_for_the_absence_of_a_package(tmp_path, ignored):
-    """Unless it is ignored, as by jobs that a script of a shell starts in the background."""
-    (tmp_path / "optional.py").write_text(SWALLOWS)
-    (tmp_path / "main.py").write_text(
-        f"import signal; signal.signal(2, signal.SIG_IGN)\n{IMPORTS}" if ignored else IMPORTS
-    )
+@pytest.mark.parametrize(("name", "code", "said"), [("SIGINT", 130, INTERRUPTED), ("SIGTERM", 143, TERMINATED)])
+def test_what_is_half_written_is_cleared_away(tmp_path, name, code, said):
+    (tmp_path / "main.py").write_text(IN_THE_MIDDLE)
+    out, err = (process := begin(tmp_path / "main.py", tmp_path / "file", name)).communicate(timeout=60)
+    assert (process.returncode, out, err) == (code, "", said)
+    assert [path.name for path in tmp_path.iterdir()] == ["main.py"]
+
+
+def test_who_asks_twice_need_not_wait_for_the_clearing_up(tmp_path):
+    (tmp_path / "main.py").write_text(TWICE)
+    out, err = (process := begin(tmp_path / "main.py")).communicate(timeout=50)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_import_that_takes_an_interrupt_for_the_absence_of_a_package(tmp_path, name):
+    (tmp_path / "optional.py").write_text(SWALLOWS.format(name))
+    (tmp_path / "main.py").write_text(IMPORTS)
     out, err = (process := begin(tmp_path / "main.py")).communicate(timeout=60)
-    assert (process.returncode, out, err) == ((0, "went on without it\n", "") if ignored else (130, "", INTERRUPTED))
+    expected = {"SIGINT": (130, "", INTERRUPTED), "SIGTERM": (143, "", TERMINATED)}
+    assert (process.returncode, out, err) == expected[name]
+
+
+def test_ctrl_c_that_is_ignored_stays_so(tmp_path):
+    """As by jobs that a script of a shell starts in the background."""
+    (tmp_path / "optional.py").write_text(SWALLOWS.format("SIGINT"))
+    (tmp_path / "main.py").write_text(f"import signal; signal.signal(2, signal.SIG_IGN)\n{IMPORTS}")
+    out, err = (process := begin(tmp_path / "main.py")).communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "went on without it\n", "")
 
 
 FIRST_SECONDS = [
@@ -162,7 +206,7 @@ def test_who_was_launched_ends_with_the_launcher(tmp_path, monkeypatch, launcher
     if ends:
         assert process.stdout.read() == ""  # which waits until the child too has closed it
         said = f"warning: process {process.pid}, which began this one, is gone, so it ends too\n"
-        assert process.stderr.read() == said
+        assert process.stderr.read() == said + TERMINATED
     else:
         time.sleep(1)
         os.kill(child, signal.SIGKILL)  # it is still there

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.script import INTERRUPTED
+from ldm.script import INTERRUPTED, TERMINATED
 
 import os
 import signal
@@ -52,7 +52,8 @@ def test_they_end_at_once_however_their_parent_ends(tmp_path: Path, number: int)
     before = time.monotonic()
     out, err = process.communicate(timeout=60)  # until the workers too have closed their ends
     assert time.monotonic() - before < 50 and out == ""
-    assert (process.returncode, err) == ((130, INTERRUPTED) if number == signal.SIGINT else (-number, ""))
+    ends = {signal.SIGINT: (130, INTERRUPTED), signal.SIGTERM: (143, TERMINATED), signal.SIGKILL: (-9, "")}
+    assert (process.returncode, err) == ends[number]
 
 
 def test_one_that_dies_is_a_sentence() -> None:
