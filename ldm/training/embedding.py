@@ -22,7 +22,7 @@ from ldm.data.loader import Batch
 from ldm.errors import UserError
 from ldm.training.draws import Draws
 from ldm.training.preflight import check_settings
-from ldm.training.stage import Player
+from ldm.training.stage import Batches, Player
 from ldm.training.stage_two import DiffusionStage
 
 
@@ -72,7 +72,10 @@ class EmbeddingStage:
         if rank == 0:
             self.model.check_end()
         self.players = {"word": Player(Word(self.tower), config.optimizer)}
-        self.batches = self.model.batches
+
+    @property
+    def batches(self) -> Batches:
+        return self.model.batches
 
     def describe(self) -> list[str]:
         word = f"word        {self.config.word}, {self.config.vectors} vectors, from '{self.config.begin_with}'"

@@ -43,11 +43,14 @@ def pack(tree: Any, shares: dict[str, Any], name: str = "") -> Any:
     return tree
 
 
-def unpack(tree: Any, parts: Sequence[Mapping[str, Any]], mesh: DeviceMesh) -> Any:
-    """The inverse of `pack` on `mesh`, whatever the number of processes was; `parts` are the shares of all of them."""
+def unpack(tree: Any, parts: Sequence[Mapping[str, Any]], mesh: DeviceMesh | None) -> Any:
+    """The inverse of `pack` on `mesh`, whatever the number of processes was; `parts` are the shares of all of them.
+
+    Without a mesh: whole tensors.
+    """
     if isinstance(tree, Mapping) and MARK in tree:
         shape = torch.Size(tree["shape"])
-        rank, world = _place(mesh)
+        rank, world = _place(mesh) if mesh is not None else (0, 1)
         first, last = _rows(shape[0], rank, world)
         found: list[Tensor] = []
         for part in parts:
@@ -58,6 +61,8 @@ def unpack(tree: Any, parts: Sequence[Mapping[str, Any]], mesh: DeviceMesh) -> A
         rows = torch.cat(found) if found else parts[0][tree[MARK]]["rows"][:0].clone()
         if len(rows) != last - first:
             raise ValueError(f"rows of {tree[MARK]} are missing")
+        if mesh is None:
+            return rows
         stride = torch.empty(shape, device="meta").stride()
         local = rows.to(mesh.device_type)
         return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

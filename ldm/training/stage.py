@@ -37,7 +37,9 @@ class Stage(Protocol):
     """What a training is, as the loop sees it. One with an adversary has a `guard` too (guard.py)."""
 
     players: dict[str, Player]
-    batches: Batches
+
+    @property
+    def batches(self) -> Batches: ...
 
     def losses(
         self, batch: Any, draws: Draws, step: int, networks: Mapping[str, nn.Module]

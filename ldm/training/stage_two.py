@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -81,16 +82,23 @@ class DiffusionStage:
         self.lora = AdaptedUNet(self.unet, lora.rank, lora.alpha or lora.rank, lora.layers) if lora.rank else None
         self.players = {"unet": Player(self.lora or self.unet, config.optimizer)}
         self.empty = self.encoder.texts([""])
-        loop = config.loop
-        if config.latents:
-            expected = latent_fingerprint(began.sources.get("autoencoder"), began.sources.get("text"), config.data)
-            data = dataclasses.replace(config.data, shards=config.latents)
-            self.batches: Batches = LatentLoader(data, loop.global_batch, rank, world, loop.seed, expected)
-        else:
-            self.batches = Loader(config.data, loop.global_batch, rank, world, loop.seed)
+        self.rank, self.world, self._batches = rank, world, cache(self._open_batches)
         if rank == 0:
             check_validation(config.data)
             self.check_end()
+
+    @property
+    def batches(self) -> Batches:
+        """Of pictures, or of latents encoded beforehand. Opened when they are first asked for: an export needs none."""
+        return self._batches()
+
+    def _open_batches(self) -> Batches:
+        config, loop = self.config, self.config.loop
+        share = loop.global_batch, self.rank, self.world, loop.seed
+        if not config.latents:
+            return Loader(config.data, *share)
+        expected = latent_fingerprint(self.sources.get("autoencoder"), self.sources.get("text"), config.data)
+        return LatentLoader(dataclasses.replace(config.data, shards=config.latents), *share, expected)
 
     def check_end(self) -> None:
         """Raise UserError unless the pictures and figures that are asked for can be had; notes what to know of them."""
