@@ -79,7 +79,7 @@ class EmbeddingStage:
 
     def describe(self) -> list[str]:
         word = f"word        {self.config.word}, {self.config.vectors} vectors, from '{self.config.begin_with}'"
-        return [*self.model.describe(), word]
+        return [*(line for line in self.model.describe() if not line.startswith("export ")), word]
 
     def losses(
         self, batch: Batch, draws: Draws, step: int, networks: Mapping[str, nn.Module]

@@ -21,6 +21,7 @@ from ldm.autoencoder.kl import AutoencoderKL
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
+from ldm.checkpoints.export import where_to
 from ldm.checkpoints.limits import check_size
 from ldm.config import AutoencoderTraining, ModelConfig
 from ldm.data.loader import Batch, Loader, validation_batches
@@ -109,6 +110,7 @@ class AutoencoderStage:
         return [
             f"latent      {c} x {h} x {w} of {size} x {size} pixels, f = {self.codec.factor}",
             "loss        " + " + ".join(f"{weight:g} {name}" for name, weight in terms.items() if weight),
+            f"export      {where_to(ModelConfig(self.config.model))}",
         ]
 
     def losses(

@@ -20,6 +20,7 @@ from ldm.adapters.low_rank import AdaptedUNet
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
 from ldm.checkpoints.adapter_words import training_words
+from ldm.checkpoints.export import where_to
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.lora import save_lora
 from ldm.conditioning.clip import TextTower
@@ -126,6 +127,7 @@ class DiffusionStage:
             f"noise       {self.config.schedule.kind}, sigma {self.law.schedule.sigma_min:.4g} to "
             f"{self.law.schedule.sigma_max:.4g}; levels {levels}, weight {loss.weight}, {target}; "
             f"caption dropout {loss.caption_dropout:g}",
+            *([f"export      {where_to(self.model_config())}"] if self.lora is None else []),
             *(f"note        {notice}" for notice in [*self.notices, *unseen]),
         ]
 
