@@ -30,7 +30,7 @@ _stopping = False
 
 def _stop(number: int, frame: FrameType | None) -> None:
     global _stopping
-    if _stopping:  # and asked once more
+    if _stopping:  # it ends already, and is asked once more
         os._exit(128 + number)
     _stopping = True
     while frame is not None:
@@ -83,12 +83,17 @@ def _watch(parent: int) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; user errors end in one sentence and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
+    global _stopping
     from ldm.errors import UserError  # not above: what is imported there goes before Ctrl-C is heeded
 
     if _launched():
         end_with_parent()
     try:
-        main()
+        try:
+            main()
+            sys.stdout.flush()
+        finally:
+            _stopping = True  # the launcher, gone for the same Ctrl-C, may be about to be noticed
     except (Exception, KeyboardInterrupt) as error:
         if interrupt := _interrupt_behind(error):
             terminated = isinstance(interrupt, Terminated)

@@ -102,6 +102,14 @@ def main():
         time.sleep(60)
 run(main)
 """
+AT_THE_END = """
+from ldm.script import run
+import atexit, os, signal, time
+atexit.register(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
+def main():
+    print("done")
+run(main)
+"""
 TWICE = """
 from ldm.script import run
 import os, signal, time
@@ -128,6 +136,12 @@ def test_who_asks_twice_need_not_wait_for_the_clearing_up(tmp_path):
     (tmp_path / "main.py").write_text(TWICE)
     out, err = (process := begin(tmp_path / "main.py")).communicate(timeout=50)
     assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_a_signal_that_comes_when_all_is_done_is_no_traceback(tmp_path):
+    (tmp_path / "main.py").write_text(AT_THE_END)
+    out, err = (process := begin(tmp_path / "main.py")).communicate(timeout=50)
+    assert (process.returncode, out, err) == (143, "done\n", "")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
