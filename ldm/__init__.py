@@ -23,13 +23,13 @@ TYPE_CHECKING = False  # typing's own takes longer to import than all else that 
 if TYPE_CHECKING:
     from typing import Any
 
+    from ldm.api import LatentDiffusion, load
     from ldm.errors import UserError
     from ldm.image_io import grid, read_metadata, save_png, to_pil
-    from ldm.model import LatentDiffusion, load
 
 _HOMES = {
-    "LatentDiffusion": "model",
-    "load": "model",
+    "LatentDiffusion": "api",
+    "load": "api",
     "save_png": "image_io",
     "read_metadata": "image_io",
     "grid": "image_io",

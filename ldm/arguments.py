@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ldm.device import DEVICES, PRECISIONS
 from ldm.errors import UserError, instead
-from ldm.jobs import MAX_SEED, MAX_SIDE
+from ldm.ranges import MAX_SEED, MAX_SIDE
 
 NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)  # a value that looks like an option
 WORDS = {int: "it must be a whole number", float: "it must be a number"}

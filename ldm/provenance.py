@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.adapters.record import Adapter, from_record
-from ldm.adapters.record import differences as adapter_differences
 from ldm.config import from_dict
 from ldm.errors import UserError
 from ldm.image_io import read_metadata
 from ldm.jobs import Request, Settings
+from ldm.jobs.adapters import Adapter, from_record
+from ldm.jobs.adapters import differences as adapter_differences
 
 if TYPE_CHECKING:
-    from ldm.model import LatentDiffusion
+    from ldm.model import Model
 
 MAX_BATCH = 1024  # of a picture to be made again: its number comes from a file, maybe a stranger's
 
@@ -28,11 +28,11 @@ class Recipe:
     request: Request
     settings: Settings
     model: str  # name or path, as it was given
-    hash: str  # LatentDiffusion.hash
+    hash: str  # Model.hash
     batch_size: int
     index: int  # its place in the batch
     made_on: Mapping[str, Any]  # what `surroundings` said
-    guides: Mapping[str, str] = field(default_factory=dict)  # Guides.hashes
+    guides: Mapping[str, str] = field(default_factory=dict)  # Helpers.hashes
     adapters: tuple[Adapter, ...] = ()
     vae: str | None = None  # the model whose autoencoder stood in, and
     model_settings: Mapping[str, Any] = field(
@@ -46,7 +46,7 @@ class Recipe:
 
 
 def record(
-    model: LatentDiffusion,
+    model: Model,
     settings: Settings,
     batch: Sequence[Request],
     index: int,
@@ -69,7 +69,7 @@ def record(
     }
 
 
-def record_sheet(model: LatentDiffusion, settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
+def record_sheet(model: Model, settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
     """The plain data that goes into the PNG of a grid."""
     return {
         "prompts": [request.prompt for request in requests],
@@ -79,7 +79,7 @@ def record_sheet(model: LatentDiffusion, settings: Settings, requests: Sequence[
     }
 
 
-def surroundings(model: LatentDiffusion) -> dict[str, Any]:
+def surroundings(model: Model) -> dict[str, Any]:
     """What else the last bits of a picture depend on."""
     import torch
 
@@ -133,7 +133,7 @@ def refuse_to_fetch(recipe: Recipe, given: Container[str]) -> None:
             raise UserError(f"the picture was made with {model}; say --{option.replace('_', '-')} {model} to fetch it")
 
 
-def differences(recipe: Recipe, model: LatentDiffusion, guides: Mapping[str, str] | None = None) -> list[str]:
+def differences(recipe: Recipe, model: Model, guides: Mapping[str, str] | None = None) -> list[str]:
     """A sentence for each thing that is not as it was when the picture was made; none: it will be the same bits."""
     found = []
     if recipe.hash != model.hash:
@@ -152,13 +152,13 @@ def differences(recipe: Recipe, model: LatentDiffusion, guides: Mapping[str, str
     return found
 
 
-def _drawn(model: LatentDiffusion, settings: Settings) -> dict[str, Any]:
+def _drawn(model: Model, settings: Settings) -> dict[str, Any]:
     """Checked `settings` with the size that they leave to the model filled in."""
     side = model.config.image_size
     return asdict(settings.check()) | {"width": settings.width or side, "height": settings.height or side}
 
 
-def _model(model: LatentDiffusion) -> dict[str, Any]:
+def _model(model: Model) -> dict[str, Any]:
     """Which model drew, and all that changed it."""
     return {
         "model": {"name": model.name, "hash": model.hash, "vae": model.vae, "set": dict(model.settings)},

@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ldm import catalogue, image_io, jobs, provenance
-from ldm.adapters.record import Adapter, parse_embedding, parse_lora
+from ldm import image_io, jobs, provenance
 from ldm.arguments import Parser, add_fields, add_machine, taken
 from ldm.errors import UserError
 from ldm.find import SHIPPED, find
-from ldm.guides import check_paths, load_guides
-from ldm.jobs import Request, Settings
+from ldm.helpers import check_paths, open_helpers
+from ldm.jobs import Request, Settings, catalogue
+from ldm.jobs.adapters import Adapter, parse_embedding, parse_lora
 from ldm.model import CheckpointNotice
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def main() -> None:
     vae = given.get("vae", recipe.vae if recipe else None)
     if vae is not None:
         find(vae)
-    check_paths(settings)
+    plan = settings.plan()
+    check_paths(plan)
     adapters = recipe.adapters if recipe else adapters_of(given)
     folder = Path(given.get("out", "outputs"))
     image_io.check_folder(folder)
@@ -83,23 +84,22 @@ def main() -> None:
         from ldm.adapters import use
 
         model = use.apply(model, adapters)
-    guides = load_guides(model, settings)
-    notices = [*model.notices, *guides.notices]
+    helpers = open_helpers(model, plan)
+    notices = [*model.notices, *helpers.notices]
     notices += settings.without_effect([request for batch in batches for request in batch])
-    for reader in (model, guides.worse) if guides.worse else (model,):
+    for reader in (model, *helpers.models.values()):
         notices += generate.prompt_notices(reader, [request for batch in batches for request in batch])
-    notices += provenance.differences(recipe, model, guides.hashes) if recipe else []
+    notices += provenance.differences(recipe, model, helpers.hashes) if recipe else []
     for notice in dict.fromkeys(notices):
         print(f"warning: {notice}", file=sys.stderr)
-    warnings.simplefilter("ignore", generate.PromptNotice)  # said above, once
 
     sheet: list[tuple[torch.Tensor, Request, Path]] = []
     with tqdm(total=len(batches) * settings.steps, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
         for batch in batches:
-            last = watch(generate.sample(model, batch, settings, guides), bar)
+            last = watch(generate.sample(model, batch, plan, helpers), bar)
             images = generate.decode(model, last, settings.tile).cpu()
             for index in range(len(batch)) if recipe is None else [recipe.index]:
-                record = provenance.record(model, settings, batch, index, guides.hashes)
+                record = provenance.record(model, settings, batch, index, helpers.hashes)
                 path = image_io.save_numbered(images[index], folder, record)
                 bar.write(f"{path}  seed {batch[index].seed}", file=sys.stdout)
                 sys.stdout.flush()

@@ -18,20 +18,23 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm import generate, jobs, provenance
+from ldm.api import LatentDiffusion, PromptNotice, assemble, load
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import native
 from ldm.config import AutoencoderConfig, EncoderConfig
 from ldm.errors import UserError
+from ldm.helpers import open_helpers
 from ldm.image_io import save_png
 from ldm.jobs import Ask, Request, Settings
-from ldm.model import LatentDiffusion, assemble, load
+from ldm.start import Picture
 from ldm.unet import UNet
 
 FAST = Settings(steps=4, cfg=3.0)
 
 
 def draw(model: LatentDiffusion, requests: list[Request], batch_size: int = 4, **changes: Any) -> Tensor:
-    return generate.draw(model, requests, dataclasses.replace(FAST, **changes), batch_size)
+    plan = dataclasses.replace(FAST, **changes).plan()
+    return generate.draw(model, requests, plan, open_helpers(model, plan), batch_size)
 
 
 def spied(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, note: Callable[..., Any]) -> list[Any]:
@@ -119,7 +122,7 @@ def test_tiles(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> 
     assert set(encoded) == {(16, 16)}
     for tile in (2, 18):
         with pytest.raises(UserError, match=f"a tile of {tile} pixels"):
-            next(generate.sample(tiny_model, [Request("a cat")], Settings(tile=tile)))
+            next(generate.sample(tiny_model, [Request("a cat")], Settings(tile=tile).plan()))
 
 
 def test_a_picture_that_does_not_fit_into_memory(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,11 +180,11 @@ def test_the_loop_can_be_taken_apart(tiny_model: LatentDiffusion) -> None:
 
 def test_words_that_are_not_read_are_named(tiny_model: LatentDiffusion) -> None:
     prompt = "a b c d e f g h i j k l m n o p"
-    with pytest.warns(generate.PromptNotice, match="dropped: o p"):
-        cut = draw(tiny_model, [Request(prompt)])
+    with pytest.warns(PromptNotice, match="dropped: o p"):
+        cut = tiny_model.txt2img(prompt, steps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw(tiny_model, [Request("a cat")])
+        tiny_model.txt2img("a cat", steps=2)
     notices = generate.prompt_notices(tiny_model, [Request(prompt), Request("a cat", prompt), Request(prompt)])
     assert len(notices) == 1 and "dropped: o p" in notices[0]
     assert bool(cut.isfinite().all())
@@ -192,9 +195,9 @@ def test_words_that_the_model_does_not_know_are_named(tiny_model: LatentDiffusio
     (notice,) = generate.prompt_notices(tiny_model, requests)
     assert "does not know 'zebra', " in notice and "'giraffe': it takes all such words for one" in notice
     assert notice.isprintable()
-    with pytest.warns(generate.PromptNotice, match="does not know 'zebra': it takes"):
+    with pytest.warns(PromptNotice, match="does not know 'zebra': it takes"):
         tiny_model.txt2img("a zebra", cfg=1, steps=1)
-    with pytest.warns(generate.PromptNotice, match="does not know 'zebra': it takes"):
+    with pytest.warns(PromptNotice, match="does not know 'zebra': it takes"):
         next(tiny_model.sample("a cat", negative="a zebra", steps=1))
     many = [Request(f"zebra{letter}") for letter in "abcdefghijklmn"]
     assert "'zebral' and 2 more: it" in generate.prompt_notices(tiny_model, many)[0]
@@ -325,7 +328,7 @@ def test_a_network_is_told_the_pictures_size(tiny_model: LatentDiffusion) -> Non
     model = told_more(tiny_model, EncoderConfig(pooled=True, sizes=8), vector_width=16 + 6 * 8)
     square, wide = draw(model, [Request("a cat")]), draw(model, [Request("a cat")], width=64)
     assert square.shape[-1] == 32 and wide.shape[-1] == 64
-    one, other = (model.encoder([Ask("a cat", size=(32, 32), target=target)])[0] for target in ((32, 32), (32, 64)))
+    one, other = (model.encoder([Ask("a cat", size=(32, 32), target=target)]) for target in ((32, 32), (32, 64)))
     assert one.vector is not None and other.vector is not None and one.vector.shape == (1, 64)
     assert torch.equal(one.vector[:, :-8], other.vector[:, :-8]) and not torch.equal(one.vector, other.vector)
     with pytest.raises(UserError, match="the vector that is made here is 0 wide and the U-Net takes 3"):
@@ -379,14 +382,14 @@ def test_what_cannot_be_loaded(tiny_checkpoint: Path, arguments: tuple[str, ...]
 def test_a_recipe_comes_back_from_a_png(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
     settings = Settings(steps=3, sampler="ddpm", cfg_interval=(0.1, torch.inf), tile=16)
     batch = [Request("a ${cat}", "ü", 3), Request("a red heart", "", 4)]
-    images = generate.draw(tiny_model, batch, settings)
+    images = generate.draw(tiny_model, batch, settings.plan())
     save_png(images[1], tmp_path / "a.png", provenance.record(tiny_model, settings, batch, 1))
     save_png(images[0], tmp_path / "b.png", provenance.record(tiny_model, settings, batch, 0))
     recipe = provenance.read(tmp_path / "a.png")
     assert recipe.request == batch[1] and provenance.read(tmp_path / "b.png").request == batch[0]
     assert recipe.settings == dataclasses.replace(settings.check(), width=32, height=32)
     assert provenance.differences(recipe, tiny_model) == []
-    again = generate.draw(tiny_model, recipe.batch, recipe.settings, recipe.batch_size)[recipe.index]
+    again = generate.draw(tiny_model, recipe.batch, recipe.settings.plan(), batch_size=recipe.batch_size)[recipe.index]
     assert torch.equal(again, images[1])
 
     other = dataclasses.replace(tiny_model, config=dataclasses.replace(tiny_model.config, parameterization="eps"))
@@ -473,7 +476,7 @@ def test_inpainting_leaves_the_rest_alone(tiny_model: LatentDiffusion, sampler: 
     assert torch.equal(drawn[outside], image[outside]) and not torch.allclose(drawn[~outside], image[~outside])
 
     request, settings = [Request("a dog", seed=5)], Settings(steps=4, sampler=sampler)
-    *_, last = generate.sample(tiny_model, request, settings, begin=generate.Begin(image, 1.0, mask))
+    *_, last = generate.sample(tiny_model, request, settings.plan(), start=Picture(image, 1.0, mask))
     known = tiny_model.codec.encode(image)
     inside = torch.nn.functional.max_pool2d(mask, tiny_model.codec.factor).bool().expand_as(known)
     torch.testing.assert_close(last.x[~inside].float(), known[~inside], rtol=0, atol=1e-6)

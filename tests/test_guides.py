@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm import generate, image_io, provenance
+from ldm.api import LatentDiffusion
 from ldm.checkpoints.record import Checkpoint
 from ldm.errors import UserError
 from ldm.guidance.latents import latent_probe
 from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, save_noisy_classifier
-from ldm.guides import load_guides
+from ldm.helpers import open_helpers
 from ldm.jobs import Request, Settings
-from ldm.model import LatentDiffusion
 
 FAST = Settings(steps=4, cfg=3.0)
 REQUESTS = [Request("a cat", "", 3), Request("a red heart", "", 4)]
@@ -33,7 +33,8 @@ SCRIPT = str(Path(__file__).parents[1] / "scripts" / "txt2img.py")
 
 
 def draw(model: LatentDiffusion, requests: list[Request] = REQUESTS, **changes: Any) -> Tensor:
-    return generate.draw(model, requests, dataclasses.replace(FAST, **changes))
+    plan = dataclasses.replace(FAST, **changes).plan()
+    return generate.draw(model, requests, plan, open_helpers(model, plan))
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -87,14 +88,12 @@ def test_a_classifier(tiny_model: LatentDiffusion, classifier: str) -> None:
     """It makes its class likelier, in pictures drawn under no_grad; at scale 0 it does nothing."""
     to_dog = {"classifier": classifier, "classifier_class": "dog"}
     assert torch.equal(draw(tiny_model, **to_dog, classifier_scale=0.0), draw(tiny_model))
-    guides = load_guides(tiny_model, Settings(**to_dog))
-    assert guides.classifier is not None
+    helpers = open_helpers(tiny_model, Settings(**to_dog).plan())
 
     def share_of_dogs(scale: float) -> Tensor:
-        assert guides.classifier is not None
         settings = dataclasses.replace(FAST, **to_dog, classifier_scale=scale)
-        *_, last = generate.sample(tiny_model, REQUESTS, settings, guides)
-        return guides.classifier(last.x, torch.tensor(0.5)).softmax(dim=1)[:, 1]
+        *_, last = generate.sample(tiny_model, REQUESTS, settings.plan(), helpers)
+        return helpers.classifiers[classifier](last.x, torch.tensor(0.5)).softmax(dim=1)[:, 1]
 
     assert bool((share_of_dogs(20.0) > share_of_dogs(0.0)).all())
 
@@ -102,10 +101,11 @@ def test_a_classifier(tiny_model: LatentDiffusion, classifier: str) -> None:
 def test_a_classifier_is_asked_only_at_levels_it_was_trained_on(tiny_model: LatentDiffusion, classifier: str) -> None:
     """It was trained down to 0.5, and the grid goes further."""
     settings = dataclasses.replace(FAST, steps=8, classifier=classifier, classifier_class="dog")
-    guides, asked = load_guides(tiny_model, settings), []
-    assert guides.classifier is not None
-    guides.classifier.register_forward_pre_hook(lambda module, inputs: asked.append(float(inputs[1].max())))
-    walked = [step.sigma for step in generate.sample(tiny_model, REQUESTS, settings, guides)]
+    helpers, asked = open_helpers(tiny_model, settings.plan()), []
+    helpers.classifiers[classifier].register_forward_pre_hook(
+        lambda module, inputs: asked.append(float(inputs[1].max()))
+    )
+    walked = [step.sigma for step in generate.sample(tiny_model, REQUESTS, settings.plan(), helpers)]
     assert min(walked) < 0.5 < max(walked)
     assert asked == [sigma for sigma in walked if sigma > 0.5]
 
@@ -115,7 +115,7 @@ def test_a_threshold_has_the_last_word(tiny_model: LatentDiffusion, classifier: 
     """After the classifier, whose steps leave the range."""
     to_dog = {"classifier": classifier, "classifier_class": "dog", "classifier_scale": 1000.0}
     free, bound = (
-        max(float(step.x0.abs().max()) for step in generate.sample(tiny_model, REQUESTS, settings))
+        max(float(step.x0.abs().max()) for step in generate.sample(tiny_model, REQUESTS, settings.plan()))
         for settings in (
             dataclasses.replace(FAST, **to_dog),
             dataclasses.replace(FAST, **to_dog, threshold=kind, threshold_bound=0.3),
@@ -127,10 +127,12 @@ def test_a_threshold_has_the_last_word(tiny_model: LatentDiffusion, classifier: 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_a_threshold(tiny_model: LatentDiffusion, kind: str) -> None:
     assert torch.equal(draw(tiny_model, threshold=kind, threshold_bound=1e6), draw(tiny_model))
-    for step in generate.sample(tiny_model, REQUESTS, dataclasses.replace(FAST, threshold=kind, threshold_bound=0.3)):
+    for step in generate.sample(
+        tiny_model, REQUESTS, dataclasses.replace(FAST, threshold=kind, threshold_bound=0.3).plan()
+    ):
         assert float(step.x0.abs().max()) <= 0.3
     usual = dataclasses.replace(FAST, threshold=kind, cfg=50.0)
-    largest = [float(step.x0.abs().max()) for step in generate.sample(tiny_model, REQUESTS, usual)]
+    largest = [float(step.x0.abs().max()) for step in generate.sample(tiny_model, REQUESTS, usual.plan())]
     assert max(largest) == pytest.approx(4.0)
 
 
@@ -184,6 +186,20 @@ def test_guides_that_do_not_fit(tiny_model: LatentDiffusion, classifier: str, wo
     assert "another autoencoder" in refused(stranger, classifier=classifier, classifier_class="cat")
 
 
+def test_what_stands_beside_a_model_is_read_once(tiny_model: LatentDiffusion, classifier: str, worse: str) -> None:
+    """A loop of txt2img opens no file after its first turn, neither the guide model's nor the classifier's."""
+    model, opened = dataclasses.replace(tiny_model), []
+    settings = dataclasses.replace(FAST, guide_model=worse, classifier=classifier, classifier_class="dog")
+    sys.addaudithook(lambda event, given: opened.append(given[0]) if event == "open" and watching else None)
+    watching = False
+    first = model.txt2img("a cat", settings=settings)
+    watching = True
+    again = model.txt2img("a cat", settings=settings)
+    other = model.txt2img("a dog", settings=dataclasses.replace(settings, classifier_class="cat"))
+    watching = False
+    assert opened == [] and torch.equal(first, again) and not torch.equal(first, other)
+
+
 # ---------------------------------------------------------------- in the picture, and from the command line
 
 
@@ -223,8 +239,7 @@ def test_the_command_and_reproducing_what_it_drew(
 
     settings = provenance.read(first).settings
     assert (settings.guide_model, settings.classifier_class, settings.threshold) == (worse, "dog", "dynamic")
-    made = load_guides(tiny_model, settings).classifier
-    assert made is not None
+    made = open_helpers(tiny_model, settings.plan()).classifiers[str(own)]
     made.linear_out.weight.mul_(2)
     save_noisy_classifier(made, own)
     code, said = cli("--reproduce", first, "--out", tmp_path / "again")

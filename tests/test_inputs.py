@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from ldm import generate, pictures
+from ldm.api import LatentDiffusion
 from ldm.errors import UserError
 from ldm.inputs import as_depths, as_images, as_masks
 from ldm.jobs import Request, Settings, of_prompts
-from ldm.model import LatentDiffusion
+from ldm.start import Picture
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 IMAGE = torch.from_numpy(LEVELS).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, 4, 6)
@@ -213,10 +214,10 @@ def test_a_beginning_is_in_the_one_form(tiny_model: LatentDiffusion) -> None:
         (torch.zeros(1, 3, 4, 4), None, "half"),
     ):
         with pytest.raises(UserError):
-            generate.Begin(image, strength, mask)  # type: ignore[arg-type]
-    begin = generate.Begin(torch.zeros(1, 3, 32, 32))
+            Picture(image, strength, mask)  # type: ignore[arg-type]
+    begin = Picture(torch.zeros(1, 3, 32, 32))
     with pytest.raises(UserError, match="height is 64"):
-        next(generate.sample(tiny_model, [Request("a cat")], Settings(height=64), begin=begin))
+        next(generate.sample(tiny_model, [Request("a cat")], Settings(height=64).plan(), start=begin))
 
 
 # ---------------------------------------------------------------- prompts, seeds, counts

@@ -10,6 +10,7 @@ import pytest
 from ldm import jobs
 from ldm.errors import UserError
 from ldm.jobs import Request, Settings
+from ldm.ranges import MAX_SEED
 
 
 def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -216,7 +217,7 @@ def test_counts_and_seeds_that_are_none() -> None:
     for call in (
         lambda: jobs.of_prompts(["a"], n=0),
         lambda: jobs.of_prompts(["a"], seed=-1),
-        lambda: jobs.of_prompts(["a"], seed=jobs.MAX_SEED, n=2),
+        lambda: jobs.of_prompts(["a"], seed=MAX_SEED, n=2),
         lambda: jobs.batches([Request("a")], 0),
     ):
         with pytest.raises(UserError):

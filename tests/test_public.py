@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import ldm
-from ldm import catalogue
+from ldm.jobs import catalogue
 
 CHEAP = """
 import sys, time
@@ -18,7 +18,7 @@ import ldm
 spent = time.process_time() - start
 assert not {"torch", "numpy", "PIL", "open_clip"} & set(sys.modules), "heavy imports"
 assert spent < 0.05, f"{spent * 1000:.0f} ms"
-import ldm.jobs, ldm.provenance, ldm.model
+import ldm.jobs, ldm.provenance, ldm.api
 assert not {"torch", "numpy", "open_clip"} & set(sys.modules), "jobs are told wrong before torch is there"
 """
 

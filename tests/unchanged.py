@@ -24,9 +24,8 @@ import torch
 from checkpoints.small_models import SMALL, random_states
 
 import ldm
-from ldm import catalogue
 from ldm.files import atomic_write
-from ldm.jobs import Settings
+from ldm.jobs import Settings, catalogue
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red heart, flat emoji"

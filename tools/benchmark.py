@@ -146,7 +146,7 @@ def trace(arguments: argparse.Namespace) -> None:
     import torch
 
     mark("import torch")
-    from ldm import generate, image_io, jobs, model, provenance
+    from ldm import api, generate, image_io, jobs, provenance
 
     mark("import ldm")
     from ldm.conditioning.clip import clip_tokenizer
@@ -158,14 +158,14 @@ def trace(arguments: argparse.Namespace) -> None:
     mark("import open_clip")
     clip_tokenizer()
     mark("make the tokenizer")
-    made = model.load(arguments.model)
+    made = api.load(arguments.model)
     mark("load the model")
     requests = jobs.of_prompts([arguments.prompt])
     settings = jobs.Settings(cfg=arguments.cfg, steps=arguments.steps)
     with torch.inference_mode():
         generate.conditions(made, [jobs.Ask(arguments.prompt), jobs.Ask()])
     mark("encode the prompt")
-    steps = list(generate.sample(made, requests, settings))
+    steps = list(generate.sample(made, requests, settings.plan()))
     mark(f"sample, {arguments.steps} steps")
     image = generate.decode(made, steps[-1])
     mark("decode")
@@ -299,7 +299,7 @@ def loaded(arguments: argparse.Namespace) -> None:
 
 def by_ldm(path: str, precision: str) -> Callable[[], Sequence[Any]]:
     """With everything imported, what loads the model and gives its networks."""
-    from ldm import model
+    from ldm import api
     from ldm.checkpoints import opening  # noqa: F401
     from ldm.conditioning.torchvision_ops import declare_missing_operators
 
@@ -307,7 +307,7 @@ def by_ldm(path: str, precision: str) -> Callable[[], Sequence[Any]]:
     import open_clip.transformer  # noqa: F401
 
     def work() -> Sequence[Any]:
-        made = model.load(path, "cpu", precision)
+        made = api.load(path, "cpu", precision)
         return [made.unet, made.text, made.codec.autoencoder]
 
     return work

@@ -34,10 +34,10 @@ from ldm.errors import UserError
 from ldm.guidance.latents import latent_probe
 from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, save_noisy_classifier
 from ldm.home import recipe
-from ldm.jobs import MAX_SIDE
 from ldm.metrics.augment import Augmentation, augment
 from ldm.metrics.pictures import read_concepts
 from ldm.options import WHERE_HELP, where_of
+from ldm.ranges import MAX_SIDE
 
 ASKED_AT = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)  # sigmas at which held-out pictures are classified
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.adapters.lora import Lora, merged
-from ldm.adapters.record import Adapter, read_hash
 from ldm.adapters.textual_inversion import Embedding, TowerWithWords
 from ldm.checkpoints.adapter_words import other_base
 from ldm.checkpoints.lora import read_lora
 from ldm.checkpoints.reading import read_metadata
 from ldm.checkpoints.textual_inversion import read_bundled, read_embeddings
 from ldm.errors import UserError
+from ldm.jobs.adapters import Adapter, read_hash
 
 if TYPE_CHECKING:
-    from ldm.model import LatentDiffusion
+    from ldm.model import Model
+
+M = TypeVar("M", bound="Model")
 
 
-def apply(model: LatentDiffusion, adapters: Sequence[Adapter]) -> LatentDiffusion:
+def apply(model: M, adapters: Sequence[Adapter]) -> M:
     """`model` with `adapters` too. `model` stays as it is: the new one shares with it all tensors that no LoRA changes.
 
     Its notices say which words were loaded, and which files were made for another model. Raises UserError for files

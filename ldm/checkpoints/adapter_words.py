@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.adapters.record import read_hash
 from ldm.checkpoints.architectures import name_of
 from ldm.config import DiffusionTraining, EmbeddingTraining, ModelConfig
 from ldm.errors import explain_os_error
+from ldm.jobs.adapters import read_hash
 
 if TYPE_CHECKING:
     from ldm.checkpoints.record import Checkpoint

@@ -22,11 +22,10 @@ LONGEST_PERIOD = 10_000.0  # of the sizes' sinusoids, in pixels over 2 pi
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """Encoded texts, each part None where the model has none, and sentences on what was not read or not known."""
+    """Encoded texts, each part None where the model has none."""
 
     context: Tensor | None = None  # (B, L, D)
     pooled: Tensor | None = None  # (B, E)
-    notices: tuple[str, ...] = ()
 
     def expand(self, count: int) -> Texts:
         """One row, `count` times."""
@@ -65,33 +64,26 @@ class Encoder(nn.Module):
         pooled = self.text.config.embed_dim if self.config.pooled and self.text is not None else 0
         return pooled + 6 * self.config.sizes
 
-    def forward(self, asks: Sequence[Ask]) -> tuple[Condition, tuple[str, ...]]:
-        """The conditions (B rows) of the asks, and what a user should know of how their texts were read.
+    def forward(self, asks: Sequence[Ask]) -> Condition:
+        """The conditions (B rows) of the asks. Raises UserError for a label or size that is unknown or missing."""
+        return self.of_texts(asks, self.texts([ask.text for ask in asks]))
 
-        Raises UserError for a label or size that is unknown or missing.
-        """
-        texts = self.texts([ask.text for ask in asks], notice=True)
-        return self.of_texts(asks, texts), texts.notices
-
-    def texts(self, texts: Sequence[str], notice: bool = False) -> Texts:
-        """The texts encoded, words beyond what the tower reads cut off; `notice`: say which."""
+    def texts(self, texts: Sequence[str]) -> Texts:
+        """The texts encoded, words beyond what the tower reads cut off (`notices` says which)."""
         if self.text is None:
             return Texts()
-        tokens, dropped = self.text.tokenize(texts)
+        tokens, _ = self.text.tokenize(texts)
         tokens = tokens.to(self.text.positional_embedding.device)
-        pooled = self.text.features(tokens).float() if self.config.pooled else None
-        return Texts(self.text(tokens), pooled, self._notices(texts, tokens, dropped) if notice else ())
+        return Texts(self.text(tokens), self.text.features(tokens).float() if self.config.pooled else None)
 
     def notices(self, texts: Sequence[str]) -> tuple[str, ...]:
         """A sentence for each different text that would not be read to its end, and one for all words that the tower
         does not know; nothing is encoded for it."""
-        different = list(dict.fromkeys(texts))
-        return () if self.text is None else self._notices(different, *self.text.tokenize(different))
-
-    def _notices(self, texts: Sequence[str], tokens: Tensor, dropped: Sequence[str]) -> tuple[str, ...]:
-        assert self.text is not None
-        found = []
-        for text, words in zip(texts, dropped, strict=True):
+        if self.text is None:
+            return ()
+        different, found = list(dict.fromkeys(texts)), []
+        tokens, dropped = self.text.tokenize(different)
+        for text, words in zip(different, dropped, strict=True):
             if words:
                 shown = text if len(text) <= 40 else f"{text[:39]}…"
                 found.append(f"the prompt '{shown}' is longer than the text tower reads; dropped: {words}")

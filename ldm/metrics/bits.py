@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from ldm.api import LatentDiffusion
 from ldm.config import DataConfig
 from ldm.data.loader import validation_batches
 from ldm.errors import UserError
 from ldm.metrics import likelihood, protocol
 from ldm.metrics.sources import RESIZE
-from ldm.model import LatentDiffusion
 from ldm.provenance import surroundings
 
 PARTS = {"flow": ["evaluations"], "bound": ["prior", "steps", "decoder", "error of the draws"]}

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import generate
+from ldm.api import LatentDiffusion
 from ldm.errors import UserError
 from ldm.files import Taken, atomic_write_text, read_text
-from ldm.guides import load_guides
+from ldm.helpers import Helpers, open_helpers
 from ldm.image_io import save_png
-from ldm.jobs import MAX_SEED, Request, Settings
+from ldm.jobs import Request, Settings
 from ldm.metrics.crew import Crew
 from ldm.metrics.sources import Source, of_files
-from ldm.model import LatentDiffusion
 from ldm.provenance import surroundings
+from ldm.ranges import MAX_SEED
 
 ALWAYS = ("cfg", "steps", "sampler", "spacing", "options")
 
@@ -85,14 +86,14 @@ def draw(model: LatentDiffusion, drawing: Drawing, folder: Path, crew: Crew, bar
     if crew.main:
         settle(folder / "drawing.json", {"model": model.hash, **drawing.protocol(model)})
     crew.wait()
-    guides = load_guides(model, drawing.settings.check())
+    helpers = open_helpers(model, drawing.settings.plan())
     starts = range(0, drawing.count, drawing.batch_size)
     for piece in tqdm(list(crew.mine(len(starts))), unit="batch", disable=not (bar and crew.main), leave=False):
         first = starts[piece]
         wanted = range(first, min(first + drawing.batch_size, drawing.count))
         if all(_path(folder, i).exists() for i in wanted) and (first or (folder / "cost.json").exists()):
             continue
-        images, rows = _batch(model, drawing, first, guides)
+        images, rows = _batch(model, drawing, first, helpers)
         for i in wanted:
             save_png(images[i - first], _path(folder, i))  # without settings inside: equal pictures are equal files
         if first == 0:
@@ -134,7 +135,7 @@ def settle(path: Path, document: dict[str, Any]) -> None:
         raise UserError(f"{path.parent} holds what was made with another {' and '.join(other)}; choose another folder")
 
 
-def _batch(model: LatentDiffusion, drawing: Drawing, first: int, guides: Any) -> tuple[Tensor, int]:
+def _batch(model: LatentDiffusion, drawing: Drawing, first: int, helpers: Helpers) -> tuple[Tensor, int]:
     rows = 0
 
     def count(network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -143,7 +144,7 @@ def _batch(model: LatentDiffusion, drawing: Drawing, first: int, guides: Any) ->
 
     hook = model.unet.register_forward_hook(count)
     try:
-        steps = generate.sample(model, drawing.requests(first, drawing.batch_size), drawing.settings, guides)
+        steps = generate.sample(model, drawing.requests(first, drawing.batch_size), drawing.settings.plan(), helpers)
         last = deque(steps, maxlen=1).pop()
         return generate.decode(model, last).cpu(), rows
     finally:

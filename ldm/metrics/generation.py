@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.api import LatentDiffusion
 from ldm.errors import UserError
 from ldm.metrics import protocol
 from ldm.metrics.crew import Crew
@@ -15,7 +16,6 @@ from ldm.metrics.extraction import extract
 from ldm.metrics.features import FeatureSpace
 from ldm.metrics.figures import Measures, alone, between
 from ldm.metrics.sources import RESIZE, Source
-from ldm.model import LatentDiffusion
 
 
 @dataclass(frozen=True, eq=False)

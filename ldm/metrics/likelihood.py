@@ -31,7 +31,7 @@ from ldm.sampling import NoiseStream, make_grid
 from ldm.sampling.step import solver_state
 
 if TYPE_CHECKING:
-    from ldm.model import LatentDiffusion
+    from ldm.api import LatentDiffusion
 
 PROBES, STEPS = 1_000_003, 2_000_003  # added to a picture's seed, so that these draws are not those of its noise
 

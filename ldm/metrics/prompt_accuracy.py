@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.api import LatentDiffusion
 from ldm.checkpoints import native
 from ldm.errors import UserError
 from ldm.generate import draw
+from ldm.helpers import open_helpers
 from ldm.jobs import Settings, batches
 from ldm.metrics import protocol
 from ldm.metrics.classifier import Classifier
@@ -19,7 +21,6 @@ from ldm.metrics.drawing import Drawing
 from ldm.metrics.pictures import read_pictures
 from ldm.metrics.prompts import Judge, Score, make_prompts
 from ldm.metrics.sources import open_source
-from ldm.model import LatentDiffusion
 from ldm.provenance import surroundings
 
 
@@ -53,8 +54,9 @@ def evaluate_prompts(
     asked = [prompt for prompt in prompts for _ in range(n)]
     drawing = Drawing(tuple(prompt.text for prompt in asked), settings, len(asked), seed, batch_size).check()
 
-    parts, settings = list(batches(drawing.requests(0, len(asked)), batch_size)), settings.check()
-    drawn = torch.cat([draw(model, part, settings, len(part)) for part in tqdm(parts, unit="batch", disable=not bar)])
+    parts, plan = list(batches(drawing.requests(0, len(asked)), batch_size)), settings.plan()
+    helpers, bar_of = open_helpers(model, plan), tqdm(parts, unit="batch", disable=not bar)
+    drawn = torch.cat([draw(model, part, plan, helpers, len(part)) for part in bar_of])
     places = judge.ranks(drawn, [prompt.concept for prompt in asked])
 
     def score(name: str, of: str) -> Score:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 import ldm
+from ldm.api import LatentDiffusion
 from ldm.errors import UserError
 from ldm.files import atomic_write_text
 from ldm.metrics.figures import tables
-from ldm.model import LatentDiffusion
 from ldm.plain import read_json
 
 PACKAGES = ("torch-fidelity", "torchmetrics", "open_clip_torch", "pillow", "numpy")

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ldm.api import LatentDiffusion
 from ldm.errors import UserError
 from ldm.files import atomic_write_bytes, atomic_write_text
 from ldm.metrics import protocol
@@ -17,7 +18,6 @@ from ldm.metrics.crew import Crew
 from ldm.metrics.drawing import Drawing
 from ldm.metrics.figures import space_of, told_of
 from ldm.metrics.generation import Against, evaluate_model
-from ldm.model import LatentDiffusion
 
 Axes = Mapping[str, Sequence[Any]]
 KINDS: dict[str, type] = {

@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from ldm.api import LatentDiffusion
 from ldm.config import DataConfig, FiguresConfig, SampleConfig
 from ldm.errors import UserError
 from ldm.jobs import Settings
@@ -17,7 +18,6 @@ from ldm.metrics.features import FeatureSpace, make_space
 from ldm.metrics.figures import Measures
 from ldm.metrics.generation import Against
 from ldm.metrics.sources import Source, captions_of, open_source
-from ldm.model import LatentDiffusion
 
 SUBSET = 1000  # of the kernel distance, or as many pictures as there are
 

@@ -43,7 +43,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "euler_maruyama": euler_maruyama,
     "ode": ode,
 }
-"""Each name's factory; what it takes is in its docstring, and in ldm/catalogue.py with the noise that it wants."""
+"""Each name's factory; what it takes is in its docstring, and in ldm/jobs/catalogue.py with the noise that it wants."""
 
 __all__ = [
     "GRIDS",

@@ -32,9 +32,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.catalogue import check_levels
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
+from ldm.jobs.catalogue import check_levels
 
 RHO = 7.0
 """Karras et al. 2022, appendix D.1: 3 makes the errors of all steps even, 5 to 10 makes better pictures."""

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ldm.catalogue import check_levels
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
+from ldm.jobs.catalogue import check_levels
 from ldm.sampling.ddpm import posterior
 from ldm.sampling.step import Noise, Sampler, Step, leaps, level, trajectory
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.catalogue import check_levels
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import Schedule
+from ldm.jobs.catalogue import check_levels
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm import generate, ranges
+from ldm.api import LatentDiffusion
 from ldm.config import DataConfig, SampleConfig
 from ldm.data.feed import check_division
 from ldm.data.loader import validation_batches
 from ldm.errors import UserError
 from ldm.jobs import Settings, of_prompts
-from ldm.model import LatentDiffusion
 from ldm.training.processes import divide
 
 
@@ -54,7 +54,7 @@ def check_pictures(model: LatentDiffusion, sample: SampleConfig, seed: int) -> S
     """Raise UserError unless `model` could draw the run's grids; what a reader should know of their prompts."""
     try:
         requests = of_prompts(sample.prompts, seed=seed)
-        generate.make_sigmas(model, Settings(sample.cfg, sample.steps).check())
+        generate.make_sigmas(model, Settings(sample.cfg, sample.steps).plan())
     except UserError as error:
         raise UserError(f"the pictures of sample.prompts cannot be drawn: {error}") from error
     return generate.prompt_notices(model, requests)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.low_rank import AdaptedUNet
+from ldm.api import assemble
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
 from ldm.checkpoints.adapter_words import training_words
@@ -34,7 +35,6 @@ from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
 from ldm.jobs import Ask
-from ldm.model import assemble
 from ldm.training.begin import begin
 from ldm.training.draws import Draws
 from ldm.training.meters import EACH_LOSS, EACH_SIGMA
@@ -248,8 +248,7 @@ class DiffusionStage:
         height, width = batch.image.shape[2:]  # of its bucket, where pictures have buckets
         noise = draws.normal("posterior", self.codec.latent_shape(height, width))
         asks = self._asks(batch)
-        told = self.encoder.of_texts(asks, self.encoder.texts([ask.text for ask in asks]))
-        return self.codec.encode(batch.image.to(self.device), noise), told.to(self.device)
+        return self.codec.encode(batch.image.to(self.device), noise), self.encoder(asks).to(self.device)
 
     def _asks(self, batch: Batch | LatentBatch) -> list[Ask]:
         """What each sample shows, as somebody would ask for it; the text of cached latents is encoded already."""

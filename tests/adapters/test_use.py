@@ -21,11 +21,11 @@ from ldm import image_io
 from ldm import script as scripts
 from ldm.adapters import use
 from ldm.adapters.low_rank import AdaptedUNet
-from ldm.adapters.record import Adapter, parse_lora, read_hash
 from ldm.checkpoints import native
 from ldm.checkpoints.lora import read_lora, save_lora
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.errors import UserError
+from ldm.jobs.adapters import Adapter, parse_lora, read_hash
 from ldm.model import CheckpointNotice
 
 

@@ -10,7 +10,6 @@ import torch
 
 from ldm.adapters.changes import Factors
 from ldm.adapters.lora import Lora, Rows
-from ldm.adapters.record import read_hash
 from ldm.checkpoints import native
 from ldm.checkpoints.adapter_words import training_words
 from ldm.checkpoints.architectures import SD_V1, SD_V2, SD_V2_BASE
@@ -19,6 +18,7 @@ from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.reading import read_metadata
 from ldm.checkpoints.record import Checkpoint
 from ldm.config import DataConfig, DiffusionLossConfig, DiffusionTraining, LoopConfig, ModelConfig, OptimizerConfig
+from ldm.jobs.adapters import read_hash
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.api import LatentDiffusion, assemble
 from ldm.autoencoder.codec import Codec
 from ldm.config import AutoencoderConfig, DataConfig, UNetConfig
 from ldm.data.loader import Batch, validation_batches
@@ -20,7 +21,6 @@ from ldm.data.writing import write_shard
 from ldm.errors import UserError
 from ldm.metrics import likelihood
 from ldm.metrics.bits import Method, evaluate_likelihood
-from ldm.model import LatentDiffusion, assemble
 from ldm.unet import UNet
 
 ROOT = Path(__file__).parents[2]

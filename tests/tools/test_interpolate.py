@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.model import LatentDiffusion
+from ldm.api import LatentDiffusion
 from ldm.sampling import make_grid
 
 STUDY = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "studies" / "interpolate.py"))

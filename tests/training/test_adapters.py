@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import ldm
 from ldm.adapters import use
-from ldm.adapters.record import Adapter
 from ldm.checkpoints import export, native
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.reading import read_metadata
@@ -28,6 +27,7 @@ from ldm.config import (
     UNetConfig,
 )
 from ldm.errors import UserError
+from ldm.jobs.adapters import Adapter
 from ldm.training.draws import Draws
 from ldm.training.embedding import EmbeddingStage
 from ldm.training.stage_two import DiffusionStage

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ldm.model
+import ldm.api
 from ldm.checkpoints import native
 from ldm.config import DiffusionLossConfig, DiffusionTraining, ScheduleConfig
 from ldm.data.latents import LatentBatch

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ldm import generate
+from ldm.api import LatentDiffusion
 from ldm.diffusion import precondition
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
 from ldm.jobs import Ask
 from ldm.metrics.pictures import read_pictures
-from ldm.model import LatentDiffusion
 from ldm.sampling import BrownianPath, ddpm, finish, make_grid
 
 WEIGHTS = 9  # of the second picture, from 0 to 1

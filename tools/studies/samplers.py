@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ldm.catalogue import SAMPLERS
 from ldm.files import atomic_write_bytes
 from ldm.jobs import Settings
+from ldm.jobs.catalogue import SAMPLERS
 from ldm.metrics.sweep import plot, table
 from studies.subject import Subject
 

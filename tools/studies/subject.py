@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import ldm
+from ldm.api import LatentDiffusion
 from ldm.data.samples import decode_picture
 from ldm.data.transforms import to_tensor
 from ldm.image_io import grid, save_png
@@ -26,7 +27,6 @@ from ldm.metrics.figures import Measures
 from ldm.metrics.generation import Against, evaluate_pictures
 from ldm.metrics.sources import of_files, open_source, read_captions
 from ldm.metrics.sweep import Cell, measure, name_of
-from ldm.model import LatentDiffusion
 
 SPACE = "efficientnet-lite0"
 BATCH = 20  # pictures that are drawn at once

@@ -1,0 +1,212 @@
+"""The library: LatentDiffusion, a Model that draws. Its methods are one-liners over generate.py.
+
+torch is imported when a model is loaded, not when this module is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.helpers import NONE, Helpers, open_helpers
+from ldm.jobs import Plan, Request, Settings, of_prompts
+from ldm.jobs.adapters import Adapter
+from ldm.loading import load_model
+from ldm.model import CheckpointNotice, Model
+from ldm.model import assemble as assemble_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.autoencoder.codec import Codec
+    from ldm.conditioning.clip import TextTower
+    from ldm.config import ModelConfig
+    from ldm.inputs import Picture
+    from ldm.sampling import Step
+    from ldm.unet.unet import UNet
+
+
+class PromptNotice(UserWarning):
+    """A prompt has words that the text tower does not read or does not know; the message names them."""
+
+
+@dataclass(frozen=True, eq=False)
+class LatentDiffusion(Model):
+    """A text-to-picture model, ready to draw. What a plan names beside it is opened once and kept."""
+
+    @classmethod
+    def of(cls, model: Model) -> LatentDiffusion:
+        """The same model, able to draw."""
+        return cls(**{field.name: getattr(model, field.name) for field in fields(Model)})
+
+    @cached_property
+    def _opened(self) -> dict[str, Helpers]:
+        return {"last": NONE}
+
+    def _helpers(self, plan: Plan) -> Helpers:
+        self._opened["last"] = helpers = open_helpers(self, plan, self._opened["last"])
+        return helpers
+
+    def _tell(self, requests: Sequence[Request], helpers: Helpers) -> None:
+        from ldm import generate
+
+        for reader in (self, *helpers.models.values()):
+            for notice in generate.prompt_notices(reader, requests):
+                warnings.warn(notice, PromptNotice, stacklevel=3)
+
+    def txt2img(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] = "",
+        cfg: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int | Sequence[int] = 0,
+        n: int = 1,
+        batch_size: int = 4,
+        settings: Settings = Settings(),
+    ) -> Tensor:
+        """`n` pictures of each prompt, prompt by prompt: (B, 3, H, W), float32 in [-1, 1], on the CPU.
+
+        Picture i has seed + i, whatever the batch size; or a seed for each is given, and a negative for each prompt.
+        `settings` has everything else that there is to choose; `cfg`, `steps` and `sampler` go before what it says of
+        them. Raises UserError.
+        """
+        from ldm import generate
+
+        requests, plan = of_prompts(prompt, negative, seed, n), settings.but(cfg, steps, sampler).plan()
+        helpers = self._helpers(plan)
+        self._tell(requests, helpers)
+        return generate.draw(self, requests, plan, helpers, batch_size)
+
+    def img2img(
+        self,
+        image: Picture | Sequence[Picture],
+        prompt: str | Sequence[str],
+        *,
+        strength: float = 0.75,
+        mask: Picture | Sequence[Picture] | None = None,
+        depth: Picture | Sequence[Picture] | None = None,
+        negative: str | Sequence[str] = "",
+        cfg: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 4,
+        settings: Settings = Settings(),
+    ) -> Tensor:
+        """`image` drawn again after `prompt`: (B, 3, H, W), float32 in [-1, 1], on the CPU; as `txt2img` otherwise.
+
+        `image` and `mask` may be tensors, (B, 3, H, W) in [-1, 1] and (B, 1, H, W) in [0, 1], paths, Pillow's pictures,
+        arrays of uint8, or lists of these (ldm/inputs.py). One prompt serves all pictures, one picture all prompts.
+        `strength`: in (0, 1], the share of the steps that are walked: 0.75 keeps the composition, 1 hardly anything.
+        `mask`: draw anew where it is 1 (white); where it is 0 the pixels stay as they are. One serves all pictures.
+        `depth`: (B, 1, H', W') of any scale, larger is nearer, or what a mask may be; for networks that take it.
+        """
+        from ldm import generate, start
+        from ldm.inputs import as_depths, as_images, as_masks
+
+        images = as_images(image)
+        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
+        requests = of_prompts(prompts, negative, seed)
+        if len(images) == 1:
+            images = images.expand(len(requests), -1, -1, -1)
+        masks = None if mask is None else as_masks(mask, images)
+        depths = None if depth is None else as_depths(depth, len(images))
+        picture = start.Picture(images, strength, masks, depths)
+        plan = settings.but(cfg, steps, sampler).plan()
+        helpers = self._helpers(plan)
+        self._tell(requests, helpers)
+        return generate.draw(self, requests, plan, helpers, batch_size, picture)
+
+    def sample(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] = "",
+        cfg: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int | Sequence[int] = 0,
+        n: int = 1,
+        settings: Settings = Settings(),
+    ) -> Iterator[Step]:
+        """What `txt2img` does, in one batch, step by step; `decode` shows one. Raises UserError, at the first step."""
+        from ldm import generate
+
+        requests, plan = of_prompts(prompt, negative, seed, n), settings.but(cfg, steps, sampler).plan()
+        helpers = self._helpers(plan)
+        self._tell(requests, helpers)
+        yield from generate.sample(self, requests, plan, helpers)
+
+    def decode(self, step: Step, tile: int | None = None) -> Tensor:
+        """Pictures (B, 3, H, W), float32 in [-1, 1], of the state after `step`; `tile` is Settings'.
+
+        Raises UserError if they are not finite."""
+        from ldm import generate
+
+        return generate.decode(self, step, tile)
+
+    def adapted(
+        self, loras: Mapping[str | Path, float] | None = None, embeddings: Sequence[str | Path] = ()
+    ) -> LatentDiffusion:
+        """This model with LoRAs (file -> scale) merged into its networks, and the words of textual inversions.
+
+        This one stays as it is, and shares with the new one all weights that no LoRA changes. A CheckpointNotice says
+        which words were loaded, and which file was made for another model. UserError for files that cannot be read or
+        do not fit.
+        """
+        from ldm.adapters import use
+
+        files = [Adapter("lora", str(path), scale) for path, scale in (loras or {}).items()]
+        made = use.apply(self, files + [Adapter("embedding", str(path)) for path in embeddings])
+        for notice in made.told[len(self.told) :]:
+            warnings.warn(notice, CheckpointNotice, stacklevel=2)
+        return made
+
+
+def load(
+    model: str | Path = "icons",
+    device: str = "auto",
+    precision: str = "auto",
+    *,
+    vae: str | Path | None = None,
+    weights: str = "auto",
+    settings: Mapping[str, Any] | None = None,
+    attention: str = "sdpa",
+) -> LatentDiffusion:
+    """The model of a shipped name, a checkpoint directory or file, or a Hugging Face id, ready to draw.
+
+    Native checkpoints, Stable Diffusion v1 and v2 in the original single file (.safetensors, .ckpt) and diffusers
+    directories are read; `hf:owner/name` is fetched first. What such files do not say of themselves is assumed by the
+    rules of checkpoints/architectures.py, and a CheckpointNotice warns of it.
+
+    Args:
+        device: auto, cpu, cuda, mps.
+        precision: auto, fp32, fp16, bf16 (auto: fp16 on a GPU, else fp32).
+        vae: a checkpoint whose autoencoder takes the place of the model's own.
+        weights: of a file with two sets of U-Net weights: ema (the average), raw, or auto (the average, and says so).
+        settings: what goes before all that files and rules say: {"parameterization": "v", "text.padding": "eot"}.
+        attention: of the U-Net: sdpa, torch's own, or xformers, where that is installed and the device is CUDA's.
+
+    Raises:
+        UserError: what is not there, damaged, of another architecture, or not a text-to-picture model.
+    """
+    made = LatentDiffusion.of(
+        load_model(model, device, precision, vae=vae, weights=weights, settings=settings, attention=attention)
+    )
+    for notice in made.notices:
+        warnings.warn(notice, CheckpointNotice, stacklevel=2)
+    return made
+
+
+def assemble(
+    config: ModelConfig, codec: Codec, text: TextTower | None, unet: UNet, name: str = "", path: Path | None = None
+) -> LatentDiffusion:
+    """`model.assemble`, able to draw."""
+    return LatentDiffusion.of(assemble_model(config, codec, text, unet, name, path))

@@ -1,0 +1,8 @@
+"""What may be asked for: pictures of prompts and labels, under settings. No torch: a mistake is told at once."""
+
+from ldm.jobs.plan import Plan
+from ldm.jobs.prompts import read_prompts
+from ldm.jobs.request import Ask, Request, batches, expand, of_prompts
+from ldm.jobs.settings import Settings
+
+__all__ = ["Ask", "Plan", "Request", "Settings", "batches", "expand", "of_prompts", "read_prompts"]

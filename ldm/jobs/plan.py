@@ -1,0 +1,97 @@
+"""Plan: settings that have been checked, taken apart into what is compared (a guide) and what acts on that (wraps)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ldm.jobs.request import Ask
+
+Interval = tuple[float, float] | None
+"""(low, high] in sigma: guided there only."""
+
+
+@dataclass(frozen=True)
+class Cfg:
+    """Classifier-free guidance: u + scale (c - u), with u on what is not to be drawn (Ho & Salimans 2022)."""
+
+    scale: float = 7.5
+    rescale: float = 0.0
+    interval: Interval = None
+
+    def asks(self, asks: Sequence[Ask], others: Sequence[Ask]) -> list[Sequence[Ask]]:
+        """What the model is told, branch by branch: at scale 1 nothing looks at the others."""
+        return [asks] if self.scale == 1 else [asks, others]
+
+
+@dataclass(frozen=True)
+class PerpNegative:
+    """Guidance away from nothing, and from the negative prompt across the prompt only (Armandpour et al. 2023)."""
+
+    weight: float
+    scale: float = 7.5
+    rescale: float = 0.0
+    interval: Interval = None
+
+    def asks(self, asks: Sequence[Ask], others: Sequence[Ask]) -> list[Sequence[Ask]]:
+        return [asks, [replace(other, text="") for other in others], others]
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Autoguidance: a worse model stands in u's place (Karras et al. 2024). `model` is its name or path."""
+
+    model: str
+    scale: float = 7.5
+    rescale: float = 0.0
+    interval: Interval = None
+
+    def asks(self, asks: Sequence[Ask], others: Sequence[Ask]) -> list[Sequence[Ask]]:
+        return [asks]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Guidance by the gradient of a noise-aware classifier (Dhariwal & Nichol 2021) in `folder`, to `label`."""
+
+    folder: str
+    label: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Keep x0 in the data's range: static or dynamic (Saharia et al. 2022). `bound`: None leaves it to the model."""
+
+    kind: str
+    bound: float | None = None
+
+
+Guide = Cfg | PerpNegative | Auto
+Wrap = Classifier | Threshold
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, in the library's names. Made by `Settings.plan`, which has checked it: nobody does again."""
+
+    sampler: str = "ddim"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    spacing: str = "trailing"
+    steps: int = 30
+    sigmas: tuple[float, ...] = ()
+    width: int | None = None
+    height: int | None = None
+    tile: int | None = None
+    guide: Guide = Cfg()
+    wraps: tuple[Wrap, ...] = ()
+
+    @property
+    def guide_model(self) -> str | None:
+        """The model beside the one that draws."""
+        return self.guide.model if isinstance(self.guide, Auto) else None
+
+    @property
+    def classifiers(self) -> list[Classifier]:
+        return [wrap for wrap in self.wraps if isinstance(wrap, Classifier)]

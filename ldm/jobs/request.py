@@ -1,0 +1,99 @@
+"""What a picture is to be: an Ask, and a Request for one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.errors import UserError
+from ldm.jobs.values import shown, whole
+from ldm.ranges import MAX_SEED
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a picture is to be: one row of what a network is told. A training sample is an Ask too."""
+
+    text: str = ""
+    label: str | int | None = None  # of a class-conditional model: a name, or a number where classes have no names
+    size: tuple[int, int] | None = None  # height and width of the picture before it was resized, pixels
+    crop: tuple[int, int] = (0, 0)  # top and left of what is seen of it, pixels after the resize
+    target: tuple[int, int] | None = None  # height and width of what is seen
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture: what it shows, what it should not, and the seed of its noise."""
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    label: str | int | None = None  # of a class-conditional model
+
+    def asks(self, height: int, width: int) -> tuple[Ask, Ask]:
+        """What the picture is to be, and what it is guided away from, at the size in pixels that is drawn."""
+        whole = (height, width)
+        return Ask(self.prompt, self.label, size=whole, target=whole), Ask(self.negative, size=whole, target=whole)
+
+    def check(self) -> Request:
+        """The same; raises UserError for a seed that is none, and for texts that no file could hold."""
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed {self.seed} is out of range; choose it between 0 and {MAX_SEED}")
+        for text in (self.prompt, self.negative):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):  # half of a letter, or bytes that are not UTF-8
+                raise UserError(f"the prompt '{text[:100]}' is not Unicode text; write it in UTF-8")
+        return self
+
+
+def expand(requests: Sequence[Request], n: int) -> list[Request]:
+    """`n` pictures of each request, on seeds seed, seed + 1, ...; raises UserError for a bad count, seed or text."""
+    return [
+        dataclasses.replace(request, seed=request.seed + i).check() for request in requests for i in range(_count(n))
+    ]
+
+
+def of_prompts(
+    prompts: str | Iterable[str], negative: str | Iterable[str] = "", seed: int | Iterable[int] = 0, n: int = 1
+) -> list[Request]:
+    """`n` pictures of each prompt, prompt by prompt; one `negative` for all, or one for each prompt.
+
+    `seed`: one for each picture, or a number: picture i of them all then has seed + i. Raises UserError.
+    """
+    texts, n = _texts(prompts, "prompt"), _count(n)
+    negatives = [negative] * len(texts) if isinstance(negative, str) else _texts(negative, "negative prompt")
+    if len(negatives) != len(texts):
+        raise UserError(f"{len(negatives)} negative prompts were given for {len(texts)} prompts; give one for each")
+    count = n * len(texts)
+    if isinstance(seed, Iterable) and not isinstance(seed, str) and getattr(seed, "shape", None) != ():
+        seeds = [whole(one, "a seed") for one in seed]
+        if len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds were given for {count} pictures; give one for each, or a number")
+    else:
+        first = whole(seed, "the seed")
+        seeds = list(range(first, first + count))
+    return [Request(texts[i // n], negatives[i // n], one).check() for i, one in enumerate(seeds)]
+
+
+def batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
+    """`requests` in order, `size` at a time; the last batch may be smaller. Raises UserError for a size below 1."""
+    if whole(size, "the batch size") < 1:
+        raise UserError(f"a batch of {size} pictures was asked for; choose at least 1")
+    return (requests[i : i + size] for i in range(0, len(requests), size))
+
+
+def _count(n: Any) -> int:
+    if whole(n, "n") < 1:
+        raise UserError(f"{n} pictures of each prompt were asked for; choose at least 1")
+    return whole(n, "n")
+
+
+def _texts(given: Any, what: str) -> list[str]:
+    """A text or several, as a list of one or more; raises UserError."""
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
+    if not isinstance(given, Iterable) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"the {what} is {shown(given)}; give a text, or a list of texts")
+    if not texts:
+        raise UserError(f"an empty list of {what}s was given; give at least one")
+    return texts

@@ -1,0 +1,157 @@
+"""How pictures are drawn, as a user says it: the command line's flags, a picture's recipe and a page's form."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm.errors import UserError
+from ldm.jobs import catalogue
+from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Plan, Threshold, Wrap
+from ldm.jobs.request import Request
+from ldm.jobs.values import real, reals, shown, table, whole, word
+from ldm.ranges import MAX_SIDE, Level
+
+THRESHOLDS = ("static", "dynamic")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn; pictures of one batch share it. None leaves the choice to the model or the sampler."""
+
+    cfg: float = 7.5  # guidance scale; 1 is the conditional model alone, at half the cost
+    steps: int = 30  # of the sampler, each an evaluation of the denoiser, or two where its method takes two (heun)
+    sampler: str = "ddim"  # a name, or a user interface's spelling of one; txt2img.py --list-samplers prints them
+    spacing: str | None = None  # of the levels, a grid of that list; None: what the spelling says, else trailing
+    eta: float | None = None  # share of fresh noise, for the samplers that have this option; 0 is deterministic
+    width: int | None = None  # pixels; None: the side the model was trained at
+    height: int | None = None  # the same
+    cfg_rescale: float = 0.0  # in [0, 1]: takes back over-exposure at large cfg
+    cfg_interval: tuple[Level, Level] | None = None  # low and high, in sigma: guide there only; None: everywhere
+    options: dict[str, Any] = field(default_factory=dict)  # the sampler's own; catalogue.SAMPLERS names them
+    sigmas: tuple[float, ...] = ()  # the levels written out, in place of spacing and steps
+    perp_negative: float | None = None  # weight of a negative prompt that acts across the prompt only; None: plain
+    guide_model: str | None = None  # a worse model, in the unconditional one's place: autoguidance; its scale is cfg
+    classifier: str | None = None  # a folder that tools/train_noisy_classifier.py wrote
+    classifier_class: str | None = None  # the class it steers to, one that it knows
+    classifier_scale: float = 1.0  # how strongly
+    threshold: str | None = None  # static or dynamic: keep x0 in the data's range at large guidance
+    threshold_bound: float | None = None  # that range, either way; None: 1 for pixel models, 4 deviations of latents
+    tile: int | None = None  # pixels of a tile's side: decode (and encode) piece by piece; None: the whole at once
+
+    def check(self) -> Settings:
+        """The same in the library's names and types; raises UserError for what no model could do."""
+        return self._typed()._named()
+
+    def _named(self) -> Settings:
+        """The same in the library's names, checked."""
+        sampler, spelled, implied = catalogue.resolve(self.sampler)
+        spacing = self.spacing or spelled or "trailing"
+        if spacing not in catalogue.GRIDS:
+            raise UserError(catalogue.unknown("grid spacing", spacing, catalogue.GRIDS))
+        if spelled and spacing != spelled:
+            raise UserError(f"'{self.sampler}' asks for the spacing {spelled}, and --spacing is {spacing}; say one")
+        if self.eta is not None and "eta" in self.options:
+            raise UserError(f"eta is {self.eta:g} and {self.options['eta']} among the sampler's options; say one")
+        options = {**implied, **self.options, **({} if self.eta is None else {"eta": self.eta})}
+        if self.sigmas:
+            written = len(catalogue.check_levels(self.sigmas)) - 1
+            if spacing != "trailing" or self.steps not in (Settings.steps, written):
+                asked = f"{self.steps} steps" if spacing == "trailing" else f"the spacing {spacing}"
+                raise UserError(
+                    f"{written + 1} sigmas are written out, which are {written} steps, and {asked}; say one"
+                )
+        if self.steps < 1:
+            raise UserError(f"{self.steps} steps were asked for; choose at least 1")
+        if not math.isfinite(self.cfg):
+            raise UserError(f"the guidance scale is {self.cfg}; choose a finite number, such as 7.5")
+        if self.eta is not None and not 0 <= self.eta < math.inf:
+            raise UserError(f"eta is {self.eta:g}; choose 0 (deterministic) or more, such as 1")
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and not 1 <= side <= MAX_SIDE:
+                raise UserError(f"the {name} is {side} pixels; choose between 1 and {MAX_SIDE}")
+        if self.tile is not None and self.tile < 1:
+            raise UserError(f"a tile of {self.tile} pixels was asked for; choose at least one pixel of the latent")
+        if not 0 <= self.cfg_rescale <= 1:
+            raise UserError(f"the guidance rescale is {self.cfg_rescale:g}; choose it between 0 and 1")
+        if self.cfg_interval is not None and not self.cfg_interval[0] < self.cfg_interval[1]:
+            low, high = self.cfg_interval
+            raise UserError(f"the guidance interval ({low:g}, {high:g}] is empty; give low < high in sigma")
+        self._check_guides()
+        return dataclasses.replace(
+            self,
+            sampler=sampler,
+            spacing=spacing,
+            eta=None,
+            options=catalogue.check_options(sampler, options),
+            steps=len(self.sigmas) - 1 if self.sigmas else self.steps,
+        )
+
+    def plan(self) -> Plan:
+        """What is to be done: these settings, checked once and taken apart. Raises UserError as `check`."""
+        checked = self.check()
+        how = checked.cfg, checked.cfg_rescale, checked.cfg_interval
+        guide: Guide = Cfg(*how)
+        if checked.guide_model is not None:
+            guide = Auto(checked.guide_model, *how)
+        elif checked.perp_negative is not None:
+            guide = PerpNegative(checked.perp_negative, *how)
+        wraps: list[Wrap] = []
+        if checked.classifier is not None and checked.classifier_class is not None:
+            wraps.append(Classifier(checked.classifier, checked.classifier_class, checked.classifier_scale))
+        if checked.threshold is not None:
+            wraps.append(Threshold(checked.threshold, checked.threshold_bound))
+        same = ("sampler", "options", "steps", "sigmas", "width", "height", "tile")
+        values = {name: getattr(checked, name) for name in same}
+        return Plan(**values, spacing=checked.spacing or "trailing", guide=guide, wraps=tuple(wraps))
+
+    def without_effect(self, requests: Sequence[Request]) -> list[str]:
+        """A sentence on what is asked for and does nothing, where guidance is none."""
+        if self.cfg != 1 or self.perp_negative is not None:
+            return []
+        asked = {
+            "the negative prompt": any(request.negative for request in requests),
+            "the guide model": self.guide_model is not None,
+            "cfg_rescale": self.cfg_rescale > 0,
+            "cfg_interval": self.cfg_interval is not None,
+        }
+        names = [name for name, given in asked.items() if given]
+        return [f"at guidance scale 1, which is none, nothing comes of {' and '.join(names)}"] if names else []
+
+    def but(self, cfg: float | None = None, steps: int | None = None, sampler: str | None = None) -> Settings:
+        """The same with those of these that are not None."""
+        given = {"cfg": cfg, "steps": steps, "sampler": sampler}
+        return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    def _typed(self) -> Settings:
+        """The same in Python's own types (numpy's numbers are none for JSON); raises UserError for other things."""
+        convert = {"int": whole, "float": real, "str": word, "tuple": reals, "dict": table}
+        given = {f.name: (getattr(self, f.name), str(f.type)) for f in dataclasses.fields(self)}
+        made = {
+            name: convert[kind.partition(" ")[0].partition("[")[0]](value, name)
+            for name, (value, kind) in given.items()
+            if value is not None or not kind.endswith("None")
+        }
+        if self.cfg_interval is not None and len(made["cfg_interval"]) != 2:
+            raise UserError(f"cfg_interval is {shown(self.cfg_interval)}; give low and high in sigma")
+        return dataclasses.replace(self, **made)
+
+    def _check_guides(self) -> None:
+        weight, bound = self.perp_negative, self.threshold_bound
+        if weight is not None and not 0 <= weight < math.inf:
+            raise UserError(f"the weight of the perpendicular negative is {weight:g}; choose 0 or more, such as 1")
+        if weight is not None and self.guide_model is not None:
+            raise UserError("a perpendicular negative does not go with a guide model; choose one of the two")
+        if (self.classifier is None) != (self.classifier_class is None):
+            raise UserError("a classifier needs the class to steer to, and a class the classifier; give both")
+        if self.classifier is None and self.classifier_scale != 1:
+            raise UserError(f"a classifier's scale is {self.classifier_scale:g}; name the classifier with it")
+        if not math.isfinite(self.classifier_scale):
+            raise UserError(f"the classifier's scale is {self.classifier_scale}; choose a finite number, such as 1")
+        if self.threshold is not None and self.threshold not in THRESHOLDS:
+            raise UserError(catalogue.unknown("threshold", self.threshold, THRESHOLDS))
+        if bound is not None and (self.threshold is None or not 0 < bound < math.inf):
+            raise UserError(f"a threshold's bound is {bound:g}; choose it positive, and static or dynamic with it")

@@ -1,0 +1,41 @@
+"""A name or path -> the Model that lies there, opened and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldm.find import find
+from ldm.model import Model, assemble
+
+
+def load_model(
+    model: str | Path = "icons",
+    device: str = "auto",
+    precision: str = "auto",
+    *,
+    vae: str | Path | None = None,
+    weights: str = "auto",
+    settings: Mapping[str, Any] | None = None,
+    attention: str = "sdpa",
+) -> Model:
+    """The record of what `api.load` opens, which has the arguments' meaning. Raises UserError."""
+    from ldm.checkpoints.opening import open_checkpoint
+    from ldm.device import choose_device, choose_precision
+    from ldm.unet.attention import check_backend
+
+    path = find(model)
+    other = None if vae is None else find(vae)
+    where = choose_device(device)
+    dtype = choose_precision(precision, where)
+    check_backend(attention, where.type)
+    checkpoint = open_checkpoint(path, weights, settings, other)
+    codec = checkpoint.load("autoencoder", where, dtype)
+    text = checkpoint.load("text", where, dtype) if checkpoint.config.takes_text else None
+    unet = checkpoint.load("unet", where, dtype)
+    unet.set_attention_backend(attention)
+    made = assemble(checkpoint.config, codec, text, unet, name=str(model), path=path)
+    named = None if vae is None else str(vae)
+    return replace(made, checkpoint=checkpoint, vae=named, settings=dict(settings or {}))

@@ -1,0 +1,149 @@
+"""Where a trajectory starts: nothing but noise, or a picture. Ways to draw differ in this alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.conditioning.planes import depth_plane, inpainting_planes
+from ldm.diffusion import Denoiser
+from ldm.errors import UserError
+from ldm.guidance import keep
+from ldm.inputs import check_depths, check_images, check_masks
+from ldm.jobs import Plan
+from ldm.jobs.values import real
+from ldm.sampling import BrownianPath, NoiseStream, start, tail
+from ldm.sampling.step import solver_state
+
+if TYPE_CHECKING:
+    from ldm.model import Model
+
+Placed = tuple[Tensor, Tensor, Denoiser]
+"""The state x (B, C, h, w), the grid from its level on, and the denoiser that takes it from there."""
+
+Draws = NoiseStream | BrownianPath
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Nothing but noise."""
+
+    def shape(self, model: Model, plan: Plan, count: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents; raises UserError for a size that f does not divide."""
+        side = model.config.image_size
+        return model.codec.latent_shape(plan.height or side, plan.width or side)
+
+    def planes(self, model: Model, shape: tuple[int, int, int], count: int) -> Tensor | None:
+        """What the network takes beside `count` latents of `shape`; None for most networks.
+
+        An inpainting network draws all of a grey picture. Raises UserError for one that takes what is not given.
+        """
+        if _takes(model) != "mask":
+            return _no_planes(model)
+        _, h, w = shape
+        image = torch.zeros(count, 3, h * model.codec.factor, w * model.codec.factor, device=model.device)
+        return inpainting_planes(model.codec, image, torch.ones_like(image[:, :1]))
+
+    def place(
+        self, model: Model, plan: Plan, sigmas: Tensor, noise: Draws, denoiser: Denoiser, planes: Tensor | None
+    ) -> Placed:
+        return start(noise.initial(), model.law.schedule, sigmas), sigmas, denoiser
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture, noised to where the last `strength` of the steps begin.
+
+    `image`: (B, 3, H, W) in [-1, 1], one for each request, H and W divisible by f.
+    `strength`: in (0, 1], the share of the grid's steps that are walked.
+    `mask`: (B, 1, H, W) in [0, 1], 1 where the picture is drawn anew and 0 where it stays; None draws all of it.
+    `depth`: (B, 1, H', W') of any scale, larger is nearer, for networks that take it.
+
+    Raises UserError for anything else; `inputs` makes these of all that may be given.
+    """
+
+    image: Tensor
+    strength: float = 0.75
+    mask: Tensor | None = None
+    depth: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        real(self.strength, "the strength")
+        check_images(self.image)
+        if self.mask is not None:
+            check_masks(self.mask, self.image)
+        if self.depth is not None:
+            check_depths(self.depth, len(self.image))
+
+    def rows(self, rows: slice) -> Picture:
+        """Those of some of the pictures."""
+        mask, depth = (None if part is None else part[rows] for part in (self.mask, self.depth))
+        return Picture(self.image[rows], self.strength, mask, depth)
+
+    def shape(self, model: Model, plan: Plan, count: int) -> tuple[int, int, int]:
+        """That of its latent. Raises UserError unless there is one for each request, of the size that is asked for."""
+        if len(self.image) != count:
+            raise UserError(f"{len(self.image)} pictures to begin from were given for {count} requests; match them")
+        height, width = self.image.shape[2:]
+        for name, asked, side in (("width", plan.width, width), ("height", plan.height, height)):
+            if asked not in (None, side):
+                raise UserError(
+                    f"settings.{name} is {asked}, and the picture to begin from is {width} x {height} pixels, which is "
+                    "the size of what is drawn; leave it out, or resize the picture"
+                )
+        return model.codec.latent_shape(height, width)
+
+    def planes(self, model: Model, shape: tuple[int, int, int], count: int) -> Tensor | None:
+        """As `Noise.planes`: an inpainting network is given the picture and its mask, a depth network the depth."""
+        takes = _takes(model)
+        if self.depth is not None and takes != "depth":
+            raise UserError(f"the U-Net of {model.name or 'this model'} takes no depth map; leave it out")
+        if takes == "mask":
+            image = self.image.to(model.device)
+            mask = torch.ones_like(image[:, :1]) if self.mask is None else self.mask.to(image)
+            return inpainting_planes(model.codec, image, mask)
+        if takes == "depth" and self.depth is not None:
+            return depth_plane(self.depth.to(model.device), shape[1:])
+        return _no_planes(model)
+
+    def place(
+        self, model: Model, plan: Plan, sigmas: Tensor, noise: Draws, denoiser: Denoiser, planes: Tensor | None
+    ) -> Placed:
+        sigmas, image = tail(sigmas, self.strength), self.image.to(model.device)
+        if plan.tile is None:
+            latent = model.codec.encode(image)
+        else:
+            latent = model.codec.encode_tiled(image, plan.tile, model.codec.overlap(plan.tile))
+        if self.mask is not None and planes is None:  # what a mask touches at all is drawn
+            denoiser = keep(denoiser, latent, F.max_pool2d(self.mask.to(latent), model.codec.factor))
+        return solver_state(latent) + float(sigmas[0]) * noise.initial(), sigmas, denoiser
+
+    def paste(self, drawn: Tensor) -> Tensor:
+        """`drawn` (B, 3, H, W) with the picture's own pixels outside the mask, untouched by the autoencoder."""
+        if self.mask is None:
+            return drawn
+        mask = self.mask.cpu()
+        return mask * drawn + (1 - mask) * self.image.cpu()
+
+
+Start = Noise | Picture
+
+
+def _takes(model: Model) -> str:
+    """What the planes are, by their number: nothing else tells an inpainting network from a depth network."""
+    return {1 + model.codec.latent_channels: "mask", 1: "depth"}.get(model.extra_channels, "")
+
+
+def _no_planes(model: Model) -> None:
+    """None, for a network that takes no planes; raises UserError for another."""
+    if model.extra_channels:
+        depth = _takes(model) == "depth"
+        what = "a depth map, which img2img takes as depth=" if depth else "and nobody knows what they are"
+        raise UserError(
+            f"the U-Net of {model.name or 'this model'} takes {model.extra_channels} channels beside the latent, {what}"
+            f"; give it, or draw with a model that takes {model.codec.latent_channels}"
+        )
