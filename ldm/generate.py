@@ -75,6 +75,7 @@ def sample(
     `helpers`: what `open_helpers` opened for the plan. Raises UserError, before the first step, for a plan that the
     model cannot follow.
     """
+    helpers.check(plan)
     count = len(requests)
     shape = start.shape(model, plan, count)
     if plan.tile is not None:

@@ -27,6 +27,13 @@ class Helpers:
     models: Mapping[str, Model] = field(default_factory=dict)
     classifiers: Mapping[str, NoisyClassifier] = field(default_factory=dict)
 
+    def check(self, plan: Plan) -> None:
+        """Raise UserError unless all that `plan` names is here."""
+        named = {plan.guide_model} - {None} | {wrap.folder for wrap in plan.classifiers}
+        missing = sorted(str(name) for name in named - self.models.keys() - self.classifiers.keys())
+        if missing:
+            raise UserError(f"{missing[0]} has not been opened; pass helpers=open_helpers(model, plan)")
+
     @cached_property
     def hashes(self) -> dict[str, str]:
         """sha256 in hex of each that is there, by the name of its setting: what a picture's recipe keeps."""

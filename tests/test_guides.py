@@ -114,13 +114,16 @@ def test_a_classifier_is_asked_only_at_levels_it_was_trained_on(tiny_model: Late
 def test_a_threshold_has_the_last_word(tiny_model: LatentDiffusion, classifier: str, kind: str) -> None:
     """After the classifier, whose steps leave the range."""
     to_dog = {"classifier": classifier, "classifier_class": "dog", "classifier_scale": 1000.0}
+    helpers = open_helpers(tiny_model, Settings(**to_dog).plan())
     free, bound = (
-        max(float(step.x0.abs().max()) for step in generate.sample(tiny_model, REQUESTS, settings.plan()))
+        max(float(step.x0.abs().max()) for step in generate.sample(tiny_model, REQUESTS, settings.plan(), helpers))
         for settings in (
             dataclasses.replace(FAST, **to_dog),
             dataclasses.replace(FAST, **to_dog, threshold=kind, threshold_bound=0.3),
         )
     )
+    with pytest.raises(UserError, match="has not been opened; pass helpers=open_helpers"):
+        next(generate.sample(tiny_model, REQUESTS, Settings(**to_dog).plan()))
     assert free > 0.4 and bound <= 0.3
 
 
