@@ -19,7 +19,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -76,7 +76,7 @@ class Store:
         while True:
             try:
                 file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 self._copy(source, path)
                 continue
             _lock(file.fileno(), shared=True)
@@ -114,7 +114,8 @@ class Store:
     def forget(self, source: str) -> None:
         """Remove the copy of a source and what is kept of it: they are not what was expected."""
         for each in (self.path(source), self.beside(source, "index"), self.beside(source, "shapes")):
-            each.unlink(missing_ok=True)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                each.unlink()
 
     def _beside(self, source: str) -> ShardIndex | None:
         if source.startswith(PIPE):

@@ -515,6 +515,15 @@ def test_a_shard_larger_than_the_cache_is_named(tmp_path, server):
         Loader(settings(tmp_path, server.url("0.tar"), cache_gb=0), 4)
 
 
+@pytest.mark.parametrize("inside", ["", "x"])
+def test_a_cache_that_is_a_file_is_named(tmp_path, server, inside):
+    fill(server.folder, 1)
+    (tmp_path / "file").write_text("")
+    config = settings(tmp_path, server.url("0.tar"), cache=str(tmp_path / "file" / inside))
+    with pytest.raises(UserError, match=r"a file where a folder is needed .* while copying a shard into \S+/file"):
+        Loader(config, 4)
+
+
 def test_of_many_readers_one_transfers(tmp_path, server):
     fill(server.folder, 1)
     store = Store(tmp_path / "cache", 10**9)
