@@ -6,7 +6,7 @@
 Without a table, the caption of `a/b.jpg` is `a/b.txt` or `a/b.caption` (UTF-8), or the `caption` of `a/b.json`, whose
 other fields come along, or a list of captions there. With a table (CSV, TSV, JSON, JSONL, Parquet), each row names a
 picture, relative to PICTURES, and its caption; the other columns come along as json. DIR gets `train-00000.tar`, ...
-and, with --holdout, `val-00000.tar`, ...
+and, with --holdout, `val-00000.tar`, ... of that share of the pictures, one at least.
 
 Pictures are sorted by the md5 of their path: shards are mixed, the same on each run, and a picture stays on its side of
 the hold-out when others come or go. What cannot be used is left out and listed in DIR/report.json; of an animation the
@@ -202,6 +202,8 @@ def _plan(sources: Sequence[Source], options: Options) -> dict[str, list[tuple[i
     splits: dict[str, list[Source]] = {"train": [], "val": []}
     for source in sorted(sources, key=lambda source: source.digest):
         splits["val" if int(source.digest[:8], 16) < options.holdout * 2**32 else "train"].append(source)
+    if options.holdout and not splits["val"] and len(splits["train"]) > 1:
+        splits["val"].append(splits["train"].pop(0))  # of few pictures too there is one, for a training to read
     plan = {}
     for split, members in splits.items():
         numbered = list(enumerate(members))

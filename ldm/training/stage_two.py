@@ -9,6 +9,7 @@ Latents and contexts come from pictures and captions on the fly, or from the sha
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.diffusion import Law, check_loss, diffusion_loss, draw_levels, make_law
 from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
+from ldm.generate import PromptNotice
 from ldm.image_io import grid, save_png
 from ldm.jobs import Ask
 from ldm.training.begin import begin
@@ -192,9 +194,10 @@ class DiffusionStage:
         if not prompts or self.text is None:
             return
         model = assemble(self.model_config(), self.codec, self.text, self.unet)
-        image = model.txt2img(
-            list(prompts), cfg=self.config.sample.cfg, steps=self.config.sample.steps, seed=self.config.loop.seed
-        )
+        sample, seed = self.config.sample, self.config.loop.seed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptNotice)  # the plan has said it
+            image = model.txt2img(list(prompts), cfg=sample.cfg, steps=sample.steps, seed=seed)
         save_png(grid(image.cpu(), columns=min(8, len(prompts))), output / "samples" / f"{step:08d}.png", {})
 
     def export(self, output: Path, finished: bool) -> None:

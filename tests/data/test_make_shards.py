@@ -102,6 +102,12 @@ def test_the_same_pictures_make_the_same_bytes_and_stay_on_their_side(folder, tm
     assert "holds shards of other options" in failed.stderr
 
 
+def test_of_few_pictures_one_is_held_out_too(folder, tmp_path):
+    """Else the training that is printed behind it finds no val shards."""
+    report = json.loads((make(folder, tmp_path, "--holdout", 0.0001), tmp_path / "report.json")[1].read_text())
+    assert report["splits"] == {"train": 11, "val": 1}
+
+
 def test_two_do_not_write_into_one_folder(folder, tmp_path):
     with held(tmp_path / "out"):
         done = subprocess.run(command(folder, tmp_path / "out"), capture_output=True, text=True)
