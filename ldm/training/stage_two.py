@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.low_rank import AdaptedUNet
-from ldm.api import assemble
+from ldm.api import PromptNotice, assemble
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
 from ldm.checkpoints.adapter_words import training_words
@@ -34,7 +34,6 @@ from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.diffusion import Law, check_loss, diffusion_loss, draw_levels, make_law
 from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
-from ldm.generate import PromptNotice
 from ldm.image_io import grid, save_png
 from ldm.jobs import Ask
 from ldm.training.begin import begin

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import ldm
 from ldm.adapters import use
+from ldm.api import PromptNotice
 from ldm.checkpoints import export, native
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.reading import read_metadata
@@ -28,7 +29,6 @@ from ldm.config import (
     UNetConfig,
 )
 from ldm.errors import UserError
-from ldm.generate import PromptNotice
 from ldm.jobs.adapters import Adapter
 from ldm.training.draws import Draws
 from ldm.training.embedding import EmbeddingStage
