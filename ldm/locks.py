@@ -36,7 +36,7 @@ def held(folder: str | Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _locked(path)
-        while not _is_at(path, file):  # its last owner has removed it meanwhile
+        while not _is_at(path, file):  # its last owner removed it meanwhile
             file.close()
             file = _locked(path)
         _look_back(path, file)
@@ -56,21 +56,21 @@ def held(folder: str | Path) -> Iterator[None]:
 
 
 def check_free(folder: str | Path) -> None:
-    """Raise UserError if another process holds `folder`. Nothing is made."""
+    """Raise UserError if another process holds `folder`. Nothing is made, and others may ask at the same moment."""
     path = Path(folder) / NAME
     if path.exists():
         try:
-            _locked(path).close()
+            _locked(path, shared=True).close()
         except OSError as error:
             raise explain_os_error(error, f"writing {path}") from error
 
 
-def _locked(path: Path) -> IO[str]:
+def _locked(path: Path, shared: bool = False) -> IO[str]:
     file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - the caller closes it
     try:
         import fcntl
 
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         with file:
             process, host, since = _owner(file)

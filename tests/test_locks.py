@@ -69,6 +69,24 @@ def test_a_lock_dies_with_its_process_though_its_children_live(holder: subproces
         pass
 
 
+ASKING = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_SH)
+print("asking", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_processes_of_one_run_may_ask_at_the_same_moment(tmp_path: Path) -> None:
+    """Where one that was killed has left the file."""
+    words = [sys.executable, "-c", ASKING, str(tmp_path / ".lock")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "asking\n"
+        check_free(tmp_path)
+        other.kill()
+
+
 def test_a_free_folder_is_left_alone(tmp_path: Path) -> None:
     check_free(tmp_path / "none")
     check_free(tmp_path)

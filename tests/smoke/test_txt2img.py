@@ -321,6 +321,23 @@ def test_a_full_disk(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert "limit was reached while writing" in sentence and names(tmp_path) == []
 
 
+@pytest.mark.slow
+def test_two_at_once_in_one_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    words = ["--prompt", "a cat", "--n", "4", "--batch-size", "1", "--steps", "2", "--model", str(tiny_checkpoint)]
+    command = [sys.executable, str(SCRIPT), *words, "--grid", "--out", str(tmp_path), "--device", "cpu", "--seed"]
+    both = [subprocess.Popen([*command, seed], stdout=subprocess.PIPE, text=True) for seed in ("0", "10")]
+    said = [process.communicate()[0].split() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    told = [{Path(word).name for word in words if word.endswith(".png")} for words in said]
+    assert [len(each) for each in told] == [5, 5] and not told[0] & told[1]
+    assert names(tmp_path) == sorted(told[0] | told[1])
+    for first, each in zip((0, 10), told, strict=True):  # each kept its own, in its order
+        pictures = sorted(name for name in each if not name.startswith("grid"))
+        seeds = [image_io.read_metadata(tmp_path / name)["seed"] for name in pictures]
+        assert seeds == [first, first + 1, first + 2, first + 3]
+        assert f"grid-{pictures[0]}" in each
+
+
 def heed_interrupts() -> None:
     """Where the tests were started in the background, a shell has told them, and so their children, to ignore these."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
