@@ -71,7 +71,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        return next(self.unet.parameters()).device
 
     @property
     def precision(self) -> torch.dtype:

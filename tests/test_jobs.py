@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,3 +225,16 @@ def test_counts_and_seeds_that_are_none() -> None:
     ):
         with pytest.raises(UserError):
             call()
+
+
+def test_no_torch_in_what_may_be_asked_for() -> None:
+    """Not even inside a function: what is asked for is checked in milliseconds, and needs no model."""
+    folder = Path(jobs.__file__).parent
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in named} & {"torch", "open_clip", "numpy"}, path
+    names = ", ".join(f"ldm.jobs.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__")
+    check = f"import sys, {names}; assert not {{'torch', 'numpy', 'open_clip'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
