@@ -135,7 +135,7 @@ class BrownianPath:
                 low, at_low = middle, at_middle
 
     def _normals(self, at: int) -> Tensor:
-        """(B, C, h, w) float32: each picture's normals of a point, drawn side by side: numpy lets go of the interpreter.
+        """(B, C, h, w) float32: each picture's normals of a point, side by side: numpy lets go of the interpreter.
 
         Philox takes a key of 128 bits; torch's CPU generator keeps 32 bits of its seed, too few to name every point.
         """
