@@ -114,10 +114,10 @@ def compared_with(arguments: argparse.Namespace, main: bool) -> Against:
     """The real pictures, the spaces and the measures."""
     from ldm.device import choose_device
     from ldm.metrics.extraction import CACHE
-    from ldm.metrics.features import make_space
     from ldm.metrics.figures import Measures
     from ldm.metrics.generation import Against
     from ldm.metrics.sources import open_source
+    from ldm.metrics.spaces import make_space
 
     kinds = tuple(split_list(arguments.figures)) if arguments.figures else Measures.kinds
     numbers = {name: getattr(arguments, name) for name in ("subset", "subsets", "neighbours", "ball", "splits")}
@@ -146,9 +146,9 @@ def autoencoder(arguments: argparse.Namespace) -> None:
     from ldm.checkpoints.opening import open_checkpoint
     from ldm.device import choose_device, choose_precision
     from ldm.metrics.brief import brief
-    from ldm.metrics.features import make_space
     from ldm.metrics.reconstruction import autoencoder_table, evaluate_autoencoder
     from ldm.metrics.sources import open_source
+    from ldm.metrics.spaces import make_space
 
     model, device = open_checkpoint(arguments.model).only("autoencoder"), choose_device(arguments.device)
     for notice in model.notices:
@@ -178,10 +178,10 @@ def prompts(arguments: argparse.Namespace) -> None:
     """Prompt accuracy by style, and of real pictures of the left-out style."""
     import ldm
     from ldm.image_io import grid, save_png
+    from ldm.judge.accuracy import evaluate_prompts, prompt_table
+    from ldm.judge.classifier import load_classifier
+    from ldm.judge.pictures import read_concepts
     from ldm.metrics.brief import brief
-    from ldm.metrics.classifier import load_classifier
-    from ldm.metrics.pictures import read_concepts
-    from ldm.metrics.prompt_accuracy import evaluate_prompts, prompt_table
 
     settings = Settings(**taken(arguments, Settings, BRIEF))
     settings.check()

@@ -17,7 +17,7 @@ from ldm import __main__ as command
 from ldm.config import DiffusionTraining, load
 from ldm.errors import UserError
 from ldm.home import HOME, find_recipe, programs
-from ldm.metrics.pictures import read_concepts
+from ldm.judge.pictures import read_concepts
 from ldm.options import where_of
 
 ROOT = Path(__file__).parents[1]

@@ -23,10 +23,11 @@ from torch.nn import functional as F
 from ldm.arguments import COUNT, POSITIVE, SEED, SIDE, Parser
 from ldm.errors import UserError
 from ldm.home import recipe
-from ldm.metrics.accuracy import prototypes, ranks
-from ldm.metrics.augment import Augmentation, augment
-from ldm.metrics.classifier import Classifier, ClassifierConfig, save_classifier
-from ldm.metrics.pictures import Pictures, read_concepts, read_pictures
+from ldm.judge.augment import Augmentation, augment
+from ldm.judge.classifier import Classifier, ClassifierConfig, save_classifier
+from ldm.judge.pictures import Pictures, read_concepts, read_pictures
+from ldm.judge.prompts import prototypes
+from ldm.metrics.distances import ranks
 from ldm.options import WHERE_HELP, where_of
 
 

@@ -34,8 +34,8 @@ from ldm.errors import UserError
 from ldm.guidance.latents import latent_probe
 from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, save_noisy_classifier
 from ldm.home import recipe
-from ldm.metrics.augment import Augmentation, augment
-from ldm.metrics.pictures import read_concepts
+from ldm.judge.augment import Augmentation, augment
+from ldm.judge.pictures import read_concepts
 from ldm.options import WHERE_HELP, where_of
 from ldm.ranges import MAX_SIDE
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ldm.api import LatentDiffusion
 from ldm.config import DataConfig
 from ldm.data.loader import validation_batches
 from ldm.errors import UserError
 from ldm.metrics import likelihood, protocol
 from ldm.metrics.sources import RESIZE
+from ldm.model import Model
 from ldm.provenance import surroundings
 
 PARTS = {"flow": ["evaluations"], "bound": ["prior", "steps", "decoder", "error of the draws"]}
@@ -38,7 +38,7 @@ class Method:
 
 
 def evaluate_likelihood(
-    model: LatentDiffusion,
+    model: Model,
     shards: str,
     where: Mapping[str, Sequence[str]],
     method: Method,

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.errors import UserError
-from ldm.metrics.accuracy import ranks
 from ldm.metrics.moments import Moments
 
 KERNEL_SEED = 2020  # of the kernel distance's subsets, as torch-fidelity has it
@@ -156,6 +155,18 @@ def retrieval(images: Tensor, texts: Tensor, own: Tensor) -> tuple[float, float]
     """
     places = ranks(images, own, F.normalize(texts.double(), dim=1))
     return float((places == 0).double().mean()), float((places < 5).double().mean())
+
+
+def ranks(features: Tensor, concepts: Tensor, prototypes: Tensor) -> Tensor:
+    """How many prototypes (K, D) are nearer to each feature (N, D) than that of its own concept (N,): 0 is a hit, (N,).
+
+    A tie counts against the picture, so a constant feature scores 0, not 100 %. Computed in the prototypes' precision.
+    """
+    found = []
+    for part, own in zip(features.split(ROWS), concepts.split(ROWS), strict=True):
+        cosines = F.normalize(part.to(prototypes.dtype), dim=1) @ prototypes.T
+        found.append((cosines >= cosines.gather(1, own.unsqueeze(1))).sum(dim=1) - 1)
+    return torch.cat(found)
 
 
 def check_subset(drawn: int, real: int, size: int) -> None:

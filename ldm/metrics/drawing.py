@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import generate
-from ldm.api import LatentDiffusion
 from ldm.errors import UserError
 from ldm.files import Taken, atomic_write_text, read_text
 from ldm.helpers import Helpers, open_helpers
@@ -27,6 +25,7 @@ from ldm.image_io import save_png
 from ldm.jobs import Request, Settings
 from ldm.metrics.crew import Crew
 from ldm.metrics.sources import Source, of_files
+from ldm.model import Model
 from ldm.provenance import surroundings
 from ldm.ranges import MAX_SEED
 
@@ -57,7 +56,7 @@ class Drawing:
         """Pictures first to first + count."""
         return [Request(self.captions[i % len(self.captions)], seed=self.seed + i) for i in range(first, first + count)]
 
-    def protocol(self, model: LatentDiffusion) -> dict[str, Any]:
+    def protocol(self, model: Model) -> dict[str, Any]:
         """All that the pictures depend on, but for the model, which is what is measured."""
         settings, usual = asdict(self.settings.check()), asdict(Settings())
         side = model.config.image_size
@@ -77,7 +76,7 @@ class Drawing:
         }
 
 
-def draw(model: LatentDiffusion, drawing: Drawing, folder: Path, crew: Crew, bar: bool = False) -> Source:
+def draw(model: Model, drawing: Drawing, folder: Path, crew: Crew, bar: bool = False) -> Source:
     """Draw what is missing in `folder`; all its `drawing.count` pictures.
 
     Raises UserError if the folder holds pictures that were drawn otherwise, and for what cannot be drawn.
@@ -135,7 +134,7 @@ def settle(path: Path, document: dict[str, Any]) -> None:
         raise UserError(f"{path.parent} holds what was made with another {' and '.join(other)}; choose another folder")
 
 
-def _batch(model: LatentDiffusion, drawing: Drawing, first: int, helpers: Helpers) -> tuple[Tensor, int]:
+def _batch(model: Model, drawing: Drawing, first: int, helpers: Helpers) -> tuple[Tensor, int]:
     rows = 0
 
     def count(network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -144,9 +143,8 @@ def _batch(model: LatentDiffusion, drawing: Drawing, first: int, helpers: Helper
 
     hook = model.unet.register_forward_hook(count)
     try:
-        steps = generate.sample(model, drawing.requests(first, drawing.batch_size), drawing.settings.plan(), helpers)
-        last = deque(steps, maxlen=1).pop()
-        return generate.decode(model, last).cpu(), rows
+        requests = drawing.requests(first, drawing.batch_size)
+        return generate.draw(model, requests, drawing.settings.plan(), helpers, drawing.batch_size), rows
     finally:
         hook.remove()
 

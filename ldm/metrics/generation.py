@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.api import LatentDiffusion
 from ldm.errors import UserError
 from ldm.metrics import protocol
 from ldm.metrics.crew import Crew
@@ -16,6 +15,7 @@ from ldm.metrics.extraction import extract
 from ldm.metrics.features import FeatureSpace
 from ldm.metrics.figures import Measures, alone, between
 from ldm.metrics.sources import RESIZE, Source
+from ldm.model import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class Against:
 
 
 def evaluate_model(
-    model: LatentDiffusion, drawing: Drawing, against: Against, folder: Path, crew: Crew, weights: str = "auto"
+    model: Model, drawing: Drawing, against: Against, folder: Path, crew: Crew, weights: str = "auto"
 ) -> dict[str, Any]:
     """Draw what is missing in `folder`, measure it; the result with its protocol.
 

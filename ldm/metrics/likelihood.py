@@ -31,7 +31,7 @@ from ldm.sampling import NoiseStream, make_grid
 from ldm.sampling.step import solver_state
 
 if TYPE_CHECKING:
-    from ldm.api import LatentDiffusion
+    from ldm.model import Model
 
 PROBES, STEPS = 1_000_003, 2_000_003  # added to a picture's seed, so that these draws are not those of its noise
 
@@ -46,7 +46,7 @@ class Flow:
 
 @torch.no_grad()
 def flow(
-    model: LatentDiffusion,
+    model: Model,
     image: Tensor,
     captions: Sequence[str],
     seeds: Sequence[int],
@@ -79,7 +79,7 @@ def flow(
 
 @torch.no_grad()
 def chain(
-    model: LatentDiffusion,
+    model: Model,
     image: Tensor,
     captions: Sequence[str],
     seeds: Sequence[int],
@@ -112,15 +112,15 @@ def chain(
     )
 
 
-def _shape(model: LatentDiffusion, image: Tensor) -> tuple[int, int, int]:
+def _shape(model: Model, image: Tensor) -> tuple[int, int, int]:
     return model.codec.latent_shape(image.shape[2], image.shape[3])
 
 
-def _encode(model: LatentDiffusion, image: Tensor, noise: NoiseStream) -> Tensor:
+def _encode(model: Model, image: Tensor, noise: NoiseStream) -> Tensor:
     return solver_state(model.codec.encode(image.to(model.device), noise.initial()))
 
 
-def _denoiser(model: LatentDiffusion, captions: Sequence[str]) -> tuple[Denoiser, LearnedVariance | None]:
+def _denoiser(model: Model, captions: Sequence[str]) -> tuple[Denoiser, LearnedVariance | None]:
     """The conditional model, and the same again if it has a learned variance."""
     branches = branches_of(model, [[Ask(caption) for caption in captions]])
     return lambda x, sigma: branches(x, sigma, 1)[0], branches if isinstance(branches, LearnedVariance) else None

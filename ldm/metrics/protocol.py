@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 import ldm
-from ldm.api import LatentDiffusion
 from ldm.errors import UserError
 from ldm.files import atomic_write_text
 from ldm.metrics.figures import tables
+from ldm.model import Model
 from ldm.plain import read_json
 
 PACKAGES = ("torch-fidelity", "torchmetrics", "open_clip_torch", "pillow", "numpy")
@@ -40,7 +40,7 @@ def result(
     }
 
 
-def subject_of(model: LatentDiffusion, weights: str = "auto") -> dict[str, Any]:
+def subject_of(model: Model, weights: str = "auto") -> dict[str, Any]:
     """Name and hash of a model, and which of its weights were used; `weights` is what `ldm.load` was asked for.
 
     "ema" or "raw" where the checkpoint has both, "the only ones" where it has one set and does not say which.

@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ldm.api import LatentDiffusion
 from ldm.errors import UserError
 from ldm.files import atomic_write_bytes, atomic_write_text
 from ldm.metrics import protocol
@@ -18,6 +17,7 @@ from ldm.metrics.crew import Crew
 from ldm.metrics.drawing import Drawing
 from ldm.metrics.figures import space_of, told_of
 from ldm.metrics.generation import Against, evaluate_model
+from ldm.model import Model
 
 Axes = Mapping[str, Sequence[Any]]
 KINDS: dict[str, type] = {
@@ -72,7 +72,7 @@ def cells(axes: Axes, drawing: Drawing) -> list[Cell]:
 
 
 def sweep(
-    model: LatentDiffusion,
+    model: Model,
     drawing: Drawing,
     axes: Axes,
     against: Against,
@@ -91,7 +91,7 @@ def sweep(
 
 
 def measure(
-    model: LatentDiffusion,
+    model: Model,
     cells: Sequence[Cell],
     against: Against,
     folder: Path,

@@ -7,22 +7,23 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.api import LatentDiffusion
 from ldm.config import DataConfig, FiguresConfig, SampleConfig
 from ldm.errors import UserError
 from ldm.jobs import Settings
 from ldm.metrics.crew import Crew
 from ldm.metrics.drawing import Drawing, draw
 from ldm.metrics.extraction import CACHE, extract
-from ldm.metrics.features import FeatureSpace, make_space
+from ldm.metrics.features import FeatureSpace
 from ldm.metrics.figures import Measures
 from ldm.metrics.generation import Against
 from ldm.metrics.sources import Source, captions_of, open_source
+from ldm.metrics.spaces import make_space
+from ldm.model import Model
 
 SUBSET = 1000  # of the kernel distance, or as many pictures as there are
 
 
-def watch(model: LatentDiffusion, config: FiguresConfig, data: DataConfig, sample: SampleConfig) -> dict[str, float]:
+def watch(model: Model, config: FiguresConfig, data: DataConfig, sample: SampleConfig) -> dict[str, float]:
     """Kernel distance, precision, recall, density and coverage of `config.pictures` pictures of the model, by name.
 
     They have the captions of the real pictures in turn and the seeds 0, 1, ..., the same at every call, so that a run's

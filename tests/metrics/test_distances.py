@@ -257,7 +257,6 @@ def test_density_and_coverage_of_equal_laws():
 
 
 def test_the_tables_of_neighbours_are_cut_into_rows(monkeypatch):
-    import ldm.metrics.accuracy as accuracy
     import ldm.metrics.distances as distances
 
     a, b = normal(23, 4, 1), normal(31, 4, 2)
@@ -270,7 +269,6 @@ def test_the_tables_of_neighbours_are_cut_into_rows(monkeypatch):
     whole = all_of_them()
     monkeypatch.setattr(distances, "ROWS", 7)
     monkeypatch.setattr(distances, "COLUMNS", 5)
-    monkeypatch.setattr(accuracy, "ROWS", 7)
     for one, other in zip(whole, all_of_them(), strict=True):
         assert other == pytest.approx(one, abs=1e-9)
 

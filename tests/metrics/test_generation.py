@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import ldm.metrics.features as features
+import ldm.metrics.spaces as spaces
 from ldm.errors import UserError
 from ldm.jobs import Settings
 from ldm.metrics import protocol
@@ -43,7 +43,7 @@ def toy_space(name: str, device: str = "cpu") -> FeatureSpace:
 @pytest.fixture
 def evaluate(monkeypatch, capsys, tmp_path):
     """Run `evaluate.py` with a space that takes no time; (exit code, what it printed, what it complained of)."""
-    monkeypatch.setattr(features, "make_space", toy_space)
+    monkeypatch.setattr(spaces, "make_space", toy_space)
 
     def call(*words: object) -> tuple[int, str, str]:
         given = [*words, *(("--cache", tmp_path / "cache") if "generation" in words else ())]

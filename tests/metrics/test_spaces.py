@@ -16,7 +16,8 @@ from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.config import ImageTowerConfig, ModelConfig, TextConfig
 from ldm.errors import UserError
 from ldm.metrics import inception
-from ldm.metrics.features import make_space, resized
+from ldm.metrics.features import resized
+from ldm.metrics.spaces import make_space
 
 declare_missing_operators()
 

@@ -20,7 +20,7 @@ from ldm.diffusion import precondition
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
 from ldm.jobs import Ask
-from ldm.metrics.pictures import read_pictures
+from ldm.judge.pictures import read_pictures
 from ldm.sampling import BrownianPath, ddpm, finish, make_grid
 
 WEIGHTS = 9  # of the second picture, from 0 to 1

@@ -22,10 +22,10 @@ from ldm.image_io import grid, save_png
 from ldm.jobs import Settings
 from ldm.metrics.crew import Crew
 from ldm.metrics.drawing import Drawing, settle
-from ldm.metrics.features import make_space
 from ldm.metrics.figures import Measures
 from ldm.metrics.generation import Against, evaluate_pictures
 from ldm.metrics.sources import of_files, open_source, read_captions
+from ldm.metrics.spaces import make_space
 from ldm.metrics.sweep import Cell, measure, name_of
 
 SPACE = "efficientnet-lite0"

@@ -1,12 +1,15 @@
 """The protocol of prompt accuracy: what is prompted, and who judges the pictures.
 
 Prompts are "{phrase}, {style}", the phrase being how the real pictures' captions name the concept. The judge is the
-features of a classifier that saw real pictures only, and prototypes of the same pictures (accuracy.py). Pictures in
-a style that neither the classifier nor the prototypes saw, judged the same way, say what the judge itself can do.
+features of a classifier that saw real pictures only, and prototypes of the same pictures: the mean of a concept's unit
+features, scaled to unit length again (Snell et al. 2017 take Euclidean distance; of unit vectors the order is the
+same). Pictures in a style that neither the classifier nor the prototypes saw, judged the same way, say what the judge
+itself can do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.errors import UserError
-from ldm.metrics.accuracy import prototypes, ranks, wilson
-from ldm.metrics.classifier import Classifier
-from ldm.metrics.pictures import Pictures
+from ldm.judge.classifier import Classifier
+from ldm.judge.pictures import Pictures
+from ldm.metrics.distances import ranks
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,18 @@ def phrase(pictures: Pictures, concept: str) -> str:
     if not found:
         raise UserError(f"no picture's caption is '..., its style' for the concept '{concept}'; check --shards")
     return min(found, key=lambda text: (len(text), text))
+
+
+def prototypes(features: Tensor, concepts: Tensor, count: int) -> Tensor:
+    """(count, D) of unit length, from unit features (N, D) and the concept 0 <= concepts[i] < count of each, (N,).
+
+    Raises ValueError for a concept without a picture: it has no prototype, and every accuracy would be off.
+    """
+    seen = torch.bincount(concepts, minlength=count)
+    if seen.numel() != count or bool((seen == 0).any()):
+        raise ValueError(f"pictures for each concept: {seen.tolist()}; each of the {count} needs one at least")
+    sums = torch.zeros(count, features.shape[1], dtype=features.dtype).index_add_(0, concepts, features)
+    return F.normalize(sums / seen.unsqueeze(1), dim=1)
 
 
 class Judge:
@@ -67,6 +82,14 @@ class Judge:
         """(N,): the place of each picture's own concept among the nearest prototypes, 0 for the nearest."""
         own = torch.tensor([self.concepts.index(name) for name in concepts], dtype=torch.long)
         return ranks(self.features(image), own, self.prototypes)
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval that holds the true share with 95 % (z = 1.96) when `hits` of `count` were seen (Wilson 1927)."""
+    share = hits / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return centre - half, centre + half
 
 
 @dataclass(frozen=True)

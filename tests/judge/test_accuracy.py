@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ldm.metrics.accuracy import prototypes, ranks, wilson
+from ldm.judge.prompts import prototypes, wilson
+from ldm.metrics.distances import ranks
 
 
 def unit(*degrees: float) -> torch.Tensor:

@@ -5,13 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from metrics.pictures_maker import COLOURS, STYLES, toy_shard  # tests/ is the root of the tests' packages
 
 from ldm.data.writing import write_shard
 from ldm.errors import UserError
-from ldm.metrics.pictures import Pictures, read_concepts, read_pictures
-from ldm.metrics.prompts import Judge, Score, make_prompts, phrase
-
-from .pictures_maker import COLOURS, STYLES, toy_shard
+from ldm.judge.pictures import Pictures, read_concepts, read_pictures
+from ldm.judge.prompts import Judge, Score, make_prompts, phrase
 
 
 class MeanColour:

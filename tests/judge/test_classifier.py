@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.metrics.augment import Augmentation, augment, colour_matrices
-from ldm.metrics.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
+from ldm.judge.augment import Augmentation, augment, colour_matrices
+from ldm.judge.classifier import Classifier, ClassifierConfig, load_classifier, save_classifier
 
 STILL = Augmentation(rotation=0, scale=0, shift=0, brightness=0, contrast=0, hue=0, blur=0)
 

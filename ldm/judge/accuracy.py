@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.api import LatentDiffusion
 from ldm.checkpoints import native
 from ldm.errors import UserError
 from ldm.generate import draw
 from ldm.helpers import open_helpers
 from ldm.jobs import Settings, batches
+from ldm.judge.classifier import Classifier
+from ldm.judge.pictures import read_pictures
+from ldm.judge.prompts import Judge, Score, make_prompts
 from ldm.metrics import protocol
-from ldm.metrics.classifier import Classifier
 from ldm.metrics.drawing import Drawing
-from ldm.metrics.pictures import read_pictures
-from ldm.metrics.prompts import Judge, Score, make_prompts
 from ldm.metrics.sources import open_source
+from ldm.model import Model
 from ldm.provenance import surroundings
 
 
 def evaluate_prompts(
-    model: LatentDiffusion,
+    model: Model,
     classifier: Classifier,
     settings: Settings,
     *,
