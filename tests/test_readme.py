@@ -40,6 +40,14 @@ def test_python_blocks_compile(block):
     compile(block, "README.md", "exec")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_blocks_run(block, tmp_path, monkeypatch):
+    """As printed, in a folder of their own; one that goes on from nothing has all that it needs."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
 def test_there_are_python_blocks():
     assert PYTHON
 
