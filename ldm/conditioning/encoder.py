@@ -17,6 +17,7 @@ from ldm.errors import UserError, printable
 from ldm.jobs import Ask
 
 SHOWN_WORDS = 12  # of those unknown to a tower, in a notice
+SHOWN_LABELS = 20
 LONGEST_PERIOD = 10_000.0  # of the sizes' sinusoids, in pixels over 2 pi
 
 
@@ -45,7 +46,12 @@ class Encoder(nn.Module):
         super().__init__()
         names = len(config.labels)
         if names not in (0, classes):
-            raise UserError(f"encoder.labels has {names} names and the network {classes} classes; match them")
+            raise UserError(
+                f"encoder.labels has {names} names and the network {classes} classes; set model.classes={names}, or "
+                "leave out encoder.labels"
+            )
+        if not all(config.labels) or len(set(config.labels)) != names:
+            raise UserError("encoder.labels has an empty name, or one name twice; give each class a name of its own")
         if config.pooled and (text is None or not text.config.embed_dim):
             raise UserError("encoder.pooled needs a text tower with a projection (text.embed_dim above 0)")
         if config.sizes % 2 or config.sizes < 0:
@@ -53,10 +59,19 @@ class Encoder(nn.Module):
                 f"encoder.sizes is {config.sizes}; choose an even number (half are cosines, half sines), or 0"
             )
         self.text, self.config, self.classes = text, config, classes
+        self.rows = {name: row for row, name in enumerate(config.labels or map(str, range(classes)))}
 
     def with_text(self, text: TextTower | None) -> Encoder:
         """The same with another tower, as one that knows more words."""
         return Encoder(text, self.config, self.classes)
+
+    @property
+    def known(self) -> str:
+        """The labels in words, for a message."""
+        names = self.config.labels
+        if not names:
+            return f"0 to {self.classes - 1}"
+        return ", ".join(names[:SHOWN_LABELS]) + (", ..." if len(names) > SHOWN_LABELS else "")
 
     @property
     def vector_width(self) -> int:
@@ -78,9 +93,11 @@ class Encoder(nn.Module):
 
     def notices(self, texts: Sequence[str]) -> tuple[str, ...]:
         """A sentence for each different text that would not be read to its end, and one for all words that the tower
-        does not know; nothing is encoded for it."""
+        does not know, or that there is none; nothing is encoded for it."""
         if self.text is None:
-            return ()
+            some = next(filter(None, texts), "")
+            said = f"this model takes no text, so nothing comes of '{some[:40]}'"
+            return (printable(said),) if some else ()
         different, found = list(dict.fromkeys(texts)), []
         tokens, dropped = self.text.tokenize(different)
         for text, words in zip(different, dropped, strict=True):
@@ -119,15 +136,12 @@ class Encoder(nn.Module):
         """The row of the network's table of classes that a label means; the null class for none. Raises UserError."""
         if label is None:
             return self.classes
-        word, names = str(label), self.config.labels
-        if word in names:
-            return names.index(word)
-        if not names and word.isdecimal() and int(word) < self.classes:
-            return int(word)
+        word = str(label)
+        if word in self.rows:
+            return self.rows[word]
         if not self.classes:
-            raise UserError(f"the label '{word}' was asked for, and this model knows no labels; leave it out")
-        known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise UserError(f"there is no label '{word}'; this model knows {known or f'0 to {self.classes - 1}'}")
+            raise UserError(f"the label '{word[:60]}' was asked for, and this model knows no labels; leave it out")
+        raise UserError(f"there is no label '{word[:60]}'; this model knows {self.known}")
 
 
 def _six(ask: Ask) -> list[float]:

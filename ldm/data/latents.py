@@ -29,7 +29,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,7 @@ class _LatentDecode:
     caption: str
     flip: bool
     label: str
+    labels: Collection[str]
 
     def __call__(self, record: Record, rng: random.Random) -> _Latent:
         try:
@@ -131,7 +132,7 @@ class _LatentDecode:
         flipped = self.flip and mirror < 0.5
         if flipped:
             moments = tensors["moments_flipped"]
-        label = samples.label(samples.read_meta(record), self.label)
+        label = samples.label(samples.read_meta(record), self.label, self.labels)
         return _Latent(moments.float(), contexts[chosen].float(), size, crops[int(flipped)], label)
 
 
@@ -140,12 +141,20 @@ class LatentLoader(Feed[_Latent, LatentBatch]):
 
     Both may be wherever shards of pictures may be (sources.py), commands excepted.
 
-    `expected` is the caller's `latent_fingerprint`. Raises UserError for a set that others made, one that is not
-    complete or damaged, and settings it cannot serve (random crops; flips when it has none).
+    `expected` is the caller's `latent_fingerprint`, `labels` those that its network knows. Raises
+    UserError for a set that others made, one that is not complete or damaged, and settings it cannot serve (random
+    crops; flips when it has none).
     """
 
     def __init__(
-        self, config: DataConfig, global_batch: int, rank: int, world: int, seed: int, expected: Mapping[str, str]
+        self,
+        config: DataConfig,
+        global_batch: int,
+        rank: int,
+        world: int,
+        seed: int,
+        expected: Mapping[str, str],
+        labels: Collection[str] = (),
     ) -> None:
         transforms.check(config.size, config.crop)
         samples.check_caption(config.caption)
@@ -163,7 +172,7 @@ class LatentLoader(Feed[_Latent, LatentBatch]):
         data = replace(open_set(config.shards, "latents", _fault, config.where, config), keys_are_addresses=True)
         lost = {shard.source for shard in data.quarantine.values()}
         _check_count(data, sum(count for source, count in zip(sources, counts, strict=True) if source not in lost))
-        decode = _LatentDecode(config.caption, config.flip, config.label)
+        decode = _LatentDecode(config.caption, config.flip, config.label, labels)
         super().__init__(data, config, global_batch, rank, world, seed, decode, LatentBatch)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -57,12 +57,14 @@ class PictureDecode:
     """Record -> picture tensor and caption by the settings of `config`; what `Loader` does unless told otherwise."""
 
     config: DataConfig
+    labels: Collection[str] = ()  # as samples.label's `known`
 
     def __call__(self, record: Record, rng: random.Random) -> Decoded:
         sample = samples.decode(record, self.config.caption, rng)
         size = record.bucket or self.config.size
         made = transforms.prepare(sample.picture, size, self.config.crop, self.config.flip, rng)
-        return Decoded(made.image, sample.caption, made.size, made.crop, samples.label(sample.meta, self.config.label))
+        label = samples.label(sample.meta, self.config.label, self.labels)
+        return Decoded(made.image, sample.caption, made.size, made.crop, label)
 
 
 class Loader(Feed[Decoded, Batch]):
@@ -92,17 +94,18 @@ class Loader(Feed[Decoded, Batch]):
         super().__init__(data, config, global_batch, rank, world, seed, decode, Batch, buckets)
 
 
-def validation_batches(config: DataConfig, batch_size: int, decode: Decode | None = None) -> Iterator[Batch]:
+def validation_batches(config: DataConfig, batch_size: int, labels: Collection[str] = ()) -> Iterator[Batch]:
     """One pass over `config.validation` in its own order, center crop, no flip, the .txt caption; no batches if empty.
 
-    What cannot be used is skipped; the last batch may be smaller. `config.where` applies here too.
+    What cannot be used is skipped, samples of other than `labels` too, if there are any; the last batch may be smaller.
+    `config.where` applies here too.
     """
     if not config.validation.strip():
         return
     config = replace(config, crop="center", flip=False, caption="txt")
     _check(config)
     data = open_set(config.validation, "data.validation", samples.fault, config.where, config)
-    yield from in_order(data, decode or PictureDecode(config), Batch, batch_size)
+    yield from in_order(data, PictureDecode(config, labels), Batch, batch_size)
 
 
 def _check(config: DataConfig) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ldm import pictures
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 PICTURES = ("webp", "png", "jpg", "jpeg")
 CAPTIONS = ("txt", "variants")
 NO_CAPTION = "no caption"
+SHOWN = 5  # labels, in a reason
 HEAD = 2**16  # bytes in which a PNG's or JPEG's size is found, unless it has a large thumbnail before it
 
 
@@ -102,13 +105,19 @@ def choose_caption(record: Record, meta: dict[str, Any], caption: str, rng: rand
     return text
 
 
-def label(meta: dict[str, Any], field: str) -> str | None:
-    """What the sample's json says in `field`, as text; None for an empty `field`. Raises BadSample."""
+def label(meta: dict[str, Any], field: str, known: Collection[str] = ()) -> str | None:
+    """What the sample's json says in `field`, as text; None for an empty `field`.
+
+    `known`: the labels that the network knows; empty: any. Raises BadSample for others, and where there is none.
+    """
     if not field:
         return None
     value = meta.get(field)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise BadSample(f"no label: its json has no text or whole number in '{field}'")
+    if known and str(value) not in known:
+        some = ", ".join(islice(known, SHOWN)) + (", ..." if len(known) > SHOWN else "")
+        raise BadSample(f"its {field} is {str(value)[:60]!r}, and the network's labels are {some}")
     return str(value)
 
 

@@ -25,7 +25,7 @@ from ldm.errors import UserError
 from ldm.settings import leaves
 from ldm.unet.unet import UNet
 
-DECIDED = ("parameterization", "sigma_data", "learned_variance", "schedule", "model")  # by the model of init
+DECIDED = ("parameterization", "sigma_data", "learned_variance", "schedule", "model", "encoder")  # by the model of init
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from ldm.data.records import BadSample, Tally
 from ldm.data.shards import ShardReader, check_share, open_data
 from ldm.errors import UserError
 from ldm.training.draws import Draws
-from ldm.training.preflight import check_settings, check_validation
+from ldm.training.preflight import check_no_label, check_settings, check_validation
 from ldm.training.processes import divide
 from ldm.training.stage import Batches, Player
 
@@ -74,6 +74,7 @@ class ClipStage:
 
     def __init__(self, config: ClipTraining, rank: int, world: int, device: torch.device) -> None:
         check_settings(config, world)
+        check_no_label(config.data)
         if config.image_tower.size != config.data.size:
             raise UserError(
                 f"image_tower.size={config.image_tower.size} and data.size={config.data.size} must be the same"

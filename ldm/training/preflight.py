@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,18 @@ def check_sides(data: DataConfig, factor: int) -> None:
             )
 
 
-def check_validation(data: DataConfig) -> None:
-    """Raise UserError unless held-out samples, where they are named, can be had."""
-    if data.validation.strip() and next(validation_batches(data, 1), None) is None:
+def check_no_label(data: DataConfig) -> None:
+    """Raise UserError for a label, in the training of a network that takes none."""
+    if data.label:
+        raise UserError(
+            f"data.label={data.label} is for a network with classes, and this one has none; set model.classes (of the "
+            "diffusion model), or leave data.label out"
+        )
+
+
+def check_validation(data: DataConfig, labels: Collection[str] = ()) -> None:
+    """Raise UserError unless held-out samples, where they are named, can be had; `labels` as `validation_batches`'."""
+    if data.validation.strip() and next(validation_batches(data, 1, labels), None) is None:
         raise UserError(f"data.validation ({data.validation}) has no picture that can be decoded; name other shards")
 
 

@@ -30,7 +30,7 @@ from ldm.conditioning.condition import Condition, drop
 from ldm.conditioning.encoder import Encoder, Texts
 from ldm.config import DiffusionLossConfig, DiffusionTraining, ModelConfig
 from ldm.data.latents import LatentBatch, LatentLoader, latent_fingerprint
-from ldm.data.loader import Batch, Loader, validation_batches
+from ldm.data.loader import Batch, Loader, PictureDecode, validation_batches
 from ldm.diffusion import Law, check_loss, diffusion_loss, draw_levels, make_law
 from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
@@ -39,7 +39,7 @@ from ldm.jobs import Ask
 from ldm.training.begin import begin
 from ldm.training.draws import Draws
 from ldm.training.meters import EACH_LOSS, EACH_SIGMA
-from ldm.training.preflight import check_pictures, check_settings, check_sides, check_validation
+from ldm.training.preflight import check_no_label, check_pictures, check_settings, check_sides, check_validation
 from ldm.training.stage import Batches, Player
 from ldm.unet import unet
 from ldm.unet.attention import check_backend
@@ -86,7 +86,7 @@ class DiffusionStage:
         self.empty = self.encoder.texts([""])
         self.rank, self.world, self._batches = rank, world, cache(self._open_batches)
         if rank == 0:
-            check_validation(config.data)
+            check_validation(config.data, self.encoder.rows)
             self.check_end()
 
     @property
@@ -98,9 +98,10 @@ class DiffusionStage:
         config, loop = self.config, self.config.loop
         share = loop.global_batch, self.rank, self.world, loop.seed
         if not config.latents:
-            return Loader(config.data, *share)
+            return Loader(config.data, *share, PictureDecode(config.data, self.encoder.rows))
         expected = latent_fingerprint(self.sources.get("autoencoder"), self.sources.get("text"), config.data)
-        return LatentLoader(dataclasses.replace(config.data, shards=config.latents), *share, expected)
+        cached = dataclasses.replace(config.data, shards=config.latents)
+        return LatentLoader(cached, *share, expected, self.encoder.rows)
 
     def check_end(self) -> None:
         """Raise UserError unless the pictures and figures that are asked for can be had; notes what to know of them."""
@@ -164,7 +165,7 @@ class DiffusionStage:
         if not self.config.data.validation:
             return self._figures()
         loss, error, count = 0.0, 0.0, 0
-        for batch in validation_batches(self.config.data, self.config.loop.global_batch):
+        for batch in validation_batches(self.config.data, self.config.loop.global_batch, self.encoder.rows):
             draws = Draws(self.config.loop.seed, "validation", batch.key, self.device)
             x0, condition = self._prepare(batch, draws)
             n = draws.normal("noise", x0.shape[1:])
@@ -267,10 +268,12 @@ class DiffusionStage:
 
     def _check_fits(self) -> None:
         model, channels = self.config.model, self.latent_shape[0]
-        if bool(model.classes) != bool(self.config.data.label):
+        if not model.classes:
+            check_no_label(self.config.data)
+        elif not self.config.data.label:
             raise UserError(
-                f"model.classes is {model.classes} and data.label is '{self.config.data.label}'; say data.label=FIELD, "
-                "the field of the samples' json that says the class, or set model.classes=0"
+                f"model.classes is {model.classes} and data.label is not set; say data.label=FIELD, the field of the "
+                "samples' json that says the class, or set model.classes=0"
             )
         if model.vector_width != self.encoder.vector_width:
             raise UserError(

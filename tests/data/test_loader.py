@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.config import DataConfig
-from ldm.data.loader import Decoded, Loader, validation_batches
+from ldm.data.loader import Decoded, Loader, PictureDecode, validation_batches
 from ldm.errors import UserError
 from ldm.training.draws import Draws
 
@@ -106,6 +106,28 @@ def test_a_broken_picture_is_left_out_with_its_reason(tmp_path, caplog):
     assert {key for batch in batches for key in batch.key} == {"x/a", "x/b"}
     assert loader.tally.counts == {"the picture does not decode": 1}
     assert caplog.text.count("the picture does not decode (the first is 'broken' in") == 1
+
+
+def test_a_label_that_the_network_does_not_know_is_left_out_with_its_reason(tmp_path, caplog):
+    kinds = {"a": "cat", "b": "cow", "c": 3, "d": "cat", "e": "dog", "f": ""}
+    members = [each for key, kind in kinds.items() for each in sample(key, kind=kind)]
+    config = DataConfig(shards=str(write_tar(tmp_path / "x.tar", members)), size=8, streams=1, label="kind", workers=0)
+    config = replace(config, validation=config.shards, bad_limit=0.6)
+    loader = Loader(config, 3, decode=PictureDecode(config, ("cat", "dog")))
+    batches = list(islice(loader, 2))
+    assert {(key, label) for b in batches for key, label in zip(b.key, b.label, strict=True)} == {
+        ("x/a", "cat"),
+        ("x/d", "cat"),
+        ("x/e", "dog"),
+    }
+    reasons = {f"its kind is '{name}', and the network's labels are cat, dog" for name in ("cow", "3")}
+    assert set(loader.tally.counts) == reasons | {"no label: its json has no text or whole number in 'kind'"}
+    assert caplog.text.count("its kind is 'cow'") == 1
+    assert [b.label for b in validation_batches(config, 2, ("cat", "dog"))] == [["cat", "cat"], ["dog"]]
+    assert {label for b in islice(Loader(config, 3), 2) for label in b.label} == {"cat", "cow", "3", "dog"}  # any
+    config = replace(config, bad_limit=0.0)
+    with pytest.raises(UserError, match="bad_limit"):
+        list(islice(Loader(config, 3, decode=PictureDecode(config, ("cat", "dog"))), 4))
 
 
 def test_other_decoders_fit_in(tmp_path):

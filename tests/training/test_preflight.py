@@ -310,3 +310,10 @@ def test_the_first_step_has_a_line_of_the_log_at_once(tmp_path: Path, capsys) ->
     run(stage, loop, tmp_path)
     assert "toy         rows" in said[0] and "step       1  loss" in said[0]
     assert [line["step"] for line in log_of(tmp_path) if "loss" in line] == [1, 4, 6]
+
+
+@pytest.mark.parametrize("stage", [AutoencoderStage, ClipStage])
+def test_a_label_is_refused_where_nothing_reads_it(stage: Callable[..., object]) -> None:
+    config = AUTOENCODER if stage is AutoencoderStage else ClipTraining(data=DATA)
+    with pytest.raises(UserError, match=r"data\.label=source is for a network with classes"):
+        stage(replace(config, data=replace(config.data, label="source")), 0, 1, CPU)

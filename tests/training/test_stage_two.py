@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ldm
 from ldm.checkpoints import native
 from ldm.conditioning.condition import Condition
-from ldm.config import DiffusionTraining, FiguresConfig, ModelConfig, TextConfig
+from ldm.config import DiffusionTraining, EncoderConfig, FiguresConfig, ModelConfig, TextConfig
 from ldm.errors import UserError
 from ldm.training.draws import Draws
 from ldm.training.stage_two import DiffusionStage
@@ -201,13 +201,84 @@ def test_a_class_less_network_without_captions_trains_too(tmp_path):
     [
         ({"in_channels": 4}, r"latents have 3; set model.in_channels=3 model.out_channels=3"),
         ({"context_width": 48}, r"the text tower's width is 32; set model.context_width=32"),
-        ({"classes": 10}, r"say data.label=FIELD"),
+        ({"classes": 10}, r"model.classes is 10 and data.label is not set; say data.label=FIELD"),
         ({"vector_width": 8}, r"set model.vector_width=0"),
     ],
 )
 def test_parts_that_do_not_fit_are_named_with_the_setting_that_mends_it(pixels, model, words):
     with pytest.raises(UserError, match=words):
         DiffusionStage(replace(pixels, model=replace(pixels.model, **model)), 0, 1, CPU)
+
+
+CLASSES = replace(
+    PIXELS,
+    model=replace(PIXELS.model, context_width=0, classes=2),
+    encoder=EncoderConfig(labels=("noto", "fluent-flat")),
+    data=replace(PIXELS.data, label="source"),
+    loop=replace(LOOP, steps=1),
+)
+
+
+def test_a_class_conditional_network_is_told_labels_and_of_some_none():
+    """The share of rows whose label becomes the null class is caption_dropout, to four standard deviations."""
+    stage = DiffusionStage(CLASSES, 0, 1, CPU)
+    told: list[Tensor] = []
+
+    class Listener(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            assert condition.label is not None and set(condition.parts()) == {"label"}
+            told.append(condition.label)
+            return x
+
+    batch = next(iter(stage.batches))
+    for step in range(40):
+        list(stage.losses(batch, Draws(0, step, batch.key), step, {"unet": Listener()}))
+    rows, true = torch.stack(told), torch.tensor([["noto", "fluent-flat"].index(str(name)) for name in batch.label])
+    assert 0 < int(true.sum()) < len(true) and bool(((rows == true) | (rows == 2)).all())
+    share = CLASSES.loss.caption_dropout
+    assert abs(float((rows == 2).double().mean()) - share) < 4 * math.sqrt(share * (1 - share) / rows.numel())
+
+
+def test_labels_that_a_network_does_not_know_are_bad_samples(caplog, tmp_path):
+    """Left out and counted in training and in validation, not the end of the run."""
+    one = replace(CLASSES, model=replace(CLASSES.model, classes=1), encoder=EncoderConfig(labels=("noto",)))
+    few = replace(one, data=replace(one.data, bad_limit=0.9))
+    stage = DiffusionStage(few, 0, 1, CPU)
+    run(stage, few.loop, tmp_path, few)
+    with torch.no_grad():
+        assert math.isfinite(stage.validate()["validation/loss"])
+    assert "its source is 'fluent-flat', and the network's labels are noto (the first is" in caplog.text
+    assert ldm.load(tmp_path, "cpu").config.encoder.labels == ("noto",)
+    numbered = replace(CLASSES, encoder=EncoderConfig())
+    unvalidated = replace(numbered, data=replace(numbered.data, validation=""))
+    with pytest.raises(UserError, match=r"48 of 48 samples .*'noto', and the network's labels are 0, 1"):
+        next(iter(DiffusionStage(unvalidated, 0, 1, CPU).batches))
+    with pytest.raises(UserError, match="none of the 12 samples"):
+        DiffusionStage(numbered, 0, 1, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"classes": 0}, r"encoder.labels has 2 names and the network 0 classes; set model.classes=2"),
+        ({"classes": 3}, r"encoder.labels has 2 names and the network 3 classes; set model.classes=2"),
+        ({"classes": 0, "labels": ()}, r"data.label=source is for a network with classes, and this one has none"),
+        ({"labels": ("noto", "noto")}, r"encoder.labels has an empty name, or one name twice"),
+    ],
+)
+def test_labels_and_classes_that_do_not_fit(changes, words):
+    encoder = EncoderConfig(labels=changes.pop("labels", CLASSES.encoder.labels))
+    with pytest.raises(UserError, match=words):
+        DiffusionStage(replace(CLASSES, encoder=encoder, model=replace(CLASSES.model, **changes)), 0, 1, CPU)
+
+
+def test_labels_are_those_of_the_model_that_a_training_goes_on_from(tmp_path):
+    stage = DiffusionStage(CLASSES, 0, 1, CPU)
+    run(stage, CLASSES.loop, tmp_path, CLASSES)
+    more = DiffusionTraining(init=str(tmp_path), data=CLASSES.data, loop=CLASSES.loop)
+    assert DiffusionStage(more, 0, 1, CPU).encoder.config == CLASSES.encoder
+    with pytest.raises(UserError, match=r"encoder.labels is \['cat', 'dog'\], and that of the model"):
+        DiffusionStage(replace(more, encoder=EncoderConfig(labels=("cat", "dog"))), 0, 1, CPU)
 
 
 def test_an_attention_that_is_not_there(pixels):
