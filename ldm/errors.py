@@ -38,6 +38,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(name, list(names), n=1)), "")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is how Python, a GPU or a CPU says that it has not the memory that was asked for."""
+    said = ("DefaultCPUAllocator", "Storage size calculation overflowed", "unpacking long long")
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or any(words in str(error) for words in said)
+
+
 def explain_os_error(error: OSError, doing: str) -> UserError:
     """Turn an operating-system error met while `doing` ("writing out/a.png") into a sentence."""
     if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:

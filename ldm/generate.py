@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.conditioning.condition import Condition, cat
 from ldm.diffusion import Branches, Denoiser, Fraction, LearnedVariance, bind
-from ldm.errors import UserError
+from ldm.errors import UserError, out_of_memory
 from ldm.guidance import (
     autoguidance,
     cfg,
@@ -210,8 +210,8 @@ def _memory_told(pictures: int) -> Iterator[None]:
     """Turns the out-of-memory errors of GPU and CPU into a sentence."""
     try:
         yield
-    except RuntimeError as error:  # the CPU's allocator has no error of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
         raise UserError(
             f"the device's memory does not suffice for {pictures} pictures of this size at once; "

@@ -124,3 +124,5 @@ def _parts(hint: Any, value: Any) -> Iterator[tuple[Any, Any]]:
             yield from _parts(inner[1], item)
     elif isinstance(value, float):
         yield Range(), value
+    elif isinstance(value, int):
+        yield Range(most=MAX_SEED), value  # what torch and the disk hold of a whole number

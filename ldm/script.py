@@ -84,7 +84,7 @@ def _watch(parent: int) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; user errors end in one sentence and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
     global _stopping
-    from ldm.errors import UserError  # not above: what is imported there goes before Ctrl-C is heeded
+    from ldm.errors import UserError, out_of_memory  # not above: what is imported there goes before Ctrl-C is heeded
 
     if _launched():
         end_with_parent()
@@ -101,6 +101,10 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(143 if terminated else 130)
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        if out_of_memory(error):
+            said = " ".join(str(error).split())[:200]
+            print(f"error: the memory does not suffice; make the batch or the model smaller ({said})", file=sys.stderr)
             sys.exit(1)
         if isinstance(error, BrokenPipeError):
             sys.stderr.close()  # the reader of our output went away: nothing to say and nobody to hear it

@@ -128,7 +128,8 @@ class _Reader:
                 return value if isinstance(value, str) else json.dumps(value)
             if hint is bool:
                 return BOOLS[str(value).lower()]
-            if not isinstance(value, bool) and not (hint is int and isinstance(value, float) and value % 1):
+            broken = hint is int and isinstance(value, float) and value % 1 != 0
+            if hint in (int, float) and not isinstance(value, bool) and not broken:
                 return hint(value)
         except (KeyError, ValueError, TypeError, OverflowError):
             pass

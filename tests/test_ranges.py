@@ -1,6 +1,5 @@
 """Every number of every setting has its range in its type, and what lies outside is refused by its name."""
 
-import dataclasses
 import math
 from typing import get_args
 
@@ -26,11 +25,8 @@ from ldm.settings import leaves, listing, names
 
 TRAININGS = (AutoencoderTraining, ClipTraining, DiffusionTraining, EmbeddingTraining)
 WHOLE_LINE = {"sample.cfg", "loss.level_mean"}  # numbers that may be negative; and the latent's shift
-DATACLASSES = [
-    each
-    for each in vars(configs).values()
-    if isinstance(each, type) and dataclasses.is_dataclass(each) and each.__module__ == configs.__name__
-]
+ROOMS = ("ldm.config", "ldm.model_config")
+DATACLASSES = [each for each in vars(configs).values() if isinstance(each, type) and each.__module__ in ROOMS]
 
 
 def numbers(hint) -> list[tuple[type, list]]:

@@ -210,6 +210,25 @@ BETAS: dict[str, Callable[[ScheduleConfig], Tensor]] = {
 }
 
 
+OWN = {  # which kinds read what of a schedule's settings
+    ("linear", "scaled_linear"): ("beta_start", "beta_end"),
+    ("vp",): ("beta_min", "beta_max", "time_min"),
+    ("ve",): ("sigma_min", "sigma_max"),
+}
+
+
+def check_used(config: ScheduleConfig) -> None:
+    """Raise UserError for a setting that was changed and that a schedule of this kind does not read."""
+    usual = ScheduleConfig()
+    for kinds, names in OWN.items():
+        for name in names if config.kind not in kinds else ():
+            if getattr(config, name) != getattr(usual, name):
+                raise UserError(
+                    f"schedule.{name} is {getattr(config, name):g}, and schedule.kind={config.kind} has no use for it, "
+                    f"but {' and '.join(kinds)}; leave it out, or set the kind"
+                )
+
+
 def make_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule that `config` describes. Raises UserError for an unknown kind and for numbers that make no law."""
     if config.kind not in BETAS and config.kind not in CLOCKS:

@@ -17,7 +17,7 @@ from ldm.checkpoints.adapter_words import training_words
 from ldm.checkpoints.textual_inversion import save_embedding
 from ldm.conditioning.clip import TextTower
 from ldm.conditioning.condition import Condition
-from ldm.config import DiffusionTraining, EmbeddingTraining, SampleConfig
+from ldm.config import DiffusionLossConfig, DiffusionTraining, EmbeddingTraining, SampleConfig
 from ldm.data.loader import Batch
 from ldm.errors import UserError
 from ldm.training.draws import Draws
@@ -46,13 +46,15 @@ class EmbeddingStage:
         check_settings(config, world)
         if not config.init:
             raise UserError("a new word is for a model that is there; name it with init=PATH (or init=icons)")
-        if not config.templates or not all(template.count("{}") == 1 for template in config.templates):
+        if not all(template.count("{}") == 1 for template in config.templates):
             raise UserError("each of templates has {} once, where the word goes, such as 'a picture of {}'")
+        if config.loss.caption_dropout not in (0, DiffusionLossConfig().caption_dropout):
+            raise UserError("loss.caption_dropout would drop the word that is to be learned; leave it out")
         self.config = config
         inner = DiffusionTraining(
             init=config.init,
             init_set=config.init_set,
-            data=config.data,
+            data=dataclasses.replace(config.data, validation=""),
             loss=config.loss,
             loop=config.loop,
         )
@@ -64,10 +66,12 @@ class EmbeddingStage:
         tower = self.model.text
         assert tower is not None  # init has one
         room = tower.config.context_length - 2
-        if not 1 <= config.vectors <= room:
+        if config.vectors > room:
             raise UserError(f"vectors is {config.vectors}, and a prompt has room for 1 to {room}")
         self.tower = TowerWithWords(tower, [Embedding(config.word, _first_vectors(config, tower), "word")]).to(device)
         self.tower.requires_grad_(False).eval()
+        if config.data.validation:
+            self.model.notices.append("data.validation is not looked at: no caption there has the word")
         self.model.encoder = self.model.encoder.with_text(self.tower)
         if rank == 0:
             self.model.check_end()

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from ldm import settings
 from ldm.config import LoopConfig
-from ldm.errors import UserError
+from ldm.errors import UserError, out_of_memory
 from ldm.files import atomic_write_text
 from ldm.locks import check_free
 from ldm.training.backward import Gradients, accumulate
@@ -66,6 +66,11 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
         with writing_alone(output, accelerator):
             _Run(stage, loop, accelerator, output, everything).go_on()
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise UserError(
+                f"the memory of {accelerator.device} does not suffice for a micro-batch of "
+                f"{divide(loop, accelerator.num_processes).micro}; lower loop.micro_batch, which changes no result"
+            ) from error
         if accelerator.num_processes == 1 or not any(sign in str(error) for sign in LOST):
             raise
         raise UserError(

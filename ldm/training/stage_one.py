@@ -23,7 +23,7 @@ from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
 from ldm.checkpoints.export import where_to
 from ldm.checkpoints.limits import check_size
-from ldm.config import AutoencoderTraining, ModelConfig
+from ldm.config import AutoencoderConfig, AutoencoderTraining, ModelConfig
 from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.errors import UserError
 from ldm.metrics.quality import psnr, ssim
@@ -70,6 +70,12 @@ class AutoencoderStage:
         kl.check(config.model, "model")
         if config.model.in_channels != 3:
             raise UserError(f"model.in_channels is {config.model.in_channels}, and pictures have 3; leave it out")
+        if (config.model.shift, config.model.scale) != (AutoencoderConfig().shift, AutoencoderConfig().scale):
+            raise UserError("model.shift and model.scale are measured when the training ends; leave them out")
+        if not (config.loss.l1 or config.loss.gradient or config.loss.perceptual):
+            raise UserError(
+                "loss.l1, loss.gradient and loss.perceptual are all 0, so no loss asks for the picture; set one"
+            )
         check_size(ModelConfig(autoencoder=config.model, image_size=config.data.size), "this run")
         check_sides(config.data, config.model.factor)
         torch.manual_seed(config.loop.seed)

@@ -33,6 +33,7 @@ from ldm.data.latents import LatentBatch, LatentLoader, latent_fingerprint
 from ldm.data.loader import Batch, Loader, PictureDecode, validation_batches
 from ldm.diffusion import Law, check_loss, diffusion_loss, draw_levels, make_law
 from ldm.diffusion.parameterization import per_picture
+from ldm.diffusion.schedule import check_used
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
 from ldm.jobs import Ask
@@ -64,6 +65,8 @@ class DiffusionStage:
         torch.manual_seed(config.loop.seed)
         if not config.init:
             unet.check(config.model, "model")
+            check_size(ModelConfig(unet=config.model, schedule=config.schedule), "this run")
+            check_used(config.schedule)
             if config.text and not config.model.context_width:
                 raise UserError("text names a text tower, and with model.context_width=0 none is used; set one of them")
         config, began = begin(config, device, said)
@@ -75,7 +78,6 @@ class DiffusionStage:
         check_sides(config.data, self.codec.factor)
         self.latent_shape = self.codec.latent_shape(config.data.size, config.data.size)
         self._check_fits()
-        check_size(self.model_config(), "this run")
         self.unet = UNet(config.model) if began.unet is None else began.unet
         self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.unet.gradient_checkpointing = config.gradient_checkpointing

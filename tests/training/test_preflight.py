@@ -74,6 +74,9 @@ def opens_no_shard(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"data": replace(DATA, streams=3)}, "the global batch 8 is not a multiple of data.streams=3"),
         ({"data": replace(DATA, workers=3)}, "data.streams=4 is not a multiple of 1 processes x 3 workers"),
         ({"loop": replace(LOOP, micro_batch=3)}, "loop.global_batch=8 is not 1 processes times a multiple"),
+        ({"model": AutoencoderConfig(scale=(2.0,))}, r"model\.shift and model\.scale are measured"),
+        ({"model": AutoencoderConfig(channels=2**70)}, r"model\.channels must be at most 9223372036854775807"),
+        ({"loss": AutoencoderLossConfig(l1=0.0, perceptual=0.0)}, "so no loss asks for the picture"),
         ({"scale_samples": 0}, "scale_samples must be at least 1"),
     ],
 )
@@ -100,6 +103,12 @@ def unet(**changes: Any) -> dict[str, Any]:
         (unet(blocks=600), r"this run describes a model with unet levels x blocks 1,202"),
         (unet(context_width=0), r"text names a text tower, and with model\.context_width=0 none is used"),
         ({"schedule": ScheduleConfig(beta_start=0.5, beta_end=0.1)}, r"choose 0 < beta_start <= beta_end"),
+        ({"schedule": ScheduleConfig(steps=10**7)}, r"this run describes a model with schedule\.steps 10,000,000"),
+        (
+            {"schedule": ScheduleConfig(sigma_max=50.0)},
+            r"schedule\.sigma_max is 50, and schedule\.kind=scaled_linear has",
+        ),
+        ({"schedule": ScheduleConfig("cosine", beta_end=0.02)}, r"but linear and scaled_linear; leave it out"),
         ({"lora": LoraConfig(alpha=8.0)}, r"lora\.rank is 0, which trains the weights themselves"),
         ({"loss": DiffusionLossConfig(offset_noise=float("nan"))}, r"loss\.offset_noise must be at least 0, not nan"),
     ],
@@ -225,15 +234,18 @@ def test_what_the_end_of_a_run_needs_is_asked_for_at_its_start(change, said, pix
 def test_held_out_pictures_are_asked_for_at_the_start_of_every_training(tiny_checkpoint: Path) -> None:
     data = replace(DATA, validation="nowhere-*.tar")
     towers = replace(ClipTraining(), image_tower=ImageTowerConfig(size=16), loop=LOOP)
-    word = EmbeddingTraining(init=str(tiny_checkpoint), data=replace(data, size=32), loop=LOOP)
     trainings: list[Callable[[], object]] = [
         lambda: AutoencoderStage(replace(AUTOENCODER, data=data), 0, 1, CPU),
         lambda: ClipStage(replace(towers, data=data), 0, 1, CPU),
-        lambda: EmbeddingStage(word, 0, 1, CPU),
     ]
     for training in trainings:
         with pytest.raises(UserError, match=r"data\.validation: no file matches .nowhere"):
             training()
+    word = EmbeddingTraining(init=str(tiny_checkpoint), data=replace(data, size=32), loop=LOOP)
+    said = "\n".join(EmbeddingStage(word, 0, 1, CPU).describe())
+    assert "data.validation is not looked at" in said
+    with pytest.raises(UserError, match=r"loss\.caption_dropout would drop the word"):
+        EmbeddingStage(replace(word, loss=DiffusionLossConfig(caption_dropout=0.5)), 0, 1, CPU)
 
 
 def test_prompts_that_will_not_be_drawn_or_not_to_their_end_are_told_in_the_plan(pixels) -> None:  # noqa: F811
@@ -317,3 +329,15 @@ def test_a_label_is_refused_where_nothing_reads_it(stage: Callable[..., object])
     config = AUTOENCODER if stage is AutoencoderStage else ClipTraining(data=DATA)
     with pytest.raises(UserError, match=r"data\.label=source is for a network with classes"):
         stage(replace(config, data=replace(config.data, label="source")), 0, 1, CPU)
+
+
+def test_memory_that_does_not_suffice_is_told_with_what_to_lower(tmp_path: Path) -> None:
+    def much(step: int) -> None:
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1e12 bytes"
+        )
+
+    with pytest.raises(
+        UserError, match=r"the memory of cpu does not suffice for a micro-batch of 8; lower loop\.micro_b"
+    ):
+        run(ToyStage(LOOP, before=much), LOOP, tmp_path)
