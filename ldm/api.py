@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.helpers import NONE, Helpers, open_helpers
 from ldm.jobs import Plan, Request, Settings, of_prompts
 from ldm.jobs.adapters import Adapter
+from ldm.jobs.request import Labels
 from ldm.loading import load_model
 from ldm.model import CheckpointNotice, Model
 from ldm.model import assemble as assemble_model
@@ -60,8 +61,9 @@ class LatentDiffusion(Model):
 
     def txt2img(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] = "",
         *,
+        label: Labels = None,
         negative: str | Sequence[str] = "",
         cfg: float | None = None,
         steps: int | None = None,
@@ -73,13 +75,14 @@ class LatentDiffusion(Model):
     ) -> Tensor:
         """`n` pictures of each prompt, prompt by prompt: (B, 3, H, W), float32 in [-1, 1], on the CPU.
 
+        `label`: of a model with classes, a name or number; one for all prompts or for each, or several for one prompt.
         Picture i has seed + i, whatever the batch size; or a seed for each is given, and a negative for each prompt.
         `settings` has everything else that there is to choose; `cfg`, `steps` and `sampler` go before what it says of
         them. Raises UserError.
         """
         from ldm import generate
 
-        requests, plan = of_prompts(prompt, negative, seed, n), settings.but(cfg, steps, sampler).plan()
+        requests, plan = of_prompts(prompt, negative, seed, n, label), settings.but(cfg, steps, sampler).plan()
         helpers = self._helpers(plan)
         self._tell(requests, helpers)
         return generate.draw(self, requests, plan, helpers, batch_size)
@@ -87,8 +90,9 @@ class LatentDiffusion(Model):
     def img2img(
         self,
         image: Picture | Sequence[Picture],
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] = "",
         *,
+        label: Labels = None,
         strength: float = 0.75,
         mask: Picture | Sequence[Picture] | None = None,
         depth: Picture | Sequence[Picture] | None = None,
@@ -113,7 +117,7 @@ class LatentDiffusion(Model):
 
         images = as_images(image)
         prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-        requests = of_prompts(prompts, negative, seed)
+        requests = of_prompts(prompts, negative, seed, label=label)
         if len(images) == 1:
             images = images.expand(len(requests), -1, -1, -1)
         masks = None if mask is None else as_masks(mask, images)
@@ -126,8 +130,9 @@ class LatentDiffusion(Model):
 
     def sample(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] = "",
         *,
+        label: Labels = None,
         negative: str | Sequence[str] = "",
         cfg: float | None = None,
         steps: int | None = None,
@@ -139,7 +144,7 @@ class LatentDiffusion(Model):
         """What `txt2img` does, in one batch, step by step; `decode` shows one. Raises UserError, at the first step."""
         from ldm import generate
 
-        requests, plan = of_prompts(prompt, negative, seed, n), settings.but(cfg, steps, sampler).plan()
+        requests, plan = of_prompts(prompt, negative, seed, n, label), settings.but(cfg, steps, sampler).plan()
         helpers = self._helpers(plan)
         self._tell(requests, helpers)
         yield from generate.sample(self, requests, plan, helpers)

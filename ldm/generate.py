@@ -162,8 +162,15 @@ def conditions(model: Model, asks: Sequence[Ask]) -> Condition:
 
 
 def prompt_notices(model: Model, requests: Sequence[Request]) -> tuple[str, ...]:
-    """What a user should know of how the prompts and negative prompts are read: `Encoder.notices`."""
-    return model.encoder.notices([text for request in requests for text in (request.prompt, request.negative)])
+    """What a user should know of how the prompts and negative prompts are read: `Encoder.notices`; and that a model of
+    classes alone is told none. Raises UserError for a label that the model does not know."""
+    encoder, labels = model.encoder, dict.fromkeys(request.label for request in requests)
+    for label in labels:
+        encoder.number(label)
+    found = encoder.notices([text for request in requests for text in (request.prompt, request.negative)])
+    if encoder.text is None and encoder.classes and None in labels:
+        found += (f"no label was given, so any class may be drawn; this model knows {encoder.known}",)
+    return found
 
 
 def decode(model: Model, step: Step, tile: int | None = None) -> Tensor:

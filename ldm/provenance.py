@@ -14,6 +14,7 @@ from ldm.image_io import read_metadata
 from ldm.jobs import Request, Settings
 from ldm.jobs.adapters import Adapter, from_record
 from ldm.jobs.adapters import differences as adapter_differences
+from ldm.jobs.request import as_label
 
 if TYPE_CHECKING:
     from ldm.model import Model
@@ -61,6 +62,7 @@ def record(
         "prompt": request.prompt,
         "negative": request.negative,
         "seed": request.seed,
+        **({} if request.label is None else {"label": request.label}),
         **_drawn(model, settings),
         **_model(model),
         "guides": dict(guides or {}),
@@ -74,6 +76,7 @@ def record_sheet(model: Model, settings: Settings, requests: Sequence[Request]) 
     return {
         "prompts": [request.prompt for request in requests],
         "seeds": [request.seed for request in requests],
+        **({"labels": [r.label for r in requests]} if any(r.label is not None for r in requests) else {}),
         **_drawn(model, settings),
         **_model(model),
     }
@@ -107,7 +110,9 @@ def read(path: str | Path) -> Recipe:
         given.pop("spacing", None)  # of earlier versions, which wrote down one that had no effect
     settings = from_dict(Settings, given, str(path)).check()
     try:
-        request = Request(_as(str, data["prompt"]), _as(str, data["negative"]), _as(int, data["seed"])).check()
+        label = None if data.get("label") is None else as_label(data["label"])
+        words = _as(str, data["prompt"]), _as(str, data["negative"])
+        request = Request(*words, _as(int, data["seed"]), label).check()
         model, batch, made_on = (_as(dict, data[key]) for key in ("model", "batch", "made_on"))
         size, index = _as(int, batch["size"]), _as(int, batch["index"])
         name, digest, guides = _as(str, model["name"]), _as(str, model["hash"]), _as(dict, data.get("guides", {}))

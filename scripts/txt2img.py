@@ -1,6 +1,7 @@
 """Draw pictures of prompts.
 
 python scripts/txt2img.py --prompt "a red heart" --cfg 7.5
+python scripts/txt2img.py --model runs/classes --label cat --label dog --cfg 3
 python scripts/txt2img.py --from-file prompts.jsonl --n 4 --grid --out outputs/sheet
 python scripts/txt2img.py --reproduce outputs/00000.png
 """
@@ -108,7 +109,7 @@ def main() -> None:
     if sheet:
         pictures, requests, paths = zip(*sheet, strict=True)
         record = provenance.record_sheet(model, settings, requests)
-        labels = [request.prompt for request in requests] if "grid_labels" in given else None
+        labels = [request.title for request in requests] if "grid_labels" in given else None
         whole = image_io.grid(torch.stack(pictures), labels=labels)
         print(image_io.save_numbered(whole, folder, record, "grid-", first=int(paths[0].stem)))
 
@@ -135,12 +136,14 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
 
 def requests_of(given: Mapping[str, Any]) -> list[Request]:
     """What to draw, in order."""
-    if ("prompt" in given) == ("from_file" in given):
-        raise UserError("say what to draw with one of the two, --prompt TEXT or --from-file FILE")
-    negative, seed, n = given.get("negative", ""), given.get("seed", 0), given.get("n", 1)
-    if "prompt" in given:
-        return jobs.of_prompts(given["prompt"], negative, seed, n)
-    return jobs.read_prompts(given["from_file"], negative, seed, n)
+    labels, how = given.get("label"), (given.get("negative", ""), given.get("seed", 0), given.get("n", 1))
+    if "from_file" in given and "prompt" not in given:
+        if labels and len(labels) > 1:
+            raise UserError("with --from-file one --label stands in where a row has none; give the others in the file")
+        return jobs.read_prompts(given["from_file"], *how, labels and labels[0])
+    if "from_file" in given or not (labels or "prompt" in given):
+        raise UserError("say what to draw with one of these: --prompt TEXT, --label NAME or both; or --from-file FILE")
+    return jobs.of_prompts(given.get("prompt", ""), *how, labels)
 
 
 def adapters_of(given: Mapping[str, Any]) -> tuple[Adapter, ...]:
@@ -154,7 +157,10 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser = Parser(description=about, epilog=examples)
     add = parser.add_argument_group("what to draw").add_argument
     add("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    add("--from-file", metavar="FILE", help="a prompt on each line; .json, .jsonl, .csv: prompt, negative, seed")
+    add(
+        "--label", action="append", metavar="NAME", help="a class, of a model that has them; may be given several times"
+    )
+    add("--from-file", metavar="FILE", help="a prompt on each line; .json, .jsonl, .csv: prompt, label, negative, seed")
     add("--negative", metavar="TEXT", help="what not to draw (default: nothing in particular)")
     add("--n", type=int, metavar="N", help="pictures of each prompt [1]")
     add("--seed", type=int, metavar="N", help="of the first picture; picture i has seed + i [0]")
@@ -177,7 +183,12 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once [4]")
     add("--out", metavar="FOLDER", help="numbered on from what is there [outputs]")
     add("--grid", action="store_const", const=True, help="write all pictures on one sheet too")
-    add("--grid-labels", action="store_const", const=True, help="write that sheet with each prompt below its picture")
+    add(
+        "--grid-labels",
+        action="store_const",
+        const=True,
+        help="write that sheet with prompts and labels below the pictures",
+    )
     for word in sys.argv[1:] if words is None else words:  # it goes into the picture and onto the terminal
         if not word.isascii() and any("\ud800" <= letter <= "\udfff" for letter in word):
             raise UserError(f"the argument '{word[:100]}' is not UTF-8; check the terminal's encoding")

@@ -324,6 +324,29 @@ def test_a_class_is_drawn_by_its_name_and_guided_from_the_null_class(tiny_model:
         draw(tiny_model, [Request("", label="cat")])
 
 
+def test_the_library_takes_labels(tiny_model: LatentDiffusion) -> None:
+    model = told_more(tiny_model, EncoderConfig(labels=("cat", "dog", "hen")), classes=3, context_width=0)
+    both = model.txt2img(label=["cat", "hen"], steps=2, cfg=2.0, batch_size=1)
+    assert torch.equal(both[1:], draw(model, [Request("", seed=1, label="hen")], steps=2, cfg=2.0))
+    *_, last = model.sample(label="cat", steps=2, cfg=2.0)
+    torch.testing.assert_close(model.decode(last), both[:1], rtol=0, atol=1e-4)
+    image = torch.zeros(1, 3, 32, 32)
+    changed = model.img2img(image, label=["cat", "dog"], seed=[3, 3], steps=2)
+    assert changed.shape == (2, 3, 32, 32) and not torch.equal(changed[0], changed[1])
+    with pytest.warns(PromptNotice, match="takes no text, so nothing comes of 'a cat'"):
+        model.txt2img("a cat", label="cat", steps=1)
+    with pytest.warns(
+        PromptNotice, match="no label was given, so any class may be drawn; this model knows cat, dog, h"
+    ):
+        model.txt2img(steps=1)
+    with pytest.raises(UserError, match="there is no label 'cow'"):
+        model.txt2img(label=["cat", "cow"], batch_size=1, steps=1)
+    numbers = told_more(tiny_model, classes=3)  # with captions too
+    assert not torch.equal(numbers.txt2img("a cat", label=2, steps=1), numbers.txt2img("a cat", steps=1))
+    with pytest.raises(UserError, match="there is no label '3'; this model knows 0 to 2"):
+        numbers.txt2img("a cat", label=3, steps=1)
+
+
 def test_a_network_is_told_the_pictures_size(tiny_model: LatentDiffusion) -> None:
     model = told_more(tiny_model, EncoderConfig(pooled=True, sizes=8), vector_width=16 + 6 * 8)
     square, wide = draw(model, [Request("a cat")]), draw(model, [Request("a cat")], width=64)

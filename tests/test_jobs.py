@@ -26,6 +26,27 @@ def test_picture_i_has_seed_plus_i() -> None:
     assert requests == [Request("a", "c", 7), Request("a", "c", 8), Request("b", "c", 9), Request("b", "c", 10)]
 
 
+def test_a_label_for_all_prompts_or_for_each() -> None:
+    assert jobs.of_prompts("", label="cat") == [Request("", label="cat")]
+    assert jobs.of_prompts("a", label=["cat", 3], n=2) == [
+        Request("a", seed=i, label=label) for i, label in enumerate(("cat", "cat", "3", "3"))
+    ]
+    assert [request.title for request in jobs.of_prompts(["a", ""], label=[0, "dog"])] == ["0, a", "dog"]
+    assert jobs.of_prompts(["a", "b"], ["c", "d"], label=("x", "y")) == [
+        Request("a", "c", 0, "x"),
+        Request("b", "d", 1, "y"),
+    ]
+    for label, words in (
+        (["a", "b", "c"], "3 labels were given for 2 prompts"),
+        ([], "an empty list of labels"),
+        ("", "an empty label"),
+        (True, "the label is True, which is not a whole number"),
+        (1.5, "the label is 1.5"),
+    ):
+        with pytest.raises(UserError, match=words):
+            jobs.of_prompts(["a", "b"], label=label)  # type: ignore[arg-type]
+
+
 def test_batches_keep_the_order() -> None:
     requests = jobs.of_prompts(["a"], n=5)
     assert [[r.seed for r in batch] for batch in jobs.batches(requests, 2)] == [[0, 1], [2, 3], [4]]
@@ -51,6 +72,22 @@ def test_prompt_files(tmp_path: Path) -> None:
     table = 'seed,prompt,negative\n3,"a cat, sitting",\n,a dog,red\n,,\n'
     requests = jobs.read_prompts(write(tmp_path / "p.csv", table), "n", 5)
     assert requests == [Request("a cat, sitting", "n", 3), Request("a dog", "red", 6)]
+
+
+def test_labels_in_prompt_files(tmp_path: Path) -> None:
+    table = write(tmp_path / "p.csv", "prompt;Label;seed\na cat;tabby;5\n;dog;\na hen;;\n")
+    assert jobs.read_prompts(table) == [
+        Request("a cat", "", 5, "tabby"),
+        Request("", "", 1, "dog"),
+        Request("a hen", "", 2),
+    ]
+    assert [request.label for request in jobs.read_prompts(table, label="cow")] == ["tabby", "dog", "cow"]
+    numbers = write(tmp_path / "p.jsonl", '{"label": 0}\n{"label": "7", "prompt": "a"}\n{"seed": 9}')
+    assert [(r.prompt, r.label, r.seed) for r in jobs.read_prompts(numbers, label="1")] == [
+        ("", "0", 0),
+        ("a", "7", 1),
+        ("", "1", 9),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +138,9 @@ def test_a_text_with_the_other_delimiters_stays_whole(tmp_path: Path) -> None:
         ("p.jsonl", '{"promt": "a"}', "unknown column 'promt'"),
         ("p.jsonl", '{"seed": 1}', "line 1 has no prompt"),
         ("p.jsonl", '{"prompt": 1}', "must be text"),
+        ("p.jsonl", '{"label": 1.5}', "line 1: the label is 1.5, which is not a whole number"),
+        ("p.jsonl", '{"label": ""}', "line 1: an empty label was given"),
+        ("p.jsonl", '{"label": "\\ud800"}', "not Unicode text"),
         ("p.jsonl", '{"prompt": "a", "seed": 1.5}', "not a whole number"),
         ("p.jsonl", '{"prompt": "a", "seed": true}', "not a whole number"),
         ("p.jsonl", '{"prompt": "a", "seed": -1}', "out of range"),

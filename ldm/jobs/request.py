@@ -11,6 +11,8 @@ from ldm.errors import UserError
 from ldm.jobs.values import shown, whole
 from ldm.ranges import MAX_SEED
 
+Labels = str | int | Iterable[str | int] | None
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -37,11 +39,16 @@ class Request:
         whole = (height, width)
         return Ask(self.prompt, self.label, size=whole, target=whole), Ask(self.negative, size=whole, target=whole)
 
+    @property
+    def title(self) -> str:
+        """The label and the prompt, those that there are."""
+        return ", ".join([str(self.label)] * (self.label is not None) + [self.prompt] * bool(self.prompt))
+
     def check(self) -> Request:
         """The same; raises UserError for a seed that is none, and for texts that no file could hold."""
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed {self.seed} is out of range; choose it between 0 and {MAX_SEED}")
-        for text in (self.prompt, self.negative):
+        for text in (self.prompt, self.negative, str(self.label)):
             if any("\ud800" <= letter <= "\udfff" for letter in text):  # half of a letter, or bytes that are not UTF-8
                 raise UserError(f"the prompt '{text[:100]}' is not Unicode text; write it in UTF-8")
         return self
@@ -55,17 +62,26 @@ def expand(requests: Sequence[Request], n: int) -> list[Request]:
 
 
 def of_prompts(
-    prompts: str | Iterable[str], negative: str | Iterable[str] = "", seed: int | Iterable[int] = 0, n: int = 1
+    prompts: str | Iterable[str],
+    negative: str | Iterable[str] = "",
+    seed: int | Iterable[int] = 0,
+    n: int = 1,
+    label: Labels = None,
 ) -> list[Request]:
     """`n` pictures of each prompt, prompt by prompt; one `negative` for all, or one for each prompt.
 
+    `label`: of a class-conditional model; one for all prompts, or one for each; one prompt serves all labels.
     `seed`: one for each picture, or a number: picture i of them all then has seed + i. Raises UserError.
     """
-    texts, n = _texts(prompts, "prompt"), _count(n)
-    negatives = [negative] * len(texts) if isinstance(negative, str) else _texts(negative, "negative prompt")
-    if len(negatives) != len(texts):
-        raise UserError(f"{len(negatives)} negative prompts were given for {len(texts)} prompts; give one for each")
-    count = n * len(texts)
+    texts, labels, n = _texts(prompts, "prompt"), _labels(label), _count(n)
+    if len(texts) != len(labels) and 1 not in (len(texts), len(labels)):
+        raise UserError(f"{len(labels)} labels were given for {len(texts)} prompts; give one for each, or one for all")
+    kinds = max(len(texts), len(labels))
+    texts, labels = texts * (kinds // len(texts)), labels * (kinds // len(labels))
+    negatives = [negative] * kinds if isinstance(negative, str) else _texts(negative, "negative prompt")
+    if len(negatives) != kinds:
+        raise UserError(f"{len(negatives)} negative prompts were given for {kinds} prompts; give one for each")
+    count = n * kinds
     if isinstance(seed, Iterable) and not isinstance(seed, str) and getattr(seed, "shape", None) != ():
         seeds = [whole(one, "a seed") for one in seed]
         if len(seeds) != count:
@@ -73,7 +89,16 @@ def of_prompts(
     else:
         first = whole(seed, "the seed")
         seeds = list(range(first, first + count))
-    return [Request(texts[i // n], negatives[i // n], one).check() for i, one in enumerate(seeds)]
+    return [Request(texts[i // n], negatives[i // n], one, labels[i // n]).check() for i, one in enumerate(seeds)]
+
+
+def as_label(given: Any) -> str:
+    """A label as text, which may be given as a whole number; raises UserError."""
+    if isinstance(given, str):
+        if not given.strip():
+            raise UserError("an empty label was given; name a class, or leave the label out")
+        return given
+    return str(whole(given, "the label"))
 
 
 def batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
@@ -81,6 +106,17 @@ def batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request
     if whole(size, "the batch size") < 1:
         raise UserError(f"a batch of {size} pictures was asked for; choose at least 1")
     return (requests[i : i + size] for i in range(0, len(requests), size))
+
+
+def _labels(given: Labels) -> list[str | None]:
+    if given is None:
+        return [None]
+    if isinstance(given, str) or not isinstance(given, Iterable) or getattr(given, "shape", None) == ():
+        return [as_label(given)]
+    labels: list[str | None] = [as_label(one) for one in given]
+    if not labels:
+        raise UserError("an empty list of labels was given; give at least one")
+    return labels
 
 
 def _count(n: Any) -> int:

@@ -161,8 +161,8 @@ def read_captions(name: str, where: Mapping[str, Sequence[str]] | None = None) -
         requests = read_prompts(path)
         if requests != [Request(request.prompt, seed=i) for i, request in enumerate(requests)]:
             raise UserError(
-                f"{name} has seeds or negative prompts of its own, and pictures to be measured have seeds from --seed "
-                "on and no negative prompts; give a file of prompts alone"
+                f"{name} has labels, seeds or negative prompts of its own, and pictures to be measured have seeds from "
+                "--seed on and none of the others; give a file of prompts alone"
             )
         return tuple(request.prompt for request in requests)
     return captions_of(open_source(name, "--captions", where))

@@ -23,7 +23,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm import image_io
+from ldm.checkpoints import native
+from ldm.config import AutoencoderConfig, EncoderConfig, ModelConfig, UNetConfig
 from ldm.find import SHIPPED
+from ldm.unet import UNet
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
 
@@ -145,6 +148,64 @@ def test_order_numbers_and_settings(cli: Cli, tiny_checkpoint: Path, tmp_path: P
     assert out.splitlines() == [f"{tmp_path}/out/00006.png  seed 40", f"{tmp_path}/out/00007.png  seed 1"]
     assert pixels(tmp_path / "out" / "00007.png").shape == (32, 40, 3)
     assert (tmp_path / "out" / "00000.png").read_bytes() == before
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """A model of two classes, without captions, in pixels, random weights."""
+    folder, unet = tmp_path / "classes", UNetConfig(3, 3, 32, (1,), 1, (), context_width=0, classes=2)
+    config = ModelConfig(
+        autoencoder=AutoencoderConfig(kind="identity", scale=(1.0,)),
+        unet=unet,
+        encoder=EncoderConfig(labels=("cat", "dog")),
+        image_size=16,
+    )
+    torch.manual_seed(0)
+    network = UNet(config.unet or unet)
+    for parameter in network.parameters():
+        if not bool(parameter.detach().any()):
+            torch.nn.init.normal_(parameter, std=0.1)
+    native.save(folder, config, {"unet": network})
+    return folder
+
+
+def test_classes_are_drawn_by_their_labels(cli: Cli, classes: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    run = ("--model", classes, "--steps", 2, "--device", "cpu", "--out", tmp_path / "out")
+    code, out, err = cli("--label", "cat", "--label", "dog", "--n", 2, "--grid-labels", *run)
+    assert (code, err) == (0, "") and out.count("\n") == 5
+    records = [image_io.read_metadata(tmp_path / "out" / f"{i:05d}.png") for i in range(4)]
+    assert [(record["label"], record["prompt"], record["seed"]) for record in records] == [
+        *(("cat", "", i) for i in (0, 1)),
+        *(("dog", "", i) for i in (2, 3)),
+    ]
+    with Image.open(tmp_path / "out" / "00003.png") as picture:
+        assert "Label: dog" in picture.info["parameters"]
+    assert image_io.read_metadata(tmp_path / "out" / "grid-00000.png")["labels"] == ["cat", "cat", "dog", "dog"]
+    assert pixels(tmp_path / "out" / "grid-00000.png")[16:].min() == 0  # something is written below them
+
+    code, out, err = cli("--reproduce", tmp_path / "out" / "00003.png", "--out", tmp_path / "again", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert np.array_equal(pixels(tmp_path / "again" / "00000.png"), pixels(tmp_path / "out" / "00003.png"))
+
+    rows = tmp_path / "p.csv"
+    rows.write_text("label,seed\ndog,3\n,0\n")
+    code, _, err = cli("--from-file", rows, "--label", "cat", "--batch-size", 4, *run)
+    assert (code, err) == (0, "")
+    for drawn, before in (("00004", "00003"), ("00005", "00000")):
+        assert (
+            np.abs(pixels(tmp_path / "out" / f"{drawn}.png") - 1.0 * pixels(tmp_path / "out" / f"{before}.png")).max()
+            <= 1
+        )
+
+    code, _, err = cli("--prompt", "a cat", *run)
+    assert code == 0 and "takes no text, so nothing comes of 'a cat'" in err and "no label was given" in err
+    assert "there is no label 'cow'; this model knows cat, dog" in cli.refused("--label", "cat", "--label", "cow", *run)
+    assert "one --label stands in" in cli.refused("--from-file", rows, "--label", "cat", "--label", "dog", *run)
+    assert "say what to draw" in cli.refused(*run)
+    assert "this model knows no labels" in cli.refused("--label", "cat", "--model", tiny_checkpoint, *run[2:])
+    assert "--label does not go with --reproduce" in cli.refused(
+        "--reproduce", tmp_path / "out" / "00003.png", "--label", "cat"
+    )
 
 
 def test_a_long_prompt_and_another_model(
