@@ -303,7 +303,7 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
         "0 steps": [*cat, "--steps", "0"],
         "--steps is 'many'; it must be a whole number": [*cat, "--steps", "many"],
         "unknown option '--sede'; did you mean '--seed'?": [*cat, "--sede", "3"],
-        "one of the two": [],
+        "one of these": [],
         "'bad   byte' is not UTF-8": ["--prompt", "bad \udcff byte"],
         "the width is 400000 pixels": [*cat, "--width", "400000"],
         "at least 1": [*cat, "--n", "0"],
