@@ -1,10 +1,18 @@
-"""The README's two commands are there, continuous integration runs these and no others, and its Python is Python."""
+"""The README's two commands are there, and continuous integration runs these and no others; the others fit."""
 
+import argparse
 import re
+import runpy
+import shlex
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from ldm.arguments import Parser
+from ldm.config import AutoencoderTraining, ClipTraining, DiffusionTraining, EmbeddingTraining, load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -13,6 +21,12 @@ COMMANDS = [
     ENVIRONMENT + 'pip install -e . && python scripts/txt2img.py --prompt "a red heart" --cfg 7.5',
     ENVIRONMENT + "pip install -e '.[test]' && pytest",
 ]
+TRAININGS = {
+    "train_autoencoder": AutoencoderTraining,
+    "train_clip": ClipTraining,
+    "train_diffusion": DiffusionTraining,
+    "train_embedding": EmbeddingTraining,
+}
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -56,3 +70,64 @@ def test_files_that_the_readme_names_exist():
     """Paths into the repository, wherever they stand; outputs of commands begin with other folders."""
     named = set(re.findall(r"\b(?:scripts|tools|configs|ldm|tests|docs)/[\w/]+\.(?:py|yaml|md|toml)\b", README))
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+# ---------------------------------------------------------------- the other commands
+
+
+class Parsed(Exception):
+    """A command line that its program has understood; the program itself is another matter."""
+
+
+def printed() -> list[tuple[str, list[str]]]:
+    """The commands of the README and the pages that run a script or a tool: where they stand, and their words."""
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            words = shlex.split(line) if re.match(r" {4,}(python|accelerate-launch) ", line) else []
+            if any(word.startswith(("scripts/", "tools/")) for word in words) and "..." not in words:
+                found.append((page.name, words))
+    return found
+
+
+@pytest.mark.parametrize(("page", "words"), printed(), ids=lambda value: "" if isinstance(value, list) else value)
+def test_printed_commands_are_options_and_settings_that_there_are(
+    page: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(parse: Callable[..., argparse.Namespace]) -> Callable[..., None]:
+        def parse_and_stop(self: Parser, *given: object) -> None:
+            raise Parsed(parse(self, *given))
+
+        return parse_and_stop
+
+    at = next(i for i, word in enumerate(words) if word.startswith(("scripts/", "tools/")))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.setattr(sys, "argv", words[at:])
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(Parser, name, stopping(getattr(Parser, name)))
+    with pytest.raises(Parsed) as found:
+        runpy.run_path(words[at], run_name="__main__")
+    arguments = found.value.args[0]
+    if hasattr(arguments, "config"):
+        kind = TRAININGS.get(Path(words[at]).stem, DiffusionTraining)
+        settings = load(kind, arguments.config, arguments.overrides)
+        if not settings.data.shards.startswith("data/icons/"):
+            assert not settings.data.where, "a filter of the shipped model's pictures leaves nothing of one's own"
+        assert settings.loop.global_batch % settings.data.streams == 0
+
+
+def test_the_walk_for_ones_own_pictures() -> None:
+    """What a step reads, one before it has written; no two write into one folder."""
+    walk = README.partition("## Train on your own pictures")[2].partition("**From a model")[0]
+    lines = [line.strip() for line in walk.splitlines() if line.startswith("       python ")]
+    assert [re.findall(r"/(\w+)\.py", line)[0] for line in lines] == [
+        "make_shards", "train_autoencoder", "train_clip", "precompute_latents", "train_diffusion", "txt2img",
+        "convert_checkpoint",
+    ]  # fmt: skip
+    assert "--holdout" in lines[0] and all("data/val-" in lines[i] for i in (1, 2, 4))
+    walk = "\n".join(lines)
+    outputs = re.findall(r"\boutput=(\S+)", walk)
+    assert len(outputs) == len(set(outputs)) == 3
+    for setting in ("autoencoder", "text", "latents"):
+        assert set(re.findall(rf"\b{setting}=(\S+)", walk)) <= {*outputs, "data/latents"}
