@@ -24,6 +24,18 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of what an error says, `most` letters of it; the name of its type where it says nothing."""
+    text = str(getattr(error, "problem", None) or error).strip()  # yaml's errors begin with what it was doing
+    return text.splitlines()[0][:most] if text else type(error).__name__
+
+
+def kind_and_line(error: BaseException) -> str:
+    """The same behind the name of its type: "ConnectionError: refused"."""
+    line, kind = first_line(error), type(error).__name__
+    return kind if line == kind else f"{kind}: {line}"
+
+
 def instead(word: str, names: Iterable[str]) -> str:
     """The end of a sentence about an unknown `word`: the one of `names` that is like it, and, if few, all of them."""
     known = list(names)

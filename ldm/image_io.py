@@ -10,7 +10,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from ldm import pictures
 from ldm.errors import UserError, explain_os_error
 from ldm.files import Taken, atomic_write_bytes
-from ldm.plain import parse_json
+from ldm.plain import leaves, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +119,7 @@ def readable(metadata: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in metadata.items() if key not in ("prompt", "negative")}
     if "width" in rest and "height" in rest:
         rest["size"] = f"{rest.pop('width')}x{rest.pop('height')}"
-    lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in _flat(rest, "")))
+    lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in _labelled(rest)))
     return "\n".join(lines)
 
 
@@ -131,16 +131,12 @@ def _quoted(value: Any) -> str:
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
-def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+def _labelled(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Label and value of each entry that says something; those of a nested mapping carry its name before theirs."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{key.replace('_', ' ')} ")
-        elif value is not None and value != "":
-            name = LABELS.get(key, key.replace("_", " ")) if not prefix else prefix + key.replace("_", " ")
-            pairs.append((re.sub(r"[^\w /-]", " ", name[0].upper() + name[1:]), value))
-    return pairs
+    for path, value in leaves(values):
+        if value is not None and value != "":
+            name = LABELS.get(path, path.replace("_", " "))
+            yield re.sub(r"[^\w /-]", " ", name[0].upper() + name[1:]), value
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2, labels: Sequence[str] | None = None) -> Tensor:

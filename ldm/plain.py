@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import UserError
+from ldm.errors import UserError, first_line
 from ldm.files import read_text
 
 MAX_TEXT = 16 << 20  # bytes of a JSON file; a model's with a table of all its tokens has half a million
@@ -26,8 +27,7 @@ def parse_json(text: str, where: str | Path) -> dict[str, Any]:
     try:
         plain = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{where} does not hold valid JSON ({reason}); copy it again") from error
+        raise UserError(f"{where} does not hold valid JSON ({first_line(error)}); copy it again") from error
     if not isinstance(plain, dict):
         raise UserError(f"{where} holds a {type(plain).__name__} where a JSON object of settings should be")
     waiting: list[tuple[Any, int]] = [(plain, 1)]
@@ -38,6 +38,15 @@ def parse_json(text: str, where: str | Path) -> dict[str, Any]:
         inner = value.values() if isinstance(value, dict) else value
         waiting.extend((item, depth + 1) for item in inner if isinstance(item, dict | list))
     return plain
+
+
+def leaves(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"a": {"b": 1}, "c": [2]} -> ("a.b", 1), ("c", [2])"""
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read_yaml_text(path: str | Path) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, first_line, nearest
 from ldm.plain import read_yaml_text
 from ldm.ranges import check
 
@@ -53,17 +53,8 @@ def read(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[
     except UserError:
         raise
     except Exception as error:  # at odd keys (a[0]) and values (2001-99-99) OmegaConf and yaml fail in any way
-        raise UserError(f"{where}: {_first_line(error)}") from error
+        raise UserError(f"{where}: {first_line(error, 300)}") from error
     return plain
-
-
-def leaves(plain: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{"a": {"b": 1}, "c": [2]} -> ("a.b", 1), ("c", [2])"""
-    for key, value in plain.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def from_dict(cls: type[T], plain: Any, where: str) -> T:
@@ -200,8 +191,3 @@ def changed(config: Any) -> dict[str, Any]:
 
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(getattr(error, "problem", None) or error).strip()  # yaml's errors begin with what it was doing
-    return text.splitlines()[0][:300] if text else type(error).__name__

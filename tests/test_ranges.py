@@ -20,8 +20,9 @@ from ldm.config import (
     to_dict,
 )
 from ldm.errors import UserError
+from ldm.plain import leaves
 from ldm.ranges import OneOf, Range
-from ldm.settings import leaves, listing, names
+from ldm.settings import listing, names
 
 TRAININGS = (AutoencoderTraining, ClipTraining, DiffusionTraining, EmbeddingTraining)
 WHOLE_LINE = {"sample.cfg", "loss.level_mean"}  # numbers that may be negative; and the latent's shift

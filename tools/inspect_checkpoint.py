@@ -13,6 +13,7 @@ from ldm.script import run
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ldm.checkpoints.opening import WEIGHTS, open_checkpoint
 from ldm.checkpoints.record import Checkpoint
 from ldm.config import to_dict
 from ldm.errors import UserError
-from ldm.plain import read_json
+from ldm.plain import leaves, read_json
 
 LONG = 12  # entries; longer lists are counted
 
@@ -89,17 +90,13 @@ def training(checkpoint: Checkpoint) -> None:
         print(f"  {key[:80]} = {str(value)[:200]}")
 
 
-def flat(plain: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """[("unet.channels", "320"), ...]; what is not there (null) is left out."""
-    found: list[tuple[str, str]] = []
-    for key, value in plain.items():
-        if isinstance(value, dict):
-            found += flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and len(value) > LONG:
-            found.append((prefix + key, f"{len(value):,} entries"))
+def flat(plain: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """("unet.channels", "320"), ...; what is not there (null) is left out."""
+    for key, value in leaves(plain):
+        if isinstance(value, list) and len(value) > LONG:
+            yield key, f"{len(value):,} entries"
         elif value is not None:
-            found.append((prefix + key, json.dumps(value)))
-    return found
+            yield key, json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,9 @@ from ldm.arguments import COUNT, NATURAL, Bounded, Parser
 from ldm.data import samples
 from ldm.data.folders import UNREAD, Picture, caption_fields, captioned, find_pictures, read_file
 from ldm.data.records import BadSample, Record, shown
-from ldm.data.sources import first_line
 from ldm.data.tables import column_of, rows
 from ldm.data.writing import write_shard
-from ldm.errors import UserError
+from ldm.errors import UserError, kind_and_line
 from ldm.files import atomic_write_text, read_text
 from ldm.locks import held
 from ldm.workers import pool
@@ -256,7 +255,7 @@ def _convert(numbered: tuple[int, Source], options: Options) -> Made:
     except BadSample as error:
         return str(error)
     except Exception as error:  # a library's, on a file that nobody foresaw: it must not end the work on all others
-        return f"it cannot be converted ({first_line(error)})"
+        return f"it cannot be converted ({kind_and_line(error)})"
     meta = json.dumps({**sample.meta, "file": source.name}, default=str)
     fields = {options.format: content, "txt": sample.caption.encode(), "json": meta.encode()}
     return f"{number:06d}", fields

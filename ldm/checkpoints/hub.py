@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ldm.errors import UserError
+from ldm.errors import UserError, first_line
 
 FOLDERS = ("unet", "vae", "text_encoder")
 SETTINGS = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*.json", "model.json")
@@ -67,5 +67,4 @@ def _explain(error: Exception, name: str) -> UserError:
         return UserError(f"Hugging Face has no hf:{name}, or it is private; check the name")
     if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TimeoutError"}:
         return UserError(f"hf:{name} is not in the cache and Hugging Face cannot be reached; check the network")
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return UserError(f"fetching hf:{name} failed ({reason})")
+    return UserError(f"fetching hf:{name} failed ({first_line(error)})")

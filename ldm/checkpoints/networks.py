@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import ModelConfig
-from ldm.errors import UserError
+from ldm.errors import UserError, first_line
 
 
 def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:
@@ -30,8 +30,9 @@ def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:
             if name == "unet" and config.unet is not None:
                 return UNet(config.unet)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{where} describes a {name} that cannot be built ({reason}); check its settings") from error
+        raise UserError(
+            f"{where} describes a {name} that cannot be built ({first_line(error)}); check its settings"
+        ) from error
     raise ValueError(f"the config has no {name}")
 
 

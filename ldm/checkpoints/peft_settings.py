@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints.reading import Tensors
-from ldm.errors import UserError
+from ldm.errors import UserError, first_line
 from ldm.plain import parse_json, read_json
 
 MAX_PATTERN = 500  # letters of an expression; a module's name has a hundred
@@ -84,7 +84,8 @@ class Strength:
                 f"{self.path}: matching {pattern[:60]!r} in its alpha_pattern takes too long; the file is damaged"
             ) from error
         except (regex.error, RecursionError, OverflowError, ValueError) as error:
-            reason = str(error).splitlines()[0][:100]
-            raise UserError(f"{self.path}: {pattern[:60]!r} in its alpha_pattern is invalid ({reason})") from error
+            raise UserError(
+                f"{self.path}: {pattern[:60]!r} in its alpha_pattern is invalid ({first_line(error, 100)})"
+            ) from error
         finally:
             self._left -= time.process_time() - begin

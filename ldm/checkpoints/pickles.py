@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ldm.errors import first_line
+
 MAX_OPERATIONS = 500_000  # Stable Diffusion with averages and an optimizer's state takes some 100,000
 MAX_DEPTH = 10_000  # unfinished containers
 MAX_NAME = 1000  # letters of a class' name; longer ones could be put together again and again
@@ -62,8 +64,7 @@ def read_pickle(
                 return machine.pop(), stream.tell()
             machine.step(instruction.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        reason = str(error).strip().splitlines()
-        raise BadPickle(f"it is damaged: {reason[0][:100] if reason else type(error).__name__}") from error
+        raise BadPickle(f"it is damaged: {first_line(error, 100)}") from error
     raise BadPickle("it ends in the middle")
 
 

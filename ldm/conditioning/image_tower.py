@@ -7,17 +7,15 @@ picture fits a caption.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.checkpoints.small import load_network, save_network
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.config import ImageTowerConfig, from_dict, to_dict
 from ldm.errors import UserError
-from ldm.files import atomic_write, atomic_write_text, read_text
 
 NAME = "image_tower"
 
@@ -57,28 +55,16 @@ class ImageTower(nn.Module):
 
 def save_image_tower(directory: str | Path, tower: ImageTower, logit_scale: float) -> None:
     """Write the tower into `directory`; similarities are trained as `logit_scale` times the cosine."""
-    directory = Path(directory)
-    state = {name: value.detach().cpu().contiguous() for name, value in tower.state_dict().items()}
-    with atomic_write(directory / f"{NAME}.safetensors") as temporary:
-        save_file(state, temporary)
     document = {**to_dict(tower.config), "embed_dim": tower.embed_dim, "logit_scale": logit_scale}
-    atomic_write_text(directory / f"{NAME}.json", json.dumps(document, indent=1) + "\n")
+    save_network(directory, NAME, tower, document)
 
 
 def load_image_tower(directory: str | Path) -> ImageTower:
     """The tower that `save_image_tower` wrote, frozen, on the CPU; raises UserError for a missing or damaged file."""
-    directory = Path(directory)
-    where = directory / f"{NAME}.json"
-    try:
-        document = json.loads(read_text(where))
+
+    def build(document: dict[str, Any], where: str) -> ImageTower:
         embed_dim = int(document.pop("embed_dim"))
         document.pop("logit_scale")
-        state = load_file(directory / f"{NAME}.safetensors")
-    except (ValueError, KeyError, AttributeError, TypeError, OSError, SafetensorError) as error:
-        raise UserError(f"the picture tower in {directory} is missing or damaged ({error}); copy it again") from error
-    tower = ImageTower(from_dict(ImageTowerConfig, document, str(where)), embed_dim)
-    shapes = {name: value.shape for name, value in tower.state_dict().items()}
-    if {name: value.shape for name, value in state.items()} != shapes:
-        raise UserError(f"the tensors in {directory / NAME}.safetensors are not those that {where} describes")
-    tower.load_state_dict(state)
-    return tower.eval().requires_grad_(False)
+        return ImageTower(from_dict(ImageTowerConfig, document, where), embed_dim)
+
+    return load_network(directory, NAME, build, "scripts/train_clip.py")

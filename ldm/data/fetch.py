@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ldm.data.sources import PIPE, file_system, first_line
+from ldm.data.sources import PIPE, file_system
 from ldm.data.tars import NotATar, read_headers
-from ldm.errors import explain_os_error
+from ldm.errors import explain_os_error, kind_and_line
 
 ATTEMPTS = 8  # in a row that bring nothing new
 FIRST_PAUSE = 0.5  # seconds; the seventh is 32
@@ -83,7 +83,7 @@ def fetch(source: str, target: Path, reserve: Callable[[int, int], int]) -> None
             failures = 1 if written > furthest else failures + 1
             furthest = max(furthest, written)
             if failures == ATTEMPTS:
-                raise Unreachable(f"{first_line(error)}, {ATTEMPTS} times in a row") from error
+                raise Unreachable(f"{kind_and_line(error)}, {ATTEMPTS} times in a row") from error
             time.sleep(FIRST_PAUSE * 2 ** (failures - 1) * random.uniform(0.5, 1))
 
 
@@ -164,13 +164,13 @@ def _store(source: str, offset: int) -> Iterator[_Opened]:
             stream.seek(begin)
             yield _Opened(stream, begin, total)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise _Refused(first_line(error)) from error
+        raise _Refused(kind_and_line(error)) from error
     except OSError:
         raise
     except Exception as error:
         if type(error).__module__.startswith(("ldm.", "builtins")):
             raise  # ours, or a fault of this program
-        raise ConnectionError(first_line(error)) from error  # stores have exceptions of their own
+        raise ConnectionError(kind_and_line(error)) from error  # stores have exceptions of their own
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import braceexpand
 
-from ldm.errors import UserError
+from ldm.errors import UserError, kind_and_line
 
 PIPE = "pipe:"
 
@@ -107,7 +107,7 @@ def _in_store(pattern: str, what: str) -> list[str]:
     except UserError:
         raise
     except Exception as error:  # each store has exceptions of its own
-        raise UserError(f"{what}: '{pattern}' cannot be listed ({first_line(error)})") from error
+        raise UserError(f"{what}: '{pattern}' cannot be listed ({kind_and_line(error)})") from error
 
 
 def file_system(source: str):
@@ -119,11 +119,8 @@ def file_system(source: str):
     try:
         return url_to_fs(source)
     except ImportError as error:
-        raise UserError(f"reading {source} needs another package ({first_line(error)})") from error
+        raise UserError(f"reading {source} needs another package ({kind_and_line(error)})") from error
     except ValueError as error:
-        raise UserError(f"{source} is of no store that fsspec knows ({first_line(error)}); check the scheme") from error
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+        raise UserError(
+            f"{source} is of no store that fsspec knows ({kind_and_line(error)}); check the scheme"
+        ) from error

@@ -7,24 +7,20 @@ tools/train_noisy_classifier.py trains it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.checkpoints.small import load_network, save_network
 from ldm.config import from_dict, to_dict
 from ldm.diffusion.parameterization import per_picture
-from ldm.errors import UserError, explain_os_error
-from ldm.files import atomic_write_bytes, atomic_write_text
+from ldm.errors import UserError
 from ldm.guidance.gradient import LogProbability
-from ldm.plain import read_json
 from ldm.unet.blocks import Downsample, ResidualBlock
 from ldm.unet.embedding import FOURIER_UNIT, EmbeddingMLP, FourierFeatures
 
@@ -107,27 +103,13 @@ def _some(classes: Sequence[str], wanted: str, most: int = 5) -> str:
 
 def save_noisy_classifier(classifier: NoisyClassifier, directory: str | Path) -> None:
     """Write noisy_classifier.json and noisy_classifier.safetensors to `directory`."""
-    directory = Path(directory)
-    state = {name: value.detach().cpu().contiguous() for name, value in classifier.state_dict().items()}
-    atomic_write_bytes(directory / f"{NAME}.safetensors", tensor_bytes(state))
-    atomic_write_text(directory / f"{NAME}.json", json.dumps(to_dict(classifier.config), indent=1) + "\n")
+    save_network(directory, NAME, classifier, to_dict(classifier.config))
 
 
 def load_noisy_classifier(directory: str | Path, device: str | torch.device = "cpu") -> NoisyClassifier:
     """The classifier that was saved there, frozen, in evaluation mode; raises UserError."""
-    directory = Path(directory)
-    where = directory / f"{NAME}.json"
-    if not where.exists():
-        raise UserError(f"{directory} holds no {where.name}; train a classifier with tools/train_noisy_classifier.py")
-    try:
-        config = from_dict(NoisyClassifierConfig, read_json(where), str(where))
-        state = load_tensors((directory / f"{NAME}.safetensors").read_bytes())
-        with torch.device("meta"):  # nothing is allocated for sizes that the file does not have
-            classifier = NoisyClassifier(config)
-        classifier.load_state_dict(state, assign=True)
-    except OSError as error:
-        raise explain_os_error(error, f"reading {directory}") from error
-    except (ValueError, RuntimeError, ArithmeticError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the classifier in {directory} cannot be read ({reason}); train it again") from error
-    return classifier.to(device).eval().requires_grad_(False)
+
+    def build(document: dict[str, Any], where: str) -> NoisyClassifier:
+        return NoisyClassifier(from_dict(NoisyClassifierConfig, document, where))
+
+    return load_network(directory, NAME, build, "tools/train_noisy_classifier.py").to(device)

@@ -6,28 +6,26 @@ It sees real pictures only, is no part of any loss or guidance, and does not shi
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.errors import UserError, explain_os_error
-from ldm.files import atomic_write_bytes, atomic_write_text, read_text
+from ldm.checkpoints.small import load_network, save_network
+from ldm.config import from_dict, to_dict
+
+NAME = "classifier"
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
     """What the network is, and what it was trained on: the protocol of the figures made with it."""
 
-    classes: tuple[str, ...]  # names of the concepts, in the order of the logits
+    classes: tuple[str, ...] = ()  # names of the concepts, in the order of the logits
     styles: tuple[str, ...] = ()  # styles of the pictures it saw
     size: int = 64  # pixels
     channels: int = 32  # of the first stage; each of the three that follow has twice as many
@@ -85,31 +83,13 @@ class Residual(nn.Module):
 
 def save_classifier(classifier: Classifier, directory: str | Path) -> None:
     """Write classifier.json and classifier.safetensors to `directory`."""
-    directory = Path(directory)
-    state = {name: value.contiguous() for name, value in classifier.state_dict().items()}
-    atomic_write_bytes(directory / "classifier.safetensors", tensor_bytes(state))
-    atomic_write_text(directory / "classifier.json", json.dumps(asdict(classifier.config), indent=1) + "\n")
+    save_network(directory, NAME, classifier, to_dict(classifier.config))
 
 
 def load_classifier(directory: str | Path) -> Classifier:
     """The classifier that tools/train_classifier.py wrote, in evaluation mode; raises UserError."""
-    directory = Path(directory)
-    try:
-        plain = json.loads(read_text(directory / "classifier.json"))
-        state = load_tensors((directory / "classifier.safetensors").read_bytes())
-        config = _config(plain)
-        classifier = Classifier(config)
-        classifier.load_state_dict(state)
-    except OSError as error:
-        raise explain_os_error(error, f"reading {directory}") from error
-    except UserError:
-        raise UserError(f"{directory} holds no classifier; train one with tools/train_classifier.py") from None
-    except (ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the classifier in {directory} cannot be read ({reason}); train it again") from error
-    return classifier.eval().requires_grad_(False)
 
+    def build(document: dict[str, Any], where: str) -> Classifier:
+        return Classifier(from_dict(ClassifierConfig, document, where))
 
-def _config(plain: Mapping[str, object]) -> ClassifierConfig:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
-    return ClassifierConfig(**values)  # type: ignore[arg-type]
+    return load_network(directory, NAME, build, "tools/train_classifier.py")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.torchvision_ops import declare_missing_operators
-from ldm.errors import UserError, explain_os_error
+from ldm.errors import UserError, explain_os_error, first_line
 from ldm.metrics.features import FeatureSpace, resized
 
 SHA256 = "6726825d"  # how the sha256 of the published file begins; its name says so
@@ -65,7 +65,7 @@ def build(content: bytes) -> torch.nn.Module:
         packed.seek(0)
         return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], packed)
     except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        raise UserError(f"the Inception weights cannot be read ({str(error).splitlines()[0]}); fetch them") from error
+        raise UserError(f"the Inception weights cannot be read ({first_line(error)}); fetch them") from error
 
 
 def _read(path: str) -> bytes:

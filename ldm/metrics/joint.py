@@ -21,7 +21,7 @@ from ldm.checkpoints import native
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning.image_tower import load_image_tower
 from ldm.conditioning.torchvision_ops import declare_missing_operators
-from ldm.errors import UserError, explain_os_error
+from ldm.errors import UserError, explain_os_error, first_line
 from ldm.find import find
 from ldm.metrics.features import FeatureSpace, resized
 
@@ -80,7 +80,7 @@ def open_clip_space(name: str, file: str, device: str = "cpu") -> FeatureSpace:
     try:
         open_clip.load_checkpoint(model, file, weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{file} holds no weights of {architecture} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{file} holds no weights of {architecture} ({first_line(error)})") from error
     model.eval().requires_grad_(False)
     tokenizer = open_clip.get_tokenizer(architecture)
     size = model.visual.image_size

@@ -22,7 +22,7 @@ from ldm.errors import UserError
 from ldm.files import atomic_write_text
 from ldm.metrics.figures import tables
 from ldm.model import Model
-from ldm.plain import read_json
+from ldm.plain import leaves, read_json
 
 PACKAGES = ("torch-fidelity", "torchmetrics", "open_clip_torch", "pillow", "numpy")
 
@@ -112,21 +112,15 @@ def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in _flat(figures).items() if isinstance(value, int | float)}
 
 
-def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(plain: Mapping[str, Any]) -> dict[str, Any]:
     """{"a": {"b": 1}, "c": [2]} -> {"a.b": 1, "c": [2]}; a list of mappings with names is a mapping."""
-    flat: dict[str, Any] = {}
-    for key, value in plain.items():
-        if isinstance(value, list) and value and all(map(_named, value)):
-            value = {item["name"]: item for item in value}
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    return dict(leaves(_by_name(plain)))
 
 
-def _named(item: Any) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("name"), str)
+def _by_name(value: Any) -> Any:
+    if isinstance(value, list) and value and all(isinstance(i, dict) and isinstance(i.get("name"), str) for i in value):
+        value = {item["name"]: item for item in value}
+    return {key: _by_name(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def _told(value: Any) -> str:

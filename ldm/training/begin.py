@@ -22,7 +22,7 @@ from ldm.config import (
     to_dict,
 )
 from ldm.errors import UserError
-from ldm.settings import leaves
+from ldm.plain import leaves
 from ldm.unet.unet import UNet
 
 DECIDED = ("parameterization", "sigma_data", "learned_variance", "schedule", "model", "encoder")  # by the model of init

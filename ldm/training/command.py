@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 
 from ldm.arguments import Parser
 from ldm.home import recipe
-from ldm.settings import leaves, listing, load, read
+from ldm.plain import leaves
+from ldm.settings import listing, load, read
 
 BEGAN = time.monotonic()  # the scripts import this file before anything that takes its time
 T = TypeVar("T")

@@ -19,9 +19,10 @@ from accelerate import Accelerator
 
 from ldm import settings
 from ldm.config import LoopConfig
-from ldm.errors import UserError, out_of_memory
+from ldm.errors import UserError, kind_and_line, out_of_memory
 from ldm.files import atomic_write_text
 from ldm.locks import check_free
+from ldm.plain import leaves
 from ldm.training.backward import Gradients, accumulate
 from ldm.training.command import BEGAN
 from ldm.training.draws import generator
@@ -32,7 +33,7 @@ from ldm.training.meters import Meters
 from ldm.training.preflight import check_output
 from ldm.training.processes import Division, agree, check_order, divide, from_all, precision_here, writing_alone
 from ldm.training.report import Report
-from ldm.training.saving import Saver, first_line, warn
+from ldm.training.saving import Saver, warn
 from ldm.training.stage import Stage
 from ldm.training.stopping import noted_signals
 
@@ -319,7 +320,7 @@ class _Run:
         try:
             make()
         except Exception as error:
-            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+            why = str(error) if isinstance(error, UserError) else kind_and_line(error)
             warn(f"warning: no {what} of step {self.step}, and the run goes on: {why}")
 
 
@@ -341,5 +342,5 @@ def _print_plan(stage: Stage, loop: LoopConfig, division: Division, accelerator:
 
 def _flat(config: Any) -> dict[str, bool | int | float | str]:
     """{"a.b": 1, "c": "[2]"}: what trackers take for a run's settings."""
-    plain = settings.leaves(settings.to_dict(config))
+    plain = leaves(settings.to_dict(config))
     return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in plain}

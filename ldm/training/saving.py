@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from ldm.checkpoints.run_folder import saved_steps
 from ldm.config import LoopConfig
-from ldm.errors import UserError
+from ldm.errors import UserError, first_line
 from ldm.training.guard import Guard
 from ldm.training.members import Members
 from ldm.training.meters import Meters
@@ -183,11 +183,6 @@ class Saver:
             "bad": (self.skipped, self.in_a_row),
             "guard": self.guard.state_dict() if self.guard is not None else None,
         }
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the rest of what it says."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def warn(text: str) -> None:

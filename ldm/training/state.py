@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.run_folder import saved_steps
-from ldm.errors import UserError
+from ldm.errors import UserError, first_line
 from ldm.files import atomic_write, atomic_write_text
 
 UNUSED = ".pt.unused"  # end of the names of states that were set aside
@@ -94,9 +94,8 @@ def load_state(output: Path, most: int | None = None) -> tuple[int, dict[str, An
             _verify(output, step)
             return step, read_part(output, step)
         except Exception as error:  # a damaged file can fail in any way; the one before it may still do
-            reason = str(error).strip().splitlines()
             path = _main(output, step)
-            print(f"warning: {path} cannot be read ({reason[0][:120] if reason else error})", file=sys.stderr)
+            print(f"warning: {path} cannot be read ({first_line(error, 120)})", file=sys.stderr)
     if steps:
         raise UserError(f"no state in {output / 'state'} can be read; start in another output folder, or remove it")
     return None

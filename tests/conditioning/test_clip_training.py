@@ -229,7 +229,7 @@ def test_a_damaged_picture_tower_is_told(tmp_path: Path):
     save_image_tower(tmp_path, tower, 14.0)
     document = tmp_path / "image_tower.json"
     document.write_text(document.read_text().replace('"layers": 1', '"layers": 2'))
-    with pytest.raises(UserError, match="not those"):
+    with pytest.raises(UserError, match="two files are of different networks"):
         load_image_tower(tmp_path)
     document.unlink()
     with pytest.raises(UserError, match=r"image_tower\.json"):
