@@ -1,10 +1,18 @@
-"""Names that several foreign formats share: the spatial transformer's, and Hugging Face's of the CLIP text tower."""
+"""What several foreign formats share: the spatial transformer's names, Hugging Face's of the CLIP text tower, and how
+shapes tell an autoencoder's architecture.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 
-from ldm.checkpoints.state import Names, Rules, rename
+from ldm.autoencoder.blocks import said_groups
+from ldm.checkpoints.state import Names, Rules, Shape, rename
+from ldm.config import AutoencoderConfig
+from ldm.errors import UserError
+
+GROUPS = 32  # of every norm, in all of these networks, where no config.json says another number
 
 TRANSFORMER: Rules = (
     (r"\bproject_(in|out)\b", r"proj_\1"),
@@ -45,3 +53,32 @@ def clip_names(keys: Iterable[str], prefix: str = "text_model.") -> Names:
         elif key != "text_projection":
             names[key] = (prefix + rename(key, CLIP),)
     return names
+
+
+def autoencoder_of_shapes(
+    shapes: Mapping[str, Shape], where: object, block: str, middle: str, attention: str = ""
+) -> AutoencoderConfig:
+    """The architecture of the autoencoder whose tensors (without a prefix) have these shapes; its shift and scale are
+    Stable Diffusion's. Raises UserError for another network.
+
+    The three are names of tensors: of the convolution in block {1} of level {0}, of the attention in the middle, and
+    of that on level {0}, where the format has any.
+    """
+    try:
+        channels, in_channels = shapes["encoder.conv_in.weight"][:2]
+        levels = list(itertools.takewhile(lambda level: block.format(level, 0) in shapes, itertools.count()))
+        widths = [shapes[block.format(level, 0)][0] for level in levels]
+        return AutoencoderConfig(
+            in_channels=in_channels,
+            channels=channels,
+            multipliers=tuple(width // channels for width in widths),
+            blocks=next(count for count in itertools.count() if block.format(0, count) not in shapes),
+            attention_levels=tuple(level for level in levels if attention.format(level) in shapes),
+            middle_attention=middle in shapes,
+            latent_channels=shapes["post_quant_conv.weight"][0],
+            norm_groups=said_groups(widths, GROUPS),
+        )
+    except (LookupError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"the autoencoder in {where} is not built as Stable Diffusion's ({error}), which alone is read"
+        ) from error

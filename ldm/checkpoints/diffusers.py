@@ -19,10 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.autoencoder.blocks import said_groups
 from ldm.checkpoints import diffusers_configs as configs
 from ldm.checkpoints.architectures import assumed_side
-from ldm.checkpoints.common_names import TRANSFORMER, clip_names
+from ldm.checkpoints.common_names import GROUPS, TRANSFORMER, autoencoder_of_shapes, clip_names
 from ldm.checkpoints.reading import Tensors, read_tensors
 from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.said import Said, by_tensors, follow, marker, settle
@@ -35,7 +34,6 @@ from ldm.plain import read_json
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PICKLES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
-GROUPS = 32  # of norms, where no config.json says another number
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
 UNUSED = r"position_ids$|^text_projection\.weight$"  # computed; of the joint space, which nothing here draws with
 
@@ -77,6 +75,11 @@ ATTENTION: Rules = (
     (r"\.value\.", ".to_v."),
     (r"\.out\.", ".to_out.0."),
 )
+FIRST_STAGE_PLACES = (
+    "encoder.down_blocks.{}.resnets.{}.conv1.weight",
+    "encoder.mid_block.attentions.0.group_norm.weight",
+)
+"""What `autoencoder_of_shapes` looks for."""
 OLD_ATTENTION: Rules = ((r"(attentions\.0)\.out\.", r"\1.proj_attn."),)  # until diffusers 0.18: query, key, value
 
 
@@ -95,6 +98,18 @@ def autoencoder_names(keys: Iterable[str], old: bool = False) -> Names:
 
 
 # ---------------------------------------------------------------- opening
+
+
+def is_pipeline(path: Path, tensors: Tensors | None) -> bool:
+    """Whether it is a directory of several networks."""
+    return tensors is None and (path / "model_index.json").is_file()
+
+
+def is_autoencoder(path: Path, tensors: Tensors | None) -> bool:
+    """Whether it is a folder of one network, or a file of an autoencoder's weights."""
+    if tensors is None:
+        return (path / "config.json").is_file()
+    return "encoder.conv_in.weight" in tensors and any(name.startswith("encoder.down_blocks.") for name in tensors)
 
 
 def open_directory(path: Path, weights: str = "auto", decided: Collection[str] = ()) -> Checkpoint:
@@ -156,27 +171,27 @@ def _scheduler_class(index: Mapping[str, Any]) -> str:
     return str(found[1] or "") if isinstance(found, list) and len(found) == 2 else ""
 
 
-def open_autoencoder(path: Path) -> Checkpoint:
-    """The checkpoint in a folder with the config.json and the weights of an AutoencoderKL."""
-    config, part, assumed = _autoencoder(path)
-    return Checkpoint(path, "diffusers autoencoder", ModelConfig(config), {"autoencoder": part}, assumed)
-
-
-def open_autoencoder_file(path: Path, tensors: Tensors) -> Checkpoint:
-    """The checkpoint in a single file of an AutoencoderKL's weights; a config.json beside it is read."""
-    if (path.parent / "config.json").is_file():
-        config, assumed = _autoencoder_config(path.parent / "config.json")
+def open_autoencoder(path: Path, tensors: Tensors | None) -> Checkpoint:
+    """The checkpoint in a folder with the config.json and the weights of an AutoencoderKL, or in a single file of these
+    weights, `tensors`; a config.json beside it is read.
+    """
+    if tensors is None:
+        config, part, assumed = _autoencoder(path)
     else:
-        config, assumed = _autoencoder_of_shapes({name: tensors.form(name)[1] for name in tensors}, path), True
-    part = _autoencoder_part(tensors, path)
+        part = _autoencoder_part(tensors, path)
+        if (path.parent / "config.json").is_file():
+            config, assumed = _autoencoder_config(path.parent / "config.json")
+        else:
+            shapes = {name: tensors.form(name)[1] for name in tensors}
+            config, assumed = autoencoder_of_shapes(shapes, path, *FIRST_STAGE_PLACES), True
     told = ("autoencoder.scale",) if assumed else ()
     return Checkpoint(path, "diffusers autoencoder", ModelConfig(config), {"autoencoder": part}, told)
 
 
-def _autoencoder(folder: Path) -> tuple[AutoencoderConfig, Part, tuple[str, ...]]:
+def _autoencoder(folder: Path) -> tuple[AutoencoderConfig, Part, bool]:
     config, assumed = _autoencoder_config(folder / "config.json")
     part = _autoencoder_part(_open_weights(folder, "vae"), folder)
-    return config, part, ("autoencoder.scale",) if assumed else ()
+    return config, part, assumed
 
 
 def _autoencoder_config(where: Path) -> tuple[AutoencoderConfig, bool]:
@@ -191,27 +206,6 @@ def _autoencoder_config(where: Path) -> tuple[AutoencoderConfig, bool]:
 def _autoencoder_part(source: Source, where: Path) -> Part:
     old = "encoder.mid_block.attentions.0.query.weight" in source
     return _part(source, where, partial(autoencoder_names, old=old), 0)
-
-
-def _autoencoder_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> AutoencoderConfig:
-    """The architecture that the tensors' shapes tell; shift and scale are Stable Diffusion's."""
-    try:
-        channels, in_channels = shapes["encoder.conv_in.weight"][:2]
-        widths: list[int] = []
-        while (name := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight") in shapes:
-            widths.append(shapes[name][0])
-        pattern = re.compile(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight")
-        return AutoencoderConfig(
-            in_channels=in_channels,
-            channels=channels,
-            multipliers=tuple(width // channels for width in widths),
-            blocks=sum(bool(pattern.fullmatch(name)) for name in shapes),
-            middle_attention="encoder.mid_block.attentions.0.group_norm.weight" in shapes,
-            latent_channels=shapes["post_quant_conv.weight"][0],
-            norm_groups=said_groups(widths, GROUPS),
-        )
-    except (LookupError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"the autoencoder in {path} is not built as Stable Diffusion's ({error})") from error
 
 
 def _part(source: Source, where: Path, names: Any, groups: int) -> Part:

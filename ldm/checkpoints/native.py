@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.limits import check_size
-from ldm.checkpoints.reading import read_metadata, read_tensors
+from ldm.checkpoints.reading import Tensors, read_metadata, read_tensors
 from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.run_folder import gone_on
 from ldm.checkpoints.state import fingerprint as fingerprint_of
@@ -116,24 +116,27 @@ def read_config(path: str | Path) -> ModelConfig:
     return check_size(from_dict(ModelConfig, plain, str(where)), str(where))
 
 
-def open_native(path: Path) -> Checkpoint:
-    """The checkpoint at `path`. Raises UserError for a file that is missing, torn, or a pickle."""
+def is_native(path: Path, tensors: Tensors | None) -> bool:
+    """Whether it is a directory or file of ours."""
+    if tensors is None:
+        return (path / "model.json").is_file()
+    return tensors.metadata.get("model", "").lstrip().startswith("{")
+
+
+def open_native(path: Path, tensors: Tensors | None) -> Checkpoint:
+    """The checkpoint in the directory `path`, or in the file of these tensors. Raises UserError for a file that is
+    missing, torn, or a pickle.
+    """
     config = read_config(path)
-    parts = {name: _part(path, name) for name in part_names(config)}
-    if path.is_dir():
-        remarks = tuple(filter(None, [gone_on(path)]))
-        return Checkpoint(path, "native directory", config, parts, remarks=remarks)
+    if tensors is None:
+        files = {name: path / f"{name}.safetensors" for name in part_names(config)}
+        parts = {name: _part(read_tensors(file), "", file) for name, file in files.items()}
+        return Checkpoint(path, "native directory", config, parts, remarks=tuple(filter(None, [gone_on(path)])))
+    parts = {name: _part(tensors, f"{name}.", path) for name in part_names(config)}
     return Checkpoint(path, "native file", config, parts)
 
 
-def is_native(document: str) -> bool:
-    """Whether the word "model" in a file's metadata is a model config of ours."""
-    return document.lstrip().startswith("{")
-
-
-def _part(path: Path, name: str) -> Part:
-    file, prefix = (path / f"{name}.safetensors", "") if path.is_dir() else (path, f"{name}.")
-    stored = read_tensors(file)
+def _part(stored: Tensors, prefix: str, file: Path) -> Part:
     scope = tuple(key for key in stored if key.startswith(prefix))
     return Part(stored, lambda keys: {key: (prefix + key,) for key in keys}, scope, str(file))
 

@@ -1,8 +1,9 @@
-"""A path -> the Checkpoint that lies there, whatever its format. The one place that tells kinds apart."""
+"""A path -> the Checkpoint that lies there, whatever its format: LAYOUTS, tried in order."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ from ldm.errors import UserError
 from ldm.find import find
 
 WEIGHTS = ("auto", "ema", "raw")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way in which models are kept. What lies at a path is told by the path and, if it is a file, its tensors."""
+
+    recognises: Callable[[Path, Tensors | None], bool]
+    open: Callable[[Path, Any, str, Collection[str]], Checkpoint]  # the last two as in `open_checkpoint`
+    two_sets: bool = False  # there may be raw and averaged weights, of which the user chooses
+
+
+LAYOUTS = (
+    Layout(native.is_native, lambda path, tensors, *_: native.open_native(path, tensors)),
+    Layout(original_file.is_original, original_file.open_original, two_sets=True),
+    Layout(diffusers.is_pipeline, lambda path, _, *how: diffusers.open_directory(path, *how), two_sets=True),
+    Layout(diffusers.is_autoencoder, lambda path, tensors, *_: diffusers.open_autoencoder(path, tensors)),
+)
 
 STRANGERS = {  # a tensor's name -> whose it is: said by name, since these are what people have lying about
     "conditioner.embedders.": "a Stable Diffusion XL checkpoint",
@@ -44,8 +62,13 @@ def open_checkpoint(
     path = find(model)
     if weights not in WEIGHTS:
         raise UserError(f"the weights asked for are '{weights}'; choose one of {', '.join(WEIGHTS)}")
-    decided = tuple(settings or ())
-    found = (_open_directory if path.is_dir() else _open_file)(path, weights, decided)
+    tensors = None if path.is_dir() else read_tensors(path)
+    layout = next((each for each in LAYOUTS if each.recognises(path, tensors)), None)
+    if layout is None:
+        raise _unknown(path, tensors)
+    found = layout.open(path, tensors, weights, tuple(settings or ()))
+    if weights != "auto" and not layout.two_sets:
+        raise UserError(f"{path} has one set of weights; leave out the choice of {weights}")
     if vae is not None:
         found = found.with_autoencoder(open_checkpoint(vae))
     if settings:
@@ -75,37 +98,12 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _open_directory(path: Path, weights: str, decided: Collection[str]) -> Checkpoint:
-    if (path / "model.json").is_file():
-        return _one_set(native.open_native(path), weights)
-    if (path / "model_index.json").is_file():
-        return diffusers.open_directory(path, weights, decided)
-    if (path / "config.json").is_file():
-        return _one_set(diffusers.open_autoencoder(path), weights)
-    raise UserError(
-        f"{path} has no model.json, model_index.json or config.json, so it is not a checkpoint; name the directory a "
-        "training wrote, or that diffusers' save_pretrained wrote"
-    )
-
-
-def _open_file(path: Path, weights: str, decided: Collection[str]) -> Checkpoint:
-    tensors = read_tensors(path)
-    if "model" in tensors.metadata and native.is_native(tensors.metadata["model"]):
-        return _one_set(native.open_native(path), weights)
-    if original_file.recognise(tensors):
-        return original_file.open_original(path, tensors, weights, decided)
-    if "encoder.conv_in.weight" in tensors and any(name.startswith("encoder.down_blocks.") for name in tensors):
-        return _one_set(diffusers.open_autoencoder_file(path, tensors), weights)
-    raise _unknown(path, tensors)
-
-
-def _one_set(checkpoint: Checkpoint, weights: str) -> Checkpoint:
-    if weights != "auto":
-        raise UserError(f"{checkpoint.path} has one set of weights; leave out the choice of {weights}")
-    return checkpoint
-
-
-def _unknown(path: Path, tensors: Tensors) -> UserError:
+def _unknown(path: Path, tensors: Tensors | None) -> UserError:
+    if tensors is None:
+        return UserError(
+            f"{path} has no model.json, model_index.json or config.json, so it is not a checkpoint; name the directory "
+            "a training wrote, or that diffusers' save_pretrained wrote"
+        )
     for start, whose in STRANGERS.items():
         if any(name.startswith(start) for name in tensors):
             return UserError(f"{path} is {whose}, which is not read as a model here")

@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ldm.autoencoder.blocks import said_groups
 from ldm.checkpoints.common_names import TRANSFORMER, clip_names
 from ldm.checkpoints.limits import MAX_STEPS
 from ldm.checkpoints.state import Names, Rules, Shape, names_by, rename
@@ -25,7 +24,6 @@ from ldm.config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 from ldm.diffusion.schedule import make_schedule
 from ldm.errors import UserError
 
-GROUPS = 32  # of every norm, in all of these networks
 UNET, EMA, AUTOENCODER = "model.diffusion_model.", "model_ema.", "first_stage_model."
 TEXT, CLIP_TEXT, OPEN_CLIP_TEXT = "cond_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."
 
@@ -76,6 +74,12 @@ FIRST_STAGE: Rules = (
     (r"\.(norm|conv)_([12])\.", r".\1\2."),
     (r"\.shortcut\.", ".nin_shortcut."),
 )
+FIRST_STAGE_PLACES = (
+    "encoder.down.{}.block.{}.conv1.weight",
+    "encoder.mid.attn_1.q.weight",
+    "encoder.down.{}.attn.0.q.weight",
+)
+"""What `autoencoder_of_shapes` looks for."""
 
 
 def unused(name: str) -> bool:
@@ -183,29 +187,6 @@ def unet_config(shapes: Mapping[str, Shape]) -> UNetConfig:
         )
     except (LookupError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"the U-Net is not built as Stable Diffusion's ({error}), which alone is read") from error
-
-
-def autoencoder_config(shapes: Mapping[str, Shape]) -> AutoencoderConfig:
-    """The same of the autoencoder; its shift and scale are Stable Diffusion's."""
-    try:
-        channels, in_channels = shapes["encoder.conv_in.weight"][:2]
-        widths, attention = [], []
-        while f"encoder.down.{len(widths)}.block.0.conv1.weight" in shapes:
-            if f"encoder.down.{len(widths)}.attn.0.q.weight" in shapes:
-                attention.append(len(widths))
-            widths.append(shapes[f"encoder.down.{len(widths)}.block.0.conv1.weight"][0])
-        return AutoencoderConfig(
-            in_channels=in_channels,
-            channels=channels,
-            multipliers=tuple(width // channels for width in widths),
-            blocks=sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", name)) for name in shapes),
-            attention_levels=tuple(attention),
-            middle_attention="encoder.mid.attn_1.q.weight" in shapes,
-            latent_channels=shapes["post_quant_conv.weight"][0],
-            norm_groups=said_groups(widths, GROUPS),
-        )
-    except (LookupError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"the autoencoder is not built as Stable Diffusion's ({error}), which alone is read") from error
 
 
 def text_config(shapes: Mapping[str, Shape], prefix: str) -> TextConfig:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm.checkpoints import original
 from ldm.checkpoints.architectures import assumed_prediction, assumed_side
+from ldm.checkpoints.common_names import GROUPS, autoencoder_of_shapes
 from ldm.checkpoints.original_yaml import read_yaml
 from ldm.checkpoints.reading import Tensors
 from ldm.checkpoints.record import Checkpoint, Part
@@ -47,11 +48,10 @@ USUAL_LAYER = {True: "penultimate", False: "last"}  # of a text tower in OpenCLI
 COMPARED = ("parameterization", "schedule", ZERO_SNR, "text.layer")  # with our own config, where that is there
 
 
-def recognise(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are an original model or autoencoder."""
-    return any(
-        name.startswith((original.UNET, original.AUTOENCODER, "encoder.down.", original.CLIP_TEXT)) for name in names
-    )
+def is_original(path: Path, tensors: Tensors | None) -> bool:
+    """Whether it is a file of an original model or autoencoder."""
+    starts = (original.UNET, original.AUTOENCODER, "encoder.down.", original.CLIP_TEXT)
+    return tensors is not None and any(name.startswith(starts) for name in tensors)
 
 
 def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: Collection[str] = ()) -> Checkpoint:
@@ -73,7 +73,7 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
     def add(part: str, prefix: str, names: Callable[[Iterable[str]], Names]) -> None:
         scope = tuple(n for n in shapes if n.startswith(prefix) and not original.unused(n) and not marker(n))
         used.update(scope)
-        parts[part] = Part(tensors, names, scope, str(path), original.GROUPS if part == "unet" else 0)
+        parts[part] = Part(tensors, names, scope, str(path), GROUPS if part == "unet" else 0)
 
     unet = autoencoder = text = None
     averaged = any(name.startswith(original.EMA) and not original.unused(name) for name in shapes)
@@ -88,7 +88,11 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
         used.update(name for name in shapes if name.startswith((original.EMA, original.UNET)))
     prefix = original.AUTOENCODER if f"{original.AUTOENCODER}encoder.conv_in.weight" in shapes else ""
     if f"{prefix}encoder.conv_in.weight" in shapes:
-        autoencoder = config.autoencoder if config else original.autoencoder_config(_within(shapes, prefix))
+        autoencoder = (
+            config.autoencoder
+            if config
+            else autoencoder_of_shapes(_within(shapes, prefix), path, *original.FIRST_STAGE_PLACES)
+        )
         add("autoencoder", prefix, partial(_autoencoder_names, config=autoencoder, prefix=prefix))
     prefix = original.text_prefix(shapes)
     if prefix:
