@@ -2,11 +2,15 @@
 
 A key that does not exist is an error that names the nearest one that does, and so is a value outside its range
 (ranges.py). Values are data: nothing in a file is run, resolved or interpolated.
+
+A field that may hold one of several dataclasses is written as their union, `UNetConfig | PriorConfig`. Each of them has
+a field `kind`, whose default is its name; where settings say no kind, it is that of the default, or the first.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,7 +94,13 @@ class _Reader:
     def value(self, hint: Any, default: Any, value: Any, name: str) -> Any:
         origin, inner = get_origin(hint), get_args(hint)
         if origin in (Union, types.UnionType):
-            return None if value is None else self.value(inner[0], default, value, name)
+            if value is None and type(None) in inner:
+                return None
+            groups, hint = _groups(hint), inner[0]
+            if len(groups) > 1:
+                hint = self._one_of(groups, default, value, name)
+                default = default if type(default) is hint else None
+            return self.value(hint, default, value, name)
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 self._refuse(name, "a group of settings", value)
@@ -107,6 +117,14 @@ class _Reader:
                 self._refuse(name, f"a list of {len(inner)}", value)
             return origin(self.value(inner[i if fixed else 0], None, item, name) for i, item in enumerate(value))
         return self._scalar(hint, value, name)
+
+    def _one_of(self, groups: Sequence[Any], default: Any, value: Any, name: str) -> Any:
+        """The dataclass among `groups` that the settings in `value` are of."""
+        kinds = {group().kind: group for group in groups}
+        kind = value.get("kind", getattr(default, "kind", next(iter(kinds)))) if isinstance(value, dict) else ""
+        if isinstance(value, dict) and not (isinstance(kind, str) and kind in kinds):
+            self._refuse(f"{name}.kind", f"one of {', '.join(kinds)}", kind)
+        return kinds.get(kind, groups[0])
 
     def _scalar(self, hint: type, value: Any, name: str) -> Any:
         try:
@@ -141,8 +159,13 @@ class _Reader:
 def names(cls: Any, prefix: str = "") -> Iterator[str]:
     """The dotted names of all settings of a dataclass."""
     for name, hint in get_type_hints(cls).items():
-        inner = next((each for each in (hint, *get_args(hint)) if dataclasses.is_dataclass(each)), None)
-        yield from [f"{prefix}{name}"] if inner is None else names(inner, f"{prefix}{name}.")
+        inner = (names(each, f"{prefix}{name}.") for each in _groups(hint))
+        yield from dict.fromkeys(itertools.chain(*inner)) if _groups(hint) else [f"{prefix}{name}"]
+
+
+def _groups(hint: Any) -> list[Any]:
+    """The dataclasses that a field of this type may hold."""
+    return [each for each in (hint, *get_args(hint)) if dataclasses.is_dataclass(each)]
 
 
 def listing(cls: Any, base: Any = None, prefix: str = "") -> Iterator[str]:
@@ -153,10 +176,11 @@ def listing(cls: Any, base: Any = None, prefix: str = "") -> Iterator[str]:
     from ldm.arguments import comments
 
     base, about, groups = base or cls(), comments(cls), list[str]()
-    for name, hint in get_type_hints(cls).items():
+    for name in get_type_hints(cls):
         value = getattr(base, name)
-        if dataclasses.is_dataclass(hint):
-            groups += ["", (hint.__doc__ or "").splitlines()[0], *listing(hint, value, f"{prefix}{name}.")]
+        if dataclasses.is_dataclass(value):
+            kind = type(value)
+            groups += ["", (kind.__doc__ or "").splitlines()[0], *listing(kind, value, f"{prefix}{name}.")]
         else:
             said = "" if value == "" else json.dumps(value, ensure_ascii=False).replace('"', "")
             yield f"  {f'{prefix}{name}={said}':<34}  {about.get(name, '')}".rstrip()
@@ -179,13 +203,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def changed(config: Any) -> dict[str, Any]:
     """What of `to_dict` differs from the dataclass' own defaults, nested ones too."""
-    plain = to_dict(config)
+    plain, hints = to_dict(config), get_type_hints(type(config))
     found: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value, default = getattr(config, f.name), _default(f)
         if value == default:
             continue
-        found[f.name] = changed(value) if dataclasses.is_dataclass(value) else plain[f.name]
+        found[f.name] = plain[f.name]
+        if dataclasses.is_dataclass(value):
+            first = type(value) is _groups(hints[f.name])[0]  # whose kind goes without saying
+            found[f.name] = changed(value) | ({} if first else {"kind": plain[f.name]["kind"]})
     return found
 
 

@@ -1,6 +1,7 @@
 """Settings: defaults, then YAML, then words; what does not fit is one sentence that names the way out."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from ldm.config import (
     to_dict,
 )
 from ldm.errors import UserError
+from ldm.ranges import Count
+from ldm.settings import changed, listing, names
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TRAININGS = {"autoencoder": AutoencoderTraining, "clip": ClipTraining, "diffusion": DiffusionTraining}
@@ -181,3 +184,70 @@ def test_nothing_after_the_equals_sign_is_the_empty_text_where_a_text_is_wanted(
     assert (made.autoencoder, made.data.validation, made.loss.level_mean) == ("", "", None)
     with pytest.raises(UserError, match="unknown setting 'autoencode'"):
         load(DiffusionTraining, None, ["autoencode="])
+
+
+# ---------------------------------------------------------------- one of several
+
+
+@dataclass(frozen=True)
+class Grey:
+    """Of one level."""
+
+    kind: str = "grey"
+    level: Count = 1  # from black
+
+
+@dataclass(frozen=True)
+class Tint:
+    """Of a hue."""
+
+    kind: str = "tint"
+    hue: float = 0.5  # round the circle
+    level: Count = 2
+
+
+@dataclass(frozen=True)
+class Paint:
+    coat: Grey | Tint = Grey(level=3)
+    under: Grey | Tint | None = None
+
+
+def test_one_of_several_is_told_by_its_kind():
+    assert from_dict(Paint, {"coat": {"level": 4}}, "here") == Paint(Grey(level=4))
+    assert from_dict(Paint, {"coat": {"kind": "tint"}}, "here") == Paint(Tint())  # nothing of the default's is kept
+    assert from_dict(Paint, {"under": {"hue": 0.1, "kind": "tint"}}, "here").under == Tint(hue=0.1)
+    assert from_dict(Paint, {"under": {}}, "here").under == Grey()  # as those wrote who knew no other
+    assert load(Paint, None, ["coat.kind=tint", "coat.hue=0.25"]).coat == Tint(hue=0.25)
+    for paint in (Paint(), Paint(Tint(hue=0.1), Tint()), Paint(under=Grey())):
+        assert from_dict(Paint, to_dict(paint), "here") == paint
+    base = Paint(Tint(hue=0.1))
+    assert from_dict(Paint, {"coat": to_dict(base.coat) | {"level": 9}}, "here").coat == Tint(hue=0.1, level=9)
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"coat": {"kind": "oil"}}, "coat.kind must be one of grey, tint, not 'oil'"),
+        ({"coat": {"kind": ["tint"]}}, "coat.kind must be one of grey, tint"),
+        ({"coat": 3}, "coat must be a group of settings"),
+        ({"coat": None}, "coat must be a group of settings"),
+        ({"coat": {"hue": 0.1}}, "unknown setting 'coat.hue'"),
+        ({"coat": {"kind": "tint", "level": 0}}, "coat.level must be"),
+        ({"under": {"kind": "tint", "hue": "blue"}}, "under.hue must be a number"),
+    ],
+)
+def test_one_of_several_that_does_not_fit_is_one_sentence(plain, message):
+    with pytest.raises(UserError) as error:
+        from_dict(Paint, plain, "here")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_changed_tells_the_kind_of_all_but_the_first():
+    """A model's hash is made of it: what was the only kind once has to go on without its name."""
+    assert changed(Paint(Grey(level=4), Grey())) == {"coat": {"level": 4}, "under": {}}
+    assert changed(Paint(Tint(), Tint(hue=0.1))) == {"coat": {"kind": "tint"}, "under": {"kind": "tint", "hue": 0.1}}
+
+
+def test_names_and_help_are_of_all_kinds():
+    assert list(names(Paint)) == [f"{part}.{key}" for part in ("coat", "under") for key in ("kind", "level", "hue")]
+    assert any("coat.level=3" in line and "from black" in line for line in listing(Paint))
