@@ -97,9 +97,7 @@ def test_training_takes_its_autoencoder_and_text_tower_from_any_format(models: P
     made = stage.model_config()
     assert made.autoencoder == SMALL.autoencoder and made.text is not None and made.text.width == SMALL.text.width
     assert sum("assumed by its kind" in line for line in stage.describe()) == (name == "original.ckpt")
-    with torch.no_grad():
-        context = stage._condition(["a red heart"])
-    assert context is not None and context.context is not None and context.context.shape == (1, 77, 64)
+    assert stage.text is not None and stage.text.encode(["a red heart"]).shape == (1, 77, 64)
 
 
 def test_the_shipped_model_lends_its_parts_by_name():
@@ -178,6 +176,12 @@ def test_a_run_that_has_not_finished_says_so(tmp_path: Path):
     (run / "config.json").unlink()  # one that somebody copied without its settings
     with pytest.raises(UserError, match=r"its last state is of step 12\)"):
         find(run)
+
+
+def test_a_state_that_lies_elsewhere(tmp_path: Path):
+    torch.save({"modules": {"unet": {"conv_in.weight": torch.zeros(3)}}, "averages": {}}, tmp_path / "best.pt")
+    with pytest.raises(UserError, match=r"best\.pt is what a training goes on from \(tools/export_state\.py"):
+        open_checkpoint(tmp_path / "best.pt")
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path):

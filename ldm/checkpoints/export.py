@@ -205,6 +205,10 @@ def reasons(config: ModelConfig, parts: Collection[str], to: str) -> list[str]:
                 f"an autoencoder whose norms have {' and '.join(map(str, sorted(groups)))} groups "
                 f"(autoencoder.norm_groups={config.autoencoder.norm_groups})"
             )
+    if config.text is not None and config.text.arch and "text" in parts:
+        tower = networks.skeleton("text", config, "the model")
+        if getattr(tower, "causal_mask", None) is None:
+            found.append(f"text.arch={config.text.arch}, whose tokens see those behind them")
     if config.unet is not None and "unet" in parts:
         plain_unet = UNetConfig()
         for name in ("time_embedding", "time_injection", "classes", "vector_width"):

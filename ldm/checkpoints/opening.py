@@ -40,6 +40,7 @@ STRANGERS = {  # a tensor's name -> whose it is: said by name, since these are w
     "double_blocks.": "a Flux checkpoint",
     "control_model.": "a ControlNet",
     "lora_unet_": "a LoRA, which goes over a model",
+    "modules.": "what a training goes on from (tools/export_state.py makes a model of its folder)",
     "string_to_param": "a textual-inversion embedding, which goes over a model",
     "down_blocks.0.resnets.": "a U-Net of diffusers without its folder",
 }

@@ -77,7 +77,7 @@ def _state(run: Path, step: int) -> tuple[int, dict[str, Any]]:
         has = f"there are those of steps {', '.join(map(str, steps))}" if steps else "it has not saved any yet"
         raise UserError(f"{run} has no state" + (f" of step {step}" if step else "") + f"; {has}")
     try:
-        found = (step, read_part(run, step, check=True)) if step else load_state(run)
+        found = (step, read_part(run, step, check=True, mapped=True)) if step else load_state(run, mapped=True)
         assert found is not None  # there is a step
         step, state = found
         count = state.get("shares", 0)

@@ -82,8 +82,10 @@ def finish(output: Path, step: int, keep: Keep = Keep(), needed: int = 0) -> Non
             aside.unlink(missing_ok=True)
 
 
-def load_state(output: Path, most: int | None = None) -> tuple[int, dict[str, Any]] | None:
+def load_state(output: Path, most: int | None = None, mapped: bool = False) -> tuple[int, dict[str, Any]] | None:
     """The newest state that is whole, of step `most` or before, with its step; None if there is none.
+
+    `mapped`: its tensors are views of the file, for whoever wants few of them.
 
     Nothing in the file is executed. A damaged newest state is reported and the one before it is used;
     if none can be read, raises UserError.
@@ -92,7 +94,7 @@ def load_state(output: Path, most: int | None = None) -> tuple[int, dict[str, An
     for step in reversed(steps):
         try:
             _verify(output, step)
-            return step, read_part(output, step)
+            return step, read_part(output, step, mapped=mapped)
         except Exception as error:  # a damaged file can fail in any way; the one before it may still do
             path = _main(output, step)
             print(f"warning: {path} cannot be read ({first_line(error, 120)})", file=sys.stderr)
@@ -101,13 +103,13 @@ def load_state(output: Path, most: int | None = None) -> tuple[int, dict[str, An
     return None
 
 
-def read_part(output: Path, step: int, part: str = "", check: bool = False) -> dict[str, Any]:
-    """One file of a state; with `check` raises ValueError unless it has its hash."""
+def read_part(output: Path, step: int, part: str = "", check: bool = False, mapped: bool = False) -> dict[str, Any]:
+    """One file of a state; with `check` raises ValueError unless it has its hash. `mapped`: as of load_state."""
     path = output / "state" / f"{step:08d}{part}.pt"
     if check:
         _verify(output, step, path.name)
     # Of others' shares few rows are wanted: these are mapped, not read.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True if part else None)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True if part or mapped else None)
 
 
 def tidy(output: Path, step: int) -> None:

@@ -16,7 +16,7 @@ from ldm.autoencoder.kl import AutoencoderKL
 from ldm.checkpoints import export
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning.clip import END, START, TextTower
-from ldm.config import AutoencoderConfig, ModelConfig
+from ldm.config import AutoencoderConfig, ModelConfig, TextConfig
 from ldm.errors import UserError
 
 from .small_models import SMALL, random_states
@@ -144,6 +144,10 @@ def test_the_usual_groups_are_not_said():
             "our own format alone: others hold a whole model or an autoencoder",
         ),
         (ModelConfig(text=SMALL.text), "our own format alone: others hold a whole model or an autoencoder"),
+        (
+            replace(SMALL, text=TextConfig(arch="MobileCLIP2-S0")),
+            "our own format alone: others have no place for text.arch=MobileCLIP2-S0, whose tokens see",
+        ),
         (replace(SMALL, parameterization="edm"), "our own format alone: others have no place for parameterization=edm"),
     ],
 )
