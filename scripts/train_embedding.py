@@ -12,9 +12,12 @@ from ldm.training.command import asked
 
 def main() -> None:
     from ldm.config import EmbeddingTraining
+    from ldm.find import find
 
     found = asked(EmbeddingTraining, __doc__)  # before torch is imported
     settings = found.settings
+    if settings.init:
+        find(settings.init)
     from ldm.training.embedding import EmbeddingStage
     from ldm.training.loop import prepare_output, train
     from ldm.training.processes import make_accelerator

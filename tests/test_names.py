@@ -111,6 +111,13 @@ def test_the_shipped_model_lends_its_parts_by_name():
     assert DiffusionStage(config, 0, 1, CPU).codec.factor == 4
 
 
+def test_parts_are_fetched_by_name_as_models_are(models: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setattr("ldm.checkpoints.hub.fetch", lambda name: asked.append(name) or models / "diffusers" / "vae")
+    assert open_checkpoint("hf:someone/vae").only("autoencoder").load("autoencoder").factor == 2
+    assert asked == ["someone/vae"]
+
+
 def test_latents_of_a_foreign_file_are_those_of_its_converted_parts(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
