@@ -60,7 +60,7 @@ def main() -> None:
             found[drawing.source] = found.get(drawing.source, 0) + 1
         masters = draw(drawings, args, lost)
     if not masters and packages.missing:
-        raise UserError(f"nothing can be built, these packages could not be had: {packages.reasons()}")
+        raise UserError(f"nothing can be built, these packages were not available: {packages.reasons()}")
     if not masters:
         raise UserError("none of the pictures can be used; check --sources and --tier")
     with held(args.output):
@@ -71,7 +71,7 @@ def main() -> None:
     absent = [key for key in SOURCES if _wanted(key, args) and SOURCES[key].package in packages.missing]
     if any(args.sources or not SOURCES[key].optional for key in absent):
         raise UserError(
-            f"the set lacks {', '.join(absent)}, since these packages could not be had: {packages.reasons()}; "
+            f"the set lacks {', '.join(absent)}, since these packages were not available: {packages.reasons()}; "
             "mend that and run again, what is finished is kept"
         )
     if absent:
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def collect(args: argparse.Namespace, packages: Packages) -> list[Drawing]:
-    """The drawings of all wanted sources that can be had, in the order of SOURCES."""
+    """The drawings of all wanted sources that are available, in the order of SOURCES."""
     keys = [key for key in SOURCES if _wanted(key, args)]
     names = _names(packages) if any(_is_named(key) for key in keys) else None
     drawings: list[Drawing] = []
@@ -101,7 +101,7 @@ def _names(packages: Packages) -> EmojiNames | None:
 
 
 def _of_source(key: str, names: EmojiNames | None, packages: Packages, args: argparse.Namespace) -> list[Drawing]:
-    """The drawings of one source. Raises Unavailable if it, or what it needs, cannot be had."""
+    """The drawings of one source. Raises Unavailable if it, or what it needs, is not available."""
     source = SOURCES[key]
     fetch = debian_package if source.kind == "clipart" else npm_package
     package = _get(packages, fetch, source.package, source.version)
@@ -110,7 +110,7 @@ def _of_source(key: str, names: EmojiNames | None, packages: Packages, args: arg
     if source.kind == "avatar":
         return list(read_avatars(key, [_get(packages, npm_package, *CORE), package], source.style))
     if names is None:
-        raise Unavailable("its pictures' names could not be had")
+        raise Unavailable("its pictures' names were not available")
     if source.kind == "clipart":
         return list(read_clipart(key, package, names.vocabulary))
     if source.kind == "files":
@@ -123,7 +123,7 @@ def _of_source(key: str, names: EmojiNames | None, packages: Packages, args: arg
 def _get(packages: Packages, fetch: Fetch, name: str, version: str) -> Path:
     folder = packages.get(fetch, name, version)
     if folder is None:
-        raise Unavailable(f"{name} could not be had")
+        raise Unavailable(f"{name} was not available")
     return folder
 
 
@@ -169,7 +169,7 @@ def _of_job(job: bake.Job) -> bytes:
     return f"{_RECIPE} {job.seed} ".encode() + _of_master(job.master) + partner
 
 
-# ---------------------------------------------------------------- what is wanted, what can be had
+# ---------------------------------------------------------------- what is wanted, what is available
 
 
 def _is_named(key: str) -> bool:

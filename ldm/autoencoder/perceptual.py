@@ -127,7 +127,7 @@ def _lpips() -> nn.Module:
         return lpips.LPIPS(net="vgg", verbose=False)
     except OSError as error:  # what urllib raises, too
         raise UserError(
-            f"the backbone of lpips cannot be had ({error}); connect once, or use perceptual_net=efficientnet-lite0"
+            f"the backbone of lpips is not available ({error}); connect once, or use perceptual_net=efficientnet-lite0"
         ) from error
 
 

@@ -124,7 +124,7 @@ def measure(data: ShardSet) -> tuple[ShardSet, Shapes]:
                 _remember(data.store, index, [sizes[i] for i in of[before:]])
     data = replace(data, shards=tuple(shards), left_out=data.left_out + tally.counts)
     if gone:
-        data = data.without(gone, "it cannot be had")
+        data = data.without(gone, "it is not available")
     if not of:
         raise UserError(f"none of the samples of data.shards has a picture whose size can be read ({tally})")
     return data, Shapes(sizes, of)

@@ -88,7 +88,7 @@ class Feed(Generic[Item, B]):
         self.samples_per_epoch = len(data)
         self.drawn = 0  # samples of the global order handed out so far, over all processes
         self.tally = Tally()
-        self.quarantined = {lost.source for lost in data.quarantine.values()}  # shards that could not be had
+        self.quarantined = {lost.source for lost in data.quarantine.values()}  # shards that were not available
         self.buckets = buckets
         self._decode, self._kind = decode, kind
         self._read = 0  # samples that this process has got
@@ -112,15 +112,15 @@ class Feed(Generic[Item, B]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, with any number of processes and workers, and without reading what it skips.
 
-        What was in quarantine when the run began stays out of the order, whether it can be had now or not. Raises
+        What was in quarantine when the run began stays out of the order, whether it is available now or not. Raises
         UserError when the state belongs to other shards, another seed, or another number of streams, and when a shard
-        of its order cannot be had: what it holds is not known then.
+        of its order is not available: what it holds is not known then.
         """
         began_without = set(state.get("quarantine", self.data.quarantine))
         lost = [shard for name, shard in self.data.quarantine.items() if name not in began_without]
         if lost:
             raise UserError(
-                f"the run goes through {lost[0].source}, which cannot be had now ({lost[0].why})"
+                f"the run goes through {lost[0].source}, which is not available now ({lost[0].why})"
                 + (f", nor {len(lost) - 1} others" if len(lost) > 1 else "")
                 + "; resume when it can"
             )
@@ -165,7 +165,7 @@ class Feed(Generic[Item, B]):
             raise UserError("every shard was in quarantine when the run began; start a new one")
         data = self.data
         stays = [i for i, name in enumerate(data.names) if name not in names]
-        self.data = data.without(names, "it could not be had when the run began")
+        self.data = data.without(names, "it was not available when the run began")
         if self.buckets:
             first = data.firsts
             self.buckets = self.buckets.keep([range(first[i], first[i] + data.counts[i]) for i in stays])

@@ -37,7 +37,7 @@ _PASSING = (408, 425, 429)  # of the 4xx; every other one will say the same agai
 
 
 class Unreachable(Exception):
-    """The source cannot be had; the message says why."""
+    """The source is not available; the message says why."""
 
 
 class _Refused(Exception):

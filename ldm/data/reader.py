@@ -1,4 +1,4 @@
-"""One sample out of a shard, by the index: the files that are open, and the shards that cannot be had for a while."""
+"""One sample out of a shard, by the index: the files that are open, and the shards not available for a while."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.data.sources import is_file
 logger = logging.getLogger(__name__)
 
 OPEN_FILES = 32  # shards a reader keeps open
-QUARANTINE = 1800.0  # seconds until a shard that could not be had is tried again
+QUARANTINE = 1800.0  # seconds until a shard that was not available is tried again
 QUARANTINED = "its shard is in quarantine"
 
 

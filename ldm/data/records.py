@@ -27,7 +27,7 @@ class BadSample(Exception):
 
 
 class Unavailable(BadSample):
-    """The sample's shard cannot be had at this time; it may be later."""
+    """The sample's shard is not available at this time; it may be later."""
 
 
 class Tally:

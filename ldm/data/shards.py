@@ -9,7 +9,7 @@ the webdataset library does, since order and resumption are ours: with an index,
 (seed, position) alone (streams.py), a run resumes anywhere without reading what it skips, and what is incomplete is
 known before training begins. The library reads our shards all the same.
 
-A shard that cannot be had is in quarantine: named, counted, and left out (when the run begins, and then for all of the
+A shard that is not available is in quarantine: named, counted, left out (when the run begins, and then for all of the
 run, however often it is resumed) or stood in for by others (later; it is tried again after a while).
 """
 
@@ -83,7 +83,7 @@ class ShardSet:
     left_out: Counter[str]  # samples that the index already shows to be unusable, by reason
     filtered: int  # samples that `where` leaves out
     names: tuple[str, ...]  # of the shards, each another one
-    quarantine: Mapping[str, Lost] = field(default_factory=dict)  # name -> a shard that could not be had
+    quarantine: Mapping[str, Lost] = field(default_factory=dict)  # name -> a shard that was not available
     store: Store = field(default_factory=lambda: Store.of(DataConfig()))
     mixture: tuple[Part, ...] = ()  # empty: it is none
     keys_are_addresses: bool = False  # the keys name the shards that their samples first were in

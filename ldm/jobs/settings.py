@@ -119,7 +119,9 @@ class Settings:
             "cfg_interval": self.cfg_interval is not None,
         }
         names = [name for name, given in asked.items() if given]
-        return [f"at guidance scale 1, which is none, nothing comes of {' and '.join(names)}"] if names else []
+        return (
+            [f"at guidance scale 1 nothing is guided, so there is no effect of {' and '.join(names)}"] if names else []
+        )
 
     def but(self, cfg: float | None = None, steps: int | None = None, sampler: str | None = None) -> Settings:
         """The same with those of these that are not None."""

@@ -201,7 +201,7 @@ def test_what_was_in_quarantine_at_the_start_stays_out_when_it_is_back(tmp_path,
 
     clear(tmp_path)  # another machine, which cannot have another shard
     server.faults = {"2.tar": ["404"], "1.tar": ["404"]}
-    with pytest.raises(UserError, match=r"goes through http.*/2.tar, which cannot be had now \(the server answers 404"):
+    with pytest.raises(UserError, match=r"http.*/2.tar, which is not available now \(the server answers 404"):
         Loader(config, 4).load_state_dict(state)
     server.faults = {"1.tar": ["404"]}
     third = Loader(config, 4)

@@ -23,7 +23,7 @@ _TIMEOUT = 900  # seconds for one package
 
 
 class Unavailable(Exception):
-    """A package that cannot be had; the message is the reason, in a few words."""
+    """A package that is not available; the message is the reason, in a few words."""
 
 
 class Offline(Unavailable):
@@ -31,7 +31,7 @@ class Offline(Unavailable):
 
 
 class Packages:
-    """Fetches into `work`; what cannot be had is noted in `missing` (package -> reason).
+    """Fetches into `work`; what is not available is noted in `missing` (package -> reason).
 
     After a sign that there is no way to a registry its client is not asked again, so that a machine without network
     says so within seconds; what was fetched before is still found.
