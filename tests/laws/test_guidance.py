@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.config import ScheduleConfig
-from ldm.diffusion import Denoiser, make_schedule
+from ldm.conditioning.condition import Condition
+from ldm.conditioning.encoder import Encoder, Texts
+from ldm.config import EncoderConfig, ScheduleConfig
+from ldm.diffusion import Denoiser, bind, make_law, make_schedule
 from ldm.guidance import (
     autoguidance,
     cfg,
@@ -25,6 +27,7 @@ from ldm.guidance import (
     perpendicular_negative,
     static_threshold,
 )
+from ldm.jobs import Ask
 from ldm.sampling import ddim, make_grid
 
 from .closed_forms import Gaussian, Mixture, sliced_wasserstein, three_clusters, three_dimensional
@@ -150,6 +153,59 @@ def test_samples_under_the_posterior_are_those_of_the_class() -> None:
         return sliced_wasserstein(sampled(guided, 4000, 2), a)
 
     assert distance(1.0) < 2 * floor < min(distance(0.9), distance(1.1))
+
+
+# ---------------------------------------------------------------- by labels
+
+
+class ClassNetwork:
+    """The perfect class-conditional network of the clusters; the label after the last is all of the data."""
+
+    law = make_law(ScheduleConfig(kind="cosine"), "x0")
+
+    def prepare(self, told: Condition) -> Tensor:
+        assert told.label is not None
+        return told.label
+
+    def __call__(self, x_in: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        sigma = self.law.schedule.sigma(t[:1].double())[0]
+        x = x_in.double() / self.law.schedule.alpha(sigma)
+        of_each = torch.stack([each(x, sigma) for each in (*(cluster(k).denoiser for k in range(3)), DATA.denoiser)])
+        return of_each[label, torch.arange(len(x))]
+
+
+def told_of(labels: list[str]) -> list[Condition]:
+    """What the encoder makes of the labels, and of none."""
+    encoder = Encoder(None, EncoderConfig(labels=("first", "second", "third")), classes=3)
+    asks = [Ask(label=label) for label in labels]
+    return [encoder(asks), encoder.null(asks, Texts())]
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_between_a_label_and_the_null_label(scale: float, sigma: float) -> None:
+    """The score of p_sigma(x)^(1 - w) p_sigma(x | k)^w, by central differences, each point with a label of its own."""
+    x, h, own = points(12), 1e-5, torch.arange(12) % 3
+    branches = bind(ClassNetwork(), told_of([("first", "second", "third")[k] for k in own]), ClassNetwork.law)
+
+    def log_density(x: Tensor) -> Tensor:  # log p(x | k) is log p(k, x) but for a constant
+        joint = log_joint(x, level(sigma))
+        return (1 - scale) * joint.logsumexp(dim=1) + scale * joint[torch.arange(12), own]
+
+    axes = torch.eye(2, dtype=torch.float64).reshape(2, 1, 1, 1, 2)
+    slopes = [(log_density(x + h * axis) - log_density(x - h * axis)) / (2 * h) for axis in axes]
+    expected = x + sigma**2 * torch.stack(slopes, dim=1).reshape(x.shape)
+    torch.testing.assert_close(cfg(branches, scale)(x, level(sigma)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_exact_classifier_makes_the_null_label_a_label() -> None:
+    """Bayes at scale 1 in a network of labels: steered from the null label it is the network told the label."""
+    told, own = told_of(["second"] * 10), torch.ones(10, dtype=torch.long)
+    for sigma in SIGMAS:
+        x = points(10)
+        named, free = bind(ClassNetwork(), told, ClassNetwork.law)(x, level(sigma))
+        steered = classifier_guidance(lambda *_: free, posterior_of(own), 1.0)(x, level(sigma))  # noqa: B023
+        torch.testing.assert_close(steered, named, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- by a similarity

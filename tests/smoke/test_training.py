@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import ldm
@@ -117,3 +119,33 @@ def test_two_processes_are_one_that_accumulates_twice(stage, stages, tmp_path):
         assert line.keys() == other.keys()
         for name in line.keys() - {"images_per_s", "waiting"}:
             assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_class_conditional_pixel_model_and_a_classifier_that_steers_it(tmp_path):
+    """Labels from the shards' json, no text tower and no autoencoder; then the classes are drawn, guided both ways."""
+    model, classifier = tmp_path / "classes", tmp_path / "classifier"
+    words = ["model.in_channels=3", "model.out_channels=3", "model.context_width=0", "model.classes=2"]
+    words += ["encoder.labels=[noto, fluent-flat]", "data.label=source", "data.size=16", "loop.steps=12"]
+    said = launch(tmp_path, "diffusion", *words, "sample.prompts=[]", f"output={model}")
+    assert "finished at step 12" in said
+    assert log(model)[-1]["validation/loss"] > 0
+
+    tool = [sys.executable, str(ROOT / "tools" / "train_noisy_classifier.py"), "--model", str(model)]
+    tool += ["--shards", f"{ICONS}/train-*.tar", "--label", "source", "--pictures", "2", "--views", "1"]
+    tool += ["--channels", "16", "--steps", "4", "--batch", "8", "--output", str(classifier)]
+    subprocess.run(tool, check=True, capture_output=True)
+
+    script = [sys.executable, str(ROOT / "scripts" / "txt2img.py"), "--model", str(model), "--steps", "4"]
+    script += ["--label", "noto", "--label", "fluent-flat", "--cfg", "2", "--device", "cpu"]
+    steered = ["--classifier", str(classifier), "--classifier-class", "noto", "--classifier-scale", "5"]
+    for more, folder in (([], tmp_path / "plain"), (steered, tmp_path / "steered")):
+        done = subprocess.run([*script, *more, "--out", str(folder)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    pictures = {
+        name: [np.array(Image.open(tmp_path / name / f"0000{i}.png")) for i in (0, 1)] for name in ("plain", "steered")
+    }
+    assert pictures["plain"][0].shape == (16, 16, 3)
+    assert all((a != b).any() for a, b in zip(pictures["plain"], pictures["steered"], strict=True))
+    drawn = ldm.load(model, device="cpu").txt2img(label=["noto", "fluent-flat"], seed=[0, 0], steps=4)
+    assert not torch.equal(drawn[0], drawn[1])
