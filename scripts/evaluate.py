@@ -43,7 +43,7 @@ def main() -> None:
     if arguments.compare:
         from ldm.metrics.protocol import compare
 
-        print(compare(tuple(arguments.compare), split_list(arguments.besides)))
+        print(compare(tuple(arguments.compare), split_list(arguments.ignore)))
         return
     commands = {
         "generation": generation,
@@ -60,14 +60,12 @@ def main() -> None:
 def generation(arguments: argparse.Namespace) -> None:
     """Figures of a model's pictures, or of pictures that are there."""
     import ldm
-    from ldm.metrics.brief import brief
     from ldm.metrics.crew import muster
-    from ldm.metrics.figures import table
     from ldm.metrics.generation import evaluate_model, evaluate_pictures
     from ldm.metrics.protocol import read
     from ldm.metrics.sources import open_source, read_captions, recaption
     from ldm.metrics.sweep import name_of, parse_axes, sweep
-    from ldm.metrics.sweep import table as table_of
+    from ldm.metrics.tables import brief, sweep_table, table
 
     if not arguments.pictures and not (arguments.captions and arguments.out):
         raise UserError("say what to measure: --pictures FOLDER_OR_SHARDS, or a model by --captions and a folder --out")
@@ -94,7 +92,7 @@ def generation(arguments: argparse.Namespace) -> None:
         if axes:
             rows = sweep(model, drawing, axes, against, out, crew, weights)
             if crew.main:
-                print(table_of(rows, tuple(axes)))
+                print(sweep_table(rows, tuple(axes)))
                 print(brief(read(out / f"{name_of({name: rows[0][name] for name in axes})}.json"), without=tuple(axes)))
                 print(f"wrote sweep.csv, sweep.png and a result for each combination into {out}")
             return
@@ -145,10 +143,10 @@ def autoencoder(arguments: argparse.Namespace) -> None:
     """PSNR, SSIM, perceptual distances and rFID of decoded pictures; the latents' statistics."""
     from ldm.checkpoints.opening import open_checkpoint
     from ldm.device import choose_device, choose_precision
-    from ldm.metrics.brief import brief
     from ldm.metrics.reconstruction import autoencoder_table, evaluate_autoencoder
     from ldm.metrics.sources import open_source
     from ldm.metrics.spaces import make_space
+    from ldm.metrics.tables import brief
 
     model, device = open_checkpoint(arguments.model).only("autoencoder"), choose_device(arguments.device)
     for notice in model.notices:
@@ -181,7 +179,7 @@ def prompts(arguments: argparse.Namespace) -> None:
     from ldm.judge.accuracy import evaluate_prompts, prompt_table
     from ldm.judge.classifier import load_classifier
     from ldm.judge.pictures import read_concepts
-    from ldm.metrics.brief import brief
+    from ldm.metrics.tables import brief
 
     settings = Settings(**taken(arguments, Settings, BRIEF))
     settings.check()
@@ -211,8 +209,8 @@ def prompts(arguments: argparse.Namespace) -> None:
 def likelihood(arguments: argparse.Namespace) -> None:
     """Bits per dimension by the probability flow or the variational bound."""
     import ldm
-    from ldm.metrics.bits import Method, evaluate_likelihood, likelihood_table
-    from ldm.metrics.brief import brief
+    from ldm.metrics.likelihood import Method, evaluate_likelihood, likelihood_table
+    from ldm.metrics.tables import brief
 
     method = Method(
         arguments.method,
@@ -251,7 +249,7 @@ def shown() -> bool:
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--compare", nargs=2, metavar="JSON", help="two results side by side, if measured alike")
-    parser.add_argument("--besides", default="", metavar="NAMES", help="what may differ all the same: drawing.cfg,...")
+    parser.add_argument("--ignore", "--besides", default="", metavar="NAMES", help="what may differ: drawing.cfg,...")
     commands = parser.add_subparsers(dest="command", required="--compare" not in sys.argv)
     add_generation(commands.add_parser("generation", help="FID and its kin, of a model or of pictures"))
     add_autoencoder(commands.add_parser("autoencoder", help="PSNR, SSIM, rFID of decoded pictures"))

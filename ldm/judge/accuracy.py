@@ -20,6 +20,7 @@ from ldm.judge.prompts import Judge, Score, make_prompts
 from ldm.metrics import protocol
 from ldm.metrics.drawing import Drawing
 from ldm.metrics.sources import open_source
+from ldm.metrics.tables import columns
 from ldm.model import Model
 from ldm.provenance import surroundings
 
@@ -97,14 +98,11 @@ def prompt_table(document: Mapping[str, Any]) -> str:
     """The figures as lines, and which concepts were right or wrong each time."""
     figures, hits = document["figures"], document["concepts"]
     each = document["protocol"]["pictures_of_each"] * len(document["protocol"]["prompts"]) // len(hits)
-    width = max(map(len, figures))
-    lines = [
-        f"nearest of {len(hits)} concept prototypes (chance {1 / len(hits):.1%})",
-        f"{'':{width}}  pictures   top-1  95 % interval   top-5",
-    ]
+    rows = [["", "pictures", "top-1", "95 % interval", "top-5"]]
     for name, f in figures.items():
-        interval = f"{f['low']:.1%} - {f['high']:.1%}"
-        lines.append(f"{name:{width}}  {f['pictures']:8d}  {f['top1']:6.1%}  {interval:>13}  {f['top5']:6.1%}")
+        shares = f"{f['top1']:.1%}", f"{f['low']:.1%} - {f['high']:.1%}", f"{f['top5']:.1%}"
+        rows.append([name, str(f["pictures"]), *shares])
+    lines = [f"nearest of {len(hits)} concept prototypes (chance {1 / len(hits):.1%})", *columns(rows)]
     lines.append(f"always right: {', '.join(name for name, count in hits.items() if count == each) or 'none'}")
     lines.append(f"never right: {', '.join(name for name, count in hits.items() if count == 0) or 'none'}")
     return "\n".join(lines)

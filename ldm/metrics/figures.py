@@ -6,7 +6,7 @@ FID, KID and IS in the Inception space only, FD and KD (Frechet and kernel dista
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,38 +149,3 @@ def alone(drawn: Features, source: Source, measures: Measures) -> dict[str, floa
         among = f"of {len(different)} [{space.name}]"
         found[f"caption first {among}"], found[f"caption in five {among}"] = retrieval(images, texts, own)
     return found
-
-
-def space_of(name: str) -> str:
-    """The space in a figure's name, "" where it has none."""
-    return name.partition("[")[2].partition("]")[0]
-
-
-def table(figures: dict[str, float]) -> str:
-    """The figures as lines, those of each space under its name; never two spaces in one column."""
-    return tables([figures])
-
-
-def tables(rows: Sequence[dict[str, float]], columns: Sequence[str] = ()) -> str:
-    """The same of several sets of the same figures, a column for each, headed by `columns`."""
-    names = [name for name in rows[0] if not name.endswith(" deviation")]
-    width = max(map(len, names), default=0)
-    lines: list[str] = []
-    for space in dict.fromkeys(map(space_of, names)):
-        lines += [
-            "",
-            space or "without a space",
-            *([" " * width + "".join(f"  {c:>18}" for c in columns)] if columns else []),
-        ]
-        for name in (name for name in names if space_of(name) == space):
-            cells = [told_of(row, name) for row in rows]
-            lines.append(f"{name:{width}}" + "".join(f"  {cell:>18}" for cell in cells))
-    return "\n".join(lines[1:])
-
-
-def told_of(figures: Mapping[str, Any], name: str) -> str:
-    """A figure as it is printed: "0.10143 +- 0.0037"; "-" where there is none."""
-    value, deviation = figures.get(name), figures.get(f"{name} deviation")
-    if value is None:
-        return "-"
-    return f"{value:.5g}" + (f" +- {deviation:.2g}" if deviation is not None else "")

@@ -20,7 +20,7 @@ import torch
 import ldm
 from ldm.errors import UserError
 from ldm.files import atomic_write_text
-from ldm.metrics.figures import tables
+from ldm.metrics.tables import tables
 from ldm.model import Model
 from ldm.plain import leaves, read_json
 
@@ -77,24 +77,24 @@ def read(path: str | Path) -> dict[str, Any]:
     return document
 
 
-def unlike(a: Mapping[str, Any], b: Mapping[str, Any], besides: Sequence[str] = ()) -> list[str]:
-    """A phrase for each thing in which two protocols differ; what is in `besides`, or below it, may."""
+def unlike(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
+    """A phrase for each thing in which two protocols differ; what is in `ignore`, or below it, may."""
     one, other = _flat(a), _flat(b)
 
     def meant(name: str) -> bool:
-        return any(name == word or name.startswith(f"{word}.") for word in besides)
+        return any(name == word or name.startswith(f"{word}.") for word in ignore)
 
     names = [name for name in {**one, **other} if one.get(name) != other.get(name) and not meant(name)]
     return [f"{name} is {_told(one.get(name))} and {_told(other.get(name))}" for name in names]
 
 
-def compare(paths: tuple[str, str], besides: Sequence[str] = ()) -> str:
+def compare(paths: tuple[str, str], ignore: Sequence[str] = ()) -> str:
     """A table of both results' figures side by side.
 
-    Raises UserError where they were measured differently, but for what is in `besides` ("drawing.cfg").
+    Raises UserError where they were measured differently, but for what is in `ignore` ("drawing.cfg").
     """
     a, b = (read(path) for path in paths)
-    found = unlike(a["protocol"], b["protocol"], besides)
+    found = unlike(a["protocol"], b["protocol"], ignore)
     if found:
         raise UserError(f"{paths[0]} and {paths[1]} do not compare: {'; '.join(found)}")
     columns = [Path(path).stem[-18:] for path in paths]

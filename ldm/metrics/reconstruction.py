@@ -20,10 +20,10 @@ from ldm.errors import UserError
 from ldm.metrics import protocol
 from ldm.metrics.distances import frechet_of
 from ldm.metrics.features import FeatureSpace
-from ldm.metrics.figures import space_of, table
 from ldm.metrics.moments import Moments
 from ldm.metrics.quality import WINDOW, psnr, ssim
 from ldm.metrics.sources import RESIZE, Source
+from ldm.metrics.tables import space_of, table
 
 logger = logging.getLogger(__name__)
 

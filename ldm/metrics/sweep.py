@@ -15,8 +15,8 @@ from ldm.files import atomic_write_bytes, atomic_write_text
 from ldm.metrics import protocol
 from ldm.metrics.crew import Crew
 from ldm.metrics.drawing import Drawing
-from ldm.metrics.figures import space_of, told_of
 from ldm.metrics.generation import Against, evaluate_model
+from ldm.metrics.tables import short, space_of
 from ldm.model import Model
 
 Axes = Mapping[str, Sequence[Any]]
@@ -114,24 +114,6 @@ def measure(
     return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> str:
-    """Lines to be read: for each space a line for each row, with what is varied, its cost, and the space's figures."""
-    names = [name for name in rows[0] if space_of(name) and not name.endswith(" deviation")]
-    blocks = []
-    for space in dict.fromkeys(map(space_of, names)):
-        own = [name for name in names if space_of(name) == space]
-        heads = [*varied, "pictures", "evaluations", *(name.replace(f"[{space}]", "").strip() for name in own)]
-        lines = [heads]
-        for row in rows:
-            told = [_short(row[name]) for name in varied]
-            lines.append(
-                [*told, str(row["pictures"]), f"{row['evaluations']:g}", *(told_of(row, name) for name in own)]
-            )
-        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-        blocks.append([space, *("  ".join(map(str.rjust, line, widths)) for line in lines)])
-    return "\n\n".join("\n".join(block) for block in blocks)
-
-
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
@@ -154,7 +136,7 @@ def plot(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> bytes:
     *others, along = varied
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        lines.setdefault(" ".join(f"{name} {_short(row[name])}" for name in others), []).append(row)
+        lines.setdefault(" ".join(f"{name} {short(row[name])}" for name in others), []).append(row)
     names = [name for name in rows[0] if space_of(name)]
     spaces = list(dict.fromkeys(map(space_of, names)))
     figure = Figure((11, 4.5 * len(spaces)), dpi=100, layout="constrained")
@@ -168,7 +150,7 @@ def plot(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> bytes:
                 points = sorted(those, key=lambda row: row["evaluations"])
                 panel.plot([r[x] for r in points], [r[y] for r in points], "osv^D"[number % 5] + "-", label=label, ms=4)
                 for row in points if len(rows) <= ANNOTATED else []:
-                    said = f"{along} {_short(row[along])}"
+                    said = f"{along} {short(row[along])}"
                     panel.annotate(said, (row[x], row[y]), textcoords="offset points", xytext=(4, 4), fontsize=7)
             if not column:
                 panel.set_xscale("log")
@@ -179,7 +161,3 @@ def plot(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

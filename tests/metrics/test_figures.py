@@ -13,8 +13,9 @@ from ldm.metrics.crew import Crew
 from ldm.metrics.distances import density_coverage, inception_score, kernel, precision_recall
 from ldm.metrics.extraction import extract
 from ldm.metrics.features import FeatureSpace
-from ldm.metrics.figures import Measures, alone, between, space_of, table, tables
+from ldm.metrics.figures import Measures, alone, between
 from ldm.metrics.sources import of_files
+from ldm.metrics.tables import space_of, table, tables
 
 WIDTH, LOGITS = 6, 3
 SMALL = Measures(subset=8, subsets=5)

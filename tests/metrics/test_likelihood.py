@@ -20,7 +20,7 @@ from ldm.data.loader import Batch, validation_batches
 from ldm.data.writing import write_shard
 from ldm.errors import UserError
 from ldm.metrics import likelihood
-from ldm.metrics.bits import Method, evaluate_likelihood
+from ldm.metrics.likelihood import Method, evaluate_likelihood
 from ldm.unet import UNet
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.metrics import protocol
-from ldm.metrics.brief import brief
+from ldm.metrics.tables import brief
 
 DOCUMENT = {
     "figures": {"KD[toy]": 0.5, "KD[toy] deviation": 0.1, "FID[inception]": 9.0},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ldm.files import atomic_write_bytes
 from ldm.jobs import Settings
-from ldm.metrics.sweep import plot, table
+from ldm.metrics.sweep import plot
+from ldm.metrics.tables import sweep_table
 from studies.subject import Subject
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
@@ -20,7 +21,7 @@ def run(subject: Subject, quick: bool, pictures: int) -> None:
     rows = subject.measure(cells)
     if not subject.crew.main:
         return
-    print(table(rows, ["cfg"]))
+    print(sweep_table(rows, ["cfg"]))
     atomic_write_bytes(subject.folder / "guidance.png", plot(rows, ["cfg"]))
     subject.save_grid(cells, "guidance-grid.png")
     print(f"\nwrote sweep.csv, guidance.png and guidance-grid.png (a row for each scale) into {subject.folder}")

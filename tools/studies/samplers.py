@@ -5,7 +5,8 @@ from __future__ import annotations
 from ldm.files import atomic_write_bytes
 from ldm.jobs import Settings
 from ldm.jobs.catalogue import SAMPLERS
-from ldm.metrics.sweep import plot, table
+from ldm.metrics.sweep import plot
+from ldm.metrics.tables import sweep_table
 from studies.subject import Subject
 
 BUDGETS = (6, 12, 24, 48)  # evaluations, about
@@ -32,6 +33,6 @@ def run(subject: Subject, quick: bool, pictures: int) -> None:
     rows = subject.measure(cells)
     if not subject.crew.main:
         return
-    print(table(rows, ("sampler", "of")))
+    print(sweep_table(rows, ("sampler", "of")))
     atomic_write_bytes(subject.folder / "samplers.png", plot(rows, ("sampler", "of")))
     print(f"\nwrote sweep.csv and samplers.png into {subject.folder}")
