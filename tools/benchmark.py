@@ -21,8 +21,6 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -30,12 +28,12 @@ from typing import Any  # noqa: E402
 
 import data_speed  # noqa: E402 (beside this file)
 import train_speed  # noqa: E402
+from turns import child, resident  # noqa: E402
 
 from ldm.arguments import COUNT, Parser  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import atomic_write_text  # noqa: E402
 from ldm.find import find  # noqa: E402
-from ldm.home import recipe  # noqa: E402
 
 PAGE = 4096  # bytes that a machine reads together
 SCRIPT = Path(__file__).parents[1] / "scripts" / "txt2img.py"
@@ -69,14 +67,9 @@ def parse() -> argparse.Namespace:
     traced.add_argument("--out", required=True)
 
     network = commands.add_parser("unet", help="a training step and a guided sampling step of a configuration's U-Net")
-    network.add_argument("--config", type=recipe("diffusion"), required=True, help="YAML of scripts/train_diffusion.py")
-    network.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
-    network.add_argument("--side", type=COUNT, default=16, help="of the latent")
-    network.add_argument("--length", type=COUNT, default=32, help="of the context, tokens")
-    network.add_argument("--batch", type=COUNT, default=32, help="samples of a training step")
+    train_speed.add_network(network, batch=32, threads=None)
     network.add_argument("--pictures", type=COUNT, default=1, help="of a sampling step; guidance doubles the batch")
     network.add_argument("--seconds", type=float, default=10.0, help="how long each is measured")
-    network.add_argument("--threads", type=COUNT, help="CPU threads; default: torch's choice")
 
     memory = commands.add_parser("load", help="peak memory and seconds of loading a model onto the CPU, and diffusers'")
     memory.add_argument("--model", help="a diffusers directory; default: v1's shapes in float16, random, made for this")
@@ -87,8 +80,7 @@ def parse() -> argparse.Namespace:
     one.add_argument("--precision", required=True)
     one.add_argument("--by", choices=("ldm", "diffusers"), required=True)
 
-    speed, _ = train_speed.add_commands(commands)
-    for command in (first, network, memory, speed, data_speed.add_commands(commands)):
+    for command in (first, network, memory, train_speed.add_commands(commands), data_speed.add_commands(commands)):
         command.add_argument("--output", metavar="JSON", help="write the figures")
     return parser.parse_args()
 
@@ -121,15 +113,6 @@ def start(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, seconds in figures.items():
         print(f"  {name:24s}{seconds:6.2f} s")
     return {"seconds": total, "all": whole, "stages": figures, "steps": arguments.steps, "cores": os.cpu_count()}
-
-
-def child(words: Sequence[str]) -> str:
-    """Run a Python script, return what it printed; raises UserError with its last words if it fails."""
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise UserError(f"{words[0]} ended with exit code {done.returncode}: {last.removeprefix('error: ')}")
-    return done.stdout
 
 
 def trace(arguments: argparse.Namespace) -> None:
@@ -283,11 +266,9 @@ def random_v1(path: Path) -> Path:
 def loaded(arguments: argparse.Namespace) -> None:
     """Load once in this process; prints seconds and bytes as JSON. Linux alone tells a process its peak."""
     work = {"ldm": by_ldm, "diffusers": by_diffusers}[arguments.by](arguments.model, arguments.precision)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    except OSError as error:
-        raise UserError("the peak of memory is read from /proc, which only Linux has") from error
-    before, begun = resident("VmRSS"), time.perf_counter()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    begun = time.perf_counter()
     weights = [parameter for network in work() for parameter in network.parameters()]
     for weight in weights:  # one that is mapped and not yet read would be in memory no sooner than it is used
         dense = weight.detach().as_strided((weight.numel(),), (1,))
@@ -330,14 +311,6 @@ def by_diffusers(path: str, precision: str) -> Callable[[], Sequence[Any]]:
         return [pipe.unet, pipe.text_encoder, pipe.vae]
 
     return work
-
-
-def resident(name: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise UserError(f"/proc/self/status does not tell {name}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ Like against like: the same JPEG pictures in the same shards (for ImageFolder: a
 resized by the same function, in batches of the same size from as many workers. webdataset is used as its own readme
 does: shards shuffled, a shuffle buffer, batches made in the workers. All read from the page cache.
 
-The three take turns, so that a machine that has other things to do slows all of them, and what counts is the ratio in
-each round. Rates are wall-clock; with no workers, the processor's seconds are counted too.
+The three take turns. Rates are wall-clock; with no workers, the processor's seconds are counted too.
 """
 
 from __future__ import annotations
@@ -16,9 +15,14 @@ import random
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from turns import ratios, spread, take_turns
 
 from ldm.arguments import COUNT, NATURAL
 
@@ -60,34 +64,30 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
 def compare(
     sides: dict[str, Callable[[], Iterator[Any]]], arguments: argparse.Namespace, workers: int
 ) -> dict[str, Any]:
-    wall: dict[str, list[float]] = {name: [] for name in sides}
-    cpu: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    running = {name: side() for name, side in sides.items()} if workers == 0 else {}  # idle readers take no time
-    for turn in range(arguments.rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # none is always the first
-            batches = running[name] if running else sides[name]()
-            for _ in range(2 + 4 * workers if workers or turn == 0 else 0):  # made before the clock started
-                next(batches)
-            begun, used = time.perf_counter(), time.process_time()
-            for _ in range(arguments.batches):
-                next(batches)
-            wall[name].append(time.perf_counter() - begun)
-            cpu[name].append(time.process_time() - used)
-            del batches
+    def opened(name: str) -> Iterator[Any]:
+        batches = sides[name]()
+        for _ in range(2 + 4 * workers):  # made before the clock starts
+            next(batches)
+        return batches
+
+    def ready(name: str) -> Callable[[], None]:
+        batches = running[name] if running else opened(name)
+        return lambda: deque(islice(batches, arguments.batches), maxlen=0).clear()
+
+    running = {name: opened(name) for name in sides} if workers == 0 else {}  # idle readers take no time
+    wall, cpu = take_turns({name: partial(ready, name) for name in sides}, arguments.rounds)
     count = arguments.batch * arguments.batches
     made: dict[str, Any] = {}
-    for name in names:
+    for name in sides:
         made[name] = {"samples_per_second": count / statistics.median(wall[name])}
         line = f"{workers} workers  {name:12s}{made[name]['samples_per_second']:8.1f} samples/s"
         if name != OURS:
-            ratios = [theirs / mine for mine, theirs in zip(wall[OURS], wall[name], strict=True)]
-            made[name]["ours_over_it"] = statistics.median(ratios)
-            line += f", ours {statistics.median(ratios):.3f}x ({min(ratios):.3f} to {max(ratios):.3f})"
+            found = ratios(wall, OURS, name)
+            made[name]["ours_over_it"] = statistics.median(found)
+            line += f", ours {spread(found, 'x')}"
             if workers == 0:
-                ratios = [theirs / mine for mine, theirs in zip(cpu[OURS], cpu[name], strict=True)]
-                made[name]["ours_over_it_by_processor"] = statistics.median(ratios)
-                line += f", by processor {statistics.median(ratios):.3f}x"
+                made[name]["ours_over_it_by_processor"] = by_cpu = statistics.median(ratios(cpu, OURS, name))
+                line += f", by processor {by_cpu:.3f}x"
         if workers == 0:
             made[name]["cpu_ms_per_sample"] = 1e3 * statistics.median(cpu[name]) / count
             line += f", {made[name]['cpu_ms_per_sample']:.3f} ms of processor a sample"

@@ -1,22 +1,18 @@
 """`tools/benchmark.py train`: a training step beside that of diffusers' U-Net of the same shape, with the same weights.
 
 Like against like: one optimizer (AdamW, fused), one loss, gradients clipped, channels_last and SDPA on both sides, the
-same inputs. The two take turns step by step in one process, and what counts is the ratio of each pair of neighbours,
-so that a machine that has other things to do slows both. Peak memory is that of a fresh process for each.
+same inputs. The two take turns step by step. Peak memory is that of a fresh process for each.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from turns import child, ratios, resident, spread, take_turns
 
 from ldm.arguments import COUNT
 from ldm.home import recipe
@@ -24,25 +20,28 @@ from ldm.home import recipe
 WARM = 3  # steps that are not counted: the first ones allocate, compile and fill the optimizer's state
 
 
-def add_commands(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def add_network(command: argparse.ArgumentParser, batch: int, threads: int | None) -> None:
+    """Which network is measured, on what; with the default `batch` and `threads`."""
+    command.add_argument("--config", type=recipe("diffusion"), required=True, help="YAML of scripts/train_diffusion.py")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
+    command.add_argument("--side", type=COUNT, default=16, help="of the latent")
+    command.add_argument("--length", type=COUNT, default=32, help="of the context, tokens")
+    command.add_argument("--batch", type=COUNT, default=batch, help="samples of a training step")
+    command.add_argument("--threads", type=COUNT, default=threads, help="CPU threads")
+
+
+def add_commands(commands: Any) -> argparse.ArgumentParser:
     """`train`, and `trained`, which it runs in processes of their own."""
     speed = commands.add_parser("train", help="a training step beside diffusers' U-Net of the same shape")
     one = commands.add_parser("trained")
     for command in (speed, one):
-        command.add_argument(
-            "--config", type=recipe("diffusion"), required=True, help="YAML of scripts/train_diffusion.py"
-        )
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
-        command.add_argument("--side", type=COUNT, default=16, help="of the latent")
-        command.add_argument("--length", type=COUNT, default=32, help="of the context, tokens")
-        command.add_argument("--batch", type=COUNT, default=8, help="samples of a training step")
-        command.add_argument("--threads", type=COUNT, default=1, help="CPU threads")
+        add_network(command, batch=8, threads=1)
         command.add_argument("--compile", action="store_true", help="torch.compile on both sides")
         command.add_argument("--device", default="cpu")
         command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of autocast")
     speed.add_argument("--rounds", type=COUNT, default=10, help="pairs of steps")
     one.add_argument("--by", choices=("ldm", "diffusers"), required=True)
-    return speed, one
+    return speed
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -51,18 +50,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     for work in (ours, theirs):
         for _ in range(WARM):
             work()
-    seconds: dict[str, list[float]] = {"ldm": [], "diffusers": []}
-    cpu: dict[str, list[float]] = {"ldm": [], "diffusers": []}
-    for turn in range(arguments.rounds):
-        pair = [("ldm", ours), ("diffusers", theirs)]
-        for name, work in pair if turn % 2 == 0 else pair[::-1]:  # neither is always the second
-            begun, used = time.perf_counter(), time.process_time()
-            work()
-            seconds[name].append(time.perf_counter() - begun)
-            cpu[name].append(time.process_time() - used)
+    seconds, cpu = take_turns({"ldm": lambda: ours, "diffusers": lambda: theirs}, arguments.rounds)
     memory = {name: _in_a_process(arguments, name) for name in seconds}
-    ratios = [b / a for a, b in zip(seconds["ldm"], seconds["diffusers"], strict=True)]
-    cpu_ratios = [b / a for a, b in zip(cpu["ldm"], cpu["diffusers"], strict=True)]
+    by_clock, by_cpu = (ratios(each, "ldm", "diffusers") for each in (seconds, cpu))
     figures: dict[str, Any] = {
         "parameters": parameters,
         "threads": arguments.threads,
@@ -70,8 +60,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "cpu_seconds": cpu,
         "peak_mb": memory,
-        "speed_ratio": statistics.median(ratios),
-        "speed_ratio_cpu": statistics.median(cpu_ratios),
+        "speed_ratio": statistics.median(by_clock),
+        "speed_ratio_cpu": statistics.median(by_cpu),
     }
     how = "compiled" if arguments.compile else "eager"
     shape = f"{parameters / 1e6:.2f} M parameters, batch {arguments.batch}, side {arguments.side}"
@@ -80,9 +70,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         rate = arguments.batch / statistics.median(seconds[name])
         steady = arguments.batch / statistics.median(cpu[name])
         print(f"{name:10s}{rate:8.2f} samples/s  {steady:8.2f} samples/s of CPU time  peak {memory[name]:7.0f} MB")
-    for what, each in (("by the clock", ratios), ("by CPU time", cpu_ratios)):
-        spread = f"{min(each):.3f} to {max(each):.3f} over {len(each)} pairs of steps"
-        print(f"ldm / diffusers {what}: {statistics.median(each):.3f} ({spread})")
+    for what, each in (("by the clock", by_clock), ("by CPU time", by_cpu)):
+        print(f"ldm / diffusers {what}: {spread(each, of=f' over {len(each)} pairs of steps')}")
     return figures
 
 
@@ -93,25 +82,14 @@ def trained(arguments: argparse.Namespace) -> None:
     ours, theirs, _ = _steps(arguments, arguments.by)
     for _ in range(WARM):
         (ours if arguments.by == "ldm" else theirs)()
-    if arguments.device != "cpu":
-        print(json.dumps(torch.cuda.max_memory_allocated() / 1e6))
-        return
-    print(json.dumps(_peak_mb()))
-
-
-def _peak_mb() -> float:
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure begins, on Linux, with that of the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts bytes
+    print(torch.cuda.max_memory_allocated() / 1e6 if arguments.device != "cpu" else resident("VmHWM") / 1e6)
 
 
 def _in_a_process(arguments: argparse.Namespace, by: str) -> float:
     words = [sys.argv[0], "trained", "--by", by, "--config", str(arguments.config), *arguments.overrides]
     for name in ("side", "length", "batch", "threads", "device", "precision"):
         words += [f"--{name}", str(getattr(arguments, name))]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)  # never compiled
-    return float(done.stdout.splitlines()[-1])
+    return float(child(words).splitlines()[-1])  # never compiled
 
 
 def _steps(arguments: argparse.Namespace, by: str = "") -> tuple[Callable[[], None], Callable[[], None], int]:
