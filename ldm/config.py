@@ -22,7 +22,7 @@ from ldm.ranges import Count, Decay, Few, NotNegative, OneOf, Positive, Range, S
 from ldm.settings import changed, from_dict, load, to_dict  # noqa: F401 (how what follows is read and written)
 
 Crop = Annotated[str, OneOf("center", "random")]
-Caption = Annotated[str, OneOf("txt", "variants")]
+Caption = Annotated[str, OneOf("txt", "variants", "none")]
 Law = Annotated[str, OneOf("constant", "cosine")]
 Precision = Annotated[str, OneOf("auto", "fp32", "bf16", "fp16")]
 Tracker = Annotated[str, OneOf("tensorboard", "wandb")]
@@ -46,7 +46,7 @@ class DataConfig:
     bucket_aspect: Annotated[float, Range(least=1)] = 2.0  # longer side / shorter side of a bucket, at most
     where: dict[str, list[str]] = field(default_factory=dict)  # keep samples whose json field is one of these
     label: str = ""  # the field of a sample's json that says its class; empty: none
-    caption: Caption = "txt"  # txt, or variants: one of json["captions"], drawn anew each epoch
+    caption: Caption = "txt"  # txt; variants: one of json["captions"], drawn anew each epoch; none: pictures need none
     streams: Count = 8  # virtual streams; global batch % streams == 0, streams % (processes * workers) == 0
     shuffle: Whole = 1000  # samples in the shuffle buffers of all streams together; 0 keeps the order
     workers: Few = 1  # reader processes for each training process; 0 reads in the training process

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
-CAPTIONS = ("txt", "variants")
+CAPTIONS = ("txt", "variants", "none")
 NO_CAPTION = "no caption"
 SHOWN = 5  # labels, in a reason
 HEAD = 2**16  # bytes in which a PNG's or JPEG's size is found, unless it has a large thumbnail before it
@@ -35,18 +35,24 @@ class Sample:
 
 def fault(members: Members) -> str | None:
     """Why a sample with these members cannot be used, as far as their names and sizes tell; None if they do not."""
-    if not any(members.get(name, (0, 0))[1] for name in PICTURES):
-        return "no picture"
+    if (reason := fault_of_picture(members)) is not None:
+        return reason
     if "json" not in members and not members.get("txt", (0, 0))[1]:
         return NO_CAPTION
     return None
+
+
+def fault_of_picture(members: Members) -> str | None:
+    """As `fault`, where captions are not needed."""
+    return None if any(members.get(name, (0, 0))[1] for name in PICTURES) else "no picture"
 
 
 def decode(record: Record, caption: str, rng: random.Random) -> Sample:
     """Decode the picture and choose the caption.
 
     `caption` is "txt" (the .txt, else the json's `caption`, else the first of its `captions`) or "variants" (one of
-    the json's `captions`, drawn with `rng`; a sample without any falls back to "txt"). Raises BadSample.
+    the json's `captions`, drawn with `rng`; a sample without any falls back to "txt"), or "none", the empty one. Raises
+    BadSample.
     """
     meta = read_meta(record)
     text = choose_caption(record, meta, caption, rng)
@@ -82,8 +88,10 @@ def picture_size(reader: ShardReader, shard: int, number: int) -> tuple[int, int
 
 
 def choose_caption(record: Record, meta: dict[str, Any], caption: str, rng: random.Random) -> str:
-    """One caption of the sample, stripped and never empty; `caption` as in `decode`. Raises BadSample."""
+    """One caption of the sample, stripped and not empty; `caption` as in `decode`. Raises BadSample."""
     draw = rng.random()  # drawn whatever the mode, so that the picture's own draws do not depend on it
+    if caption == "none":
+        return ""
     variants = caption_variants(meta)
     if caption == "variants" and variants:
         return variants[int(draw * len(variants))]

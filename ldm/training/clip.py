@@ -75,6 +75,8 @@ class ClipStage:
     def __init__(self, config: ClipTraining, rank: int, world: int, device: torch.device) -> None:
         check_settings(config, world)
         check_no_label(config.data)
+        if config.data.caption == "none":
+            raise UserError("CLIP is trained on captions; set data.caption to txt or variants")
         if config.image_tower.size != config.data.size:
             raise UserError(
                 f"image_tower.size={config.image_tower.size} and data.size={config.data.size} must be the same"

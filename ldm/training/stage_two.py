@@ -70,6 +70,10 @@ class DiffusionStage:
             if config.text and not config.model.context_width:
                 raise UserError("text names a text tower, and with model.context_width=0 none is used; set one of them")
         config, began = begin(config, device, said)
+        if began.text is None:  # then pictures need none
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, caption="none"))
+        elif config.data.caption == "none":
+            raise UserError("data.caption is none, and the text tower reads captions; set it to txt or variants")
         self.config, self.device = config, device
         self.notices, self.sources = list(began.notices), began.sources
         self.law = make_law(config.schedule, config.parameterization, config.sigma_data, config.learned_variance)

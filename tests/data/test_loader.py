@@ -12,7 +12,7 @@ from ldm.data.loader import Decoded, Loader, PictureDecode, validation_batches
 from ldm.errors import UserError
 from ldm.training.draws import Draws
 
-from .shard_maker import sample, write_tar
+from .shard_maker import picture, sample, write_tar
 
 ICONS = Path(__file__).parents[1] / "fixtures" / "icons"
 CONFIG = DataConfig(shards=f"{ICONS}/train-*.tar", validation=f"{ICONS}/val-*.tar", size=32, workers=0, streams=4)
@@ -128,6 +128,18 @@ def test_a_label_that_the_network_does_not_know_is_left_out_with_its_reason(tmp_
     config = replace(config, bad_limit=0.0)
     with pytest.raises(UserError, match="bad_limit"):
         list(islice(Loader(config, 3, decode=PictureDecode(config, ("cat", "dog"))), 4))
+
+
+def test_pictures_need_no_captions_where_none_are_read(tmp_path):
+    members = [("a.png", picture(1)), ("b.png", picture(2)), ("b.json", b'{"kind": "cat"}'), *sample("c", kind="dog")]
+    shards = str(write_tar(tmp_path / "x.tar", members))
+    config = DataConfig(shards=shards, validation=shards, size=8, streams=1, workers=0, caption="none")
+    batch = next(iter(Loader(config, 3)))
+    assert sorted(batch.key) == ["x/a", "x/b", "x/c"] and batch.caption == [""] * 3
+    assert [batch.key for batch in validation_batches(config, 3)] == [["x/a", "x/b", "x/c"]]
+    labelled = Loader(replace(config, label="kind", bad_limit=0.5), 2)
+    assert {label for batch in islice(labelled, 3) for label in batch.label} == {"cat", "dog"}
+    assert {*next(iter(Loader(replace(config, caption="txt", bad_limit=0.9), 3))).key} == {"x/c"}
 
 
 def test_other_decoders_fit_in(tmp_path):

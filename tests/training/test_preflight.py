@@ -341,3 +341,8 @@ def test_memory_that_does_not_suffice_is_told_with_what_to_lower(tmp_path: Path)
         UserError, match=r"the memory of cpu does not suffice for a micro-batch of 8; lower loop\.micro_b"
     ):
         run(ToyStage(LOOP, before=much), LOOP, tmp_path)
+
+
+def test_clip_is_not_trained_without_captions() -> None:
+    with pytest.raises(UserError, match="CLIP is trained on captions"):
+        ClipStage(ClipTraining(data=replace(DATA, caption="none")), 0, 1, CPU)

@@ -1,6 +1,7 @@
 """Stage two, mostly as a pixel model (the identity codec), which needs no stage one."""
 
 import math
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ldm.errors import UserError
 from ldm.training.draws import Draws
 from ldm.training.stage_two import DiffusionStage
 
-from .toys import CPU, LOOP, PIXELS, log_of, run
+from .toys import CPU, ICONS, LOOP, PIXELS, log_of, run
 
 TEXT = TextConfig(
     context_length=16, token_ids=(0, *range(300, 1300), 49406, 49407), width=32, heads=2, layers=1, embed_dim=16
@@ -237,6 +238,22 @@ def test_a_class_conditional_network_is_told_labels_and_of_some_none():
     assert 0 < int(true.sum()) < len(true) and bool(((rows == true) | (rows == 2)).all())
     share = CLASSES.loss.caption_dropout
     assert abs(float((rows == 2).double().mean()) - share) < 4 * math.sqrt(share * (1 - share) / rows.numel())
+
+
+def test_pictures_with_a_label_and_no_caption_train_a_network_of_labels(tmp_path, pixels):
+    shards = str(tmp_path / "x.tar")
+    with tarfile.open(ICONS / "train-0000.tar") as given, tarfile.open(shards, "w") as made:
+        for member in given:
+            if member.isfile() and not member.name.endswith(".txt"):
+                made.addfile(member, given.extractfile(member))
+    data = replace(CLASSES.data, shards=shards, validation=shards)
+    batch = next(iter(DiffusionStage(replace(CLASSES, data=data), 0, 1, CPU).batches))
+    assert set(batch.label) == {"noto", "fluent-flat"}
+    captioned = DiffusionStage(replace(pixels, data=replace(pixels.data, shards=shards, validation="")), 0, 1, CPU)
+    with pytest.raises(UserError, match="no caption"):
+        next(iter(captioned.batches))
+    with pytest.raises(UserError, match=r"data\.caption is none, and the text tower reads captions"):
+        DiffusionStage(replace(pixels, data=replace(pixels.data, caption="none")), 0, 1, CPU)
 
 
 def test_labels_that_a_network_does_not_know_are_bad_samples(caplog, tmp_path):
