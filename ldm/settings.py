@@ -45,8 +45,8 @@ def read(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[
         plain = OmegaConf.to_container(OmegaConf.create(read_yaml_text(path) if path else {}), resolve=False)
         if not isinstance(plain, dict):
             raise UserError(f"{path} is not a mapping of settings; see configs/ for examples")
-        where = "the arguments"
         for word in overrides:
+            where = f"'{word[:100]}'"
             key, given, _ = word.partition("=")
             if not given:
                 raise UserError(f"'{word}' is not of the form key=value")

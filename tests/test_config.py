@@ -80,6 +80,7 @@ def test_each_stage_has_its_recipes():
         (["model.multipliers=[1,x]"], "model.multipliers must be a whole number, not 'x'"),
         (["optimizer.betas=[0.9]"], "optimizer.betas must be a list of 2, not '[0.9]'"),
         (["data"], "'data' is not of the form key=value"),
+        (["output=x", "data.where=[a {}]"], "'data.where=[a {}]': "),
         (["data=3"], "data must be a group of settings, not '3'"),
         (["output=${oc.env:HOME}"], "has an interpolation, which settings may not; write the value itself"),
         (["data.where.style=['${data.size}']"], "has an interpolation"),
@@ -89,7 +90,8 @@ def test_what_does_not_fit_is_one_sentence(words, message):
     with pytest.raises(UserError) as caught:
         load(AutoencoderTraining, None, words)
     assert message in str(caught.value)
-    assert str(caught.value).startswith("the arguments: ") or "key=value" in str(caught.value)
+    said = str(caught.value)
+    assert said.startswith(("the arguments: ", f"'{words[-1]}'")) or "key=value" in said
     assert "\n" not in str(caught.value)
 
 
