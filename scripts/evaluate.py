@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SETTINGS = ("cfg", "cfg_rescale", "steps", "sampler", "spacing", "eta")
 BRIEF = ("cfg", "steps", "sampler")
 # What only a model's pictures depend on.
-DRAWS = (*SETTINGS, "model", "weights", "precision", "seed", "count", "batch_size", "sweep", "out")
+DRAWS = (*SETTINGS, "model", "weights", "precision", "seed", "count", "batch_size", "sweep", "out", "labels")
 
 
 def main() -> None:
@@ -67,8 +67,10 @@ def generation(arguments: argparse.Namespace) -> None:
     from ldm.metrics.sweep import name_of, parse_axes, sweep
     from ldm.metrics.tables import brief, sweep_table, table
 
-    if not arguments.pictures and not (arguments.captions and arguments.out):
-        raise UserError("say what to measure: --pictures FOLDER_OR_SHARDS, or a model by --captions and a folder --out")
+    if not arguments.pictures and not ((arguments.captions or arguments.labels) and arguments.out):
+        raise UserError(
+            "say what to measure: --pictures FOLDER_OR_SHARDS, or a model by --captions or --labels and a folder --out"
+        )
     given = [f"--{name.replace('_', '-')}" for name in DRAWS if getattr(arguments, name) not in (None, [])]
     if arguments.pictures and given:
         raise UserError(f"{given[0]} is of pictures that a model draws; leave it or --pictures out")
@@ -134,9 +136,10 @@ def what_to_draw(arguments: argparse.Namespace, captions: tuple[str, ...]) -> Dr
     from ldm.metrics.drawing import Drawing
 
     settings = Settings(width=arguments.size, height=arguments.size, **taken(arguments, Settings, SETTINGS))
-    count = len(captions) if arguments.count is None else arguments.count
+    labels = tuple(split_list(arguments.labels or ""))
+    count = max(len(captions), len(labels)) if arguments.count is None else arguments.count
     batch_size = arguments.batch_size or Drawing.batch_size
-    return Drawing(captions, settings, count, arguments.seed or 0, batch_size, arguments.captions).check()
+    return Drawing(captions, settings, count, arguments.seed or 0, batch_size, arguments.captions or "", labels).check()
 
 
 def autoencoder(arguments: argparse.Namespace) -> None:
@@ -262,6 +265,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("what is measured").add_argument
     add("--pictures", help="a folder or shards, in place of a model's")
     add("--captions", help="of the pictures: a file, a prompt a line, or shards")
+    add("--labels", metavar="A,B,...", help="in place of captions or with them: the classes to be drawn in turn")
     add("--captions-where", action="append", default=[], metavar="FIELD=VALUE,...", help="of those shards, as --where")
     add("--count", type=COUNT, metavar="N", help="pictures to draw, captions in turn; default: one of each")
     add("--seed", type=NATURAL, metavar="N", help="picture i has the seed SEED + i [0]")

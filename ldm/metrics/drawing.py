@@ -1,6 +1,6 @@
 """Pictures of a model, drawn to be measured: a folder of PNGs that several processes fill and that can be gone on with.
 
-Picture i has the caption i (in turn) and the seed `seed + i`, and is drawn in the batch of the pictures
+Picture i has the caption i and the label i (in turn) and the seed `seed + i`, and is drawn in the batch of the pictures
 [k batch_size, (k + 1) batch_size) that it belongs to, always whole: so it is the same bits however many pictures are
 asked for and however many processes draw them.
 """
@@ -34,7 +34,7 @@ ALWAYS = ("cfg", "steps", "sampler", "spacing", "options")
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn: `count` pictures of `captions` under `settings`."""
+    """What is drawn: `count` pictures of `captions`, or of `labels`, or of both in turn, under `settings`."""
 
     captions: tuple[str, ...]
     settings: Settings
@@ -42,6 +42,7 @@ class Drawing:
     seed: int = 0
     batch_size: int = 16
     captions_from: str = ""  # what the captions were read from, as the user named it; nothing depends on it
+    labels: tuple[str, ...] = ()  # of a model with classes
 
     def check(self) -> Drawing:
         """The same; raises UserError for pictures that cannot be drawn."""
@@ -54,7 +55,11 @@ class Drawing:
 
     def requests(self, first: int, count: int) -> list[Request]:
         """Pictures first to first + count."""
-        return [Request(self.captions[i % len(self.captions)], seed=self.seed + i) for i in range(first, first + count)]
+        texts, labels = self.captions or ("",), self.labels or (None,)
+        return [
+            Request(texts[i % len(texts)], seed=self.seed + i, label=labels[i % len(labels)])
+            for i in range(first, first + count)
+        ]
 
     def protocol(self, model: Model) -> dict[str, Any]:
         """All that the pictures depend on, but for the model, which is what is measured."""
@@ -69,6 +74,7 @@ class Drawing:
             "height": settings["height"] or side,
             "captions": len(self.captions),
             "captions_hash": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest(),
+            **({"labels": list(self.labels)} if self.labels else {}),
             "first_seed": self.seed,
             "batch_size": self.batch_size,
             "device": made_on["device"],
@@ -82,6 +88,8 @@ def draw(model: Model, drawing: Drawing, folder: Path, crew: Crew, bar: bool = F
     Raises UserError if the folder holds pictures that were drawn otherwise, and for what cannot be drawn.
     """
     drawing.check()
+    for label in drawing.labels:
+        model.encoder.number(label)  # UserError for one that it does not know
     if crew.main:
         settle(folder / "drawing.json", {"model": model.hash, **drawing.protocol(model)})
     crew.wait()

@@ -87,7 +87,7 @@ def evaluate_model(
     before anything is drawn if the counts alone tell.
     """
     drawing.check()
-    against.check(drawing.count, all(drawing.captions))
+    against.check(drawing.count, drawing.captions != () and all(drawing.captions))
     drawn = draw(model, drawing, folder, crew, against.bar)
     side = drawing.settings.width or model.config.image_size
     figures, drawn, against = against.measured(drawn, side, crew, folder.parent / "features")

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 import ldm.metrics.spaces as spaces
+from ldm.checkpoints import native
+from ldm.config import AutoencoderConfig, EncoderConfig, ModelConfig, UNetConfig
 from ldm.errors import UserError
 from ldm.jobs import Settings
 from ldm.metrics import protocol
@@ -24,6 +26,7 @@ from ldm.metrics.figures import Measures
 from ldm.metrics.generation import Against
 from ldm.metrics.sources import open_source
 from ldm.metrics.sweep import KINDS, cells, parse_axes, plot, sweep
+from ldm.unet import UNet
 
 from .pictures_maker import toy_shard
 
@@ -105,6 +108,24 @@ def test_a_model_is_measured_and_said_how(evaluate, words, tmp_path):
         words = "--compare", tmp_path / "a" / "figures.json", tmp_path / "b.json", flag, "drawing,held_out"
         code, out, _ = evaluate(*words)
         assert code == 0 and "difference" in out
+
+
+def test_a_model_of_classes_is_measured_by_its_labels(evaluate, words, tmp_path):
+    unet = UNetConfig(3, 3, 32, (1,), 1, (), context_width=0, classes=2)
+    codec, labels = AutoencoderConfig(kind="identity", scale=(1.0,)), EncoderConfig(labels=("cat", "dog"))
+    native.save(
+        tmp_path / "m", ModelConfig(autoencoder=codec, unet=unet, encoder=labels, image_size=16), {"unet": UNet(unet)}
+    )
+    given = ("--model", tmp_path / "m", "--steps", 1, "--batch-size", 3, "--count", 8)
+    given = (*given, "--reference", tmp_path / "toy.tar", *SMALL, "--space", "toy", "--allow-few", "--size", 16)
+    code, _, err = evaluate("generation", *given, "--labels", "cat, dog", "--out", tmp_path / "a")
+    assert code == 0, err
+    told = json.loads((tmp_path / "a" / "figures.json").read_text())["protocol"]["drawing"]
+    assert (told["labels"], told["captions"], told["batch_size"]) == (["cat", "dog"], 0, 3)
+    requests = Drawing((), Settings(), 3, labels=("cat", "dog")).requests(1, 3)
+    assert [(r.prompt, r.label, r.seed) for r in requests] == [("", "dog", 1), ("", "cat", 2), ("", "dog", 3)]
+    code, _, err = evaluate("generation", *given, "--labels", "cat,cow", "--out", tmp_path / "b")
+    assert code == 1 and "there is no label 'cow'" in err and not (tmp_path / "b").exists()
 
 
 def test_what_does_not_decode_is_counted_nowhere(evaluate, tmp_path):
