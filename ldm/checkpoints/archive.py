@@ -75,6 +75,8 @@ def read_zip(file: BinaryIO, size: int) -> Contents:
     if len(pickles) != 1:
         raise BadArchive("is a zip archive but not one that torch wrote (it has no data.pkl); unpack it first")
     root = pickles[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in entries:
+        raise BadArchive("is a TorchScript program, which is not run here; save the state_dict of its network")
     start, length = entries[pickles[0]]
     if length > MAX_PICKLE:
         raise BadArchive(f"has a list of contents of {length:,} bytes; no model needs more than {MAX_PICKLE:,}")

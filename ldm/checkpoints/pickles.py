@@ -6,6 +6,10 @@ name stays a name: a call becomes the value of one of the few `builders` that it
 records of tensors, and every other class or function becomes an `Inert` object that swallows whatever is done to it.
 
 Time and memory are bounded by MAX_OPERATIONS: an instruction makes at most one small object, and nothing is repeated.
+
+torch.load(weights_only=True) runs nothing either, but cannot take this place (as of torch 2.13): a key of tuples in
+tuples keeps it busy for ever, a view of 2^40 numbers over a stored few is loaded, a key set twice is not told; pickle
+protocols 4 and 5 are unknown to it, and an old stream is read whole into memory.
 """
 
 from __future__ import annotations
@@ -69,8 +73,15 @@ def read_pickle(
 
 
 _MARK = object()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": list}
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+_FRESH: Mapping[str, Callable[[], Any]] = {
+    **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
+    **{"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": list},
+}
 _ATOMS = (str, bytes, int, float, bool, type(None), Name)  # keys whose hash takes no time; a nested tuple's may
 
 
@@ -89,18 +100,20 @@ class _Machine:
 
     def pop_to_mark(self) -> list[Any]:
         """What was pushed since the last mark, in order."""
-        place = len(self.stack) - 1
-        while self.stack[place] is not _MARK:  # an IndexError below the bottom: only when there is no mark at all
-            place -= 1
-            if place < 0:
-                raise ValueError("no mark")
-        items = self.stack[place + 1 :]
-        del self.stack[place:]
+        items = []
+        while (value := self.stack.pop()) is not _MARK:
+            items.append(value)
         self.marks -= 1
-        return items
+        return items[::-1]
 
     def step(self, name: str, argument: Any) -> None:
         push = self.stack.append
+        if name in _LITERALS:
+            if isinstance(argument, int) and argument.bit_length() > MAX_NUMBER:
+                raise ValueError("a number of thousands of digits")
+            return push(argument)
+        if name in _FRESH:
+            return push(_FRESH[name]())
         match name:
             case "PROTO" | "FRAME":
                 pass
@@ -109,21 +122,8 @@ class _Machine:
                 if self.marks > MAX_DEPTH:
                     raise ValueError("it is nested too deeply")
                 push(_MARK)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                push(_CONSTANTS[name])
-            case "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT":
-                if isinstance(argument, int) and argument.bit_length() > MAX_NUMBER:
-                    raise ValueError("a number of thousands of digits")
-                push(argument)
-            case "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE":
-                push(argument)
-            case "BINUNICODE8" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
-                push(argument)
-            case "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_DICT" | "EMPTY_SET":
-                push(_EMPTY[name]())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(name[-1])
-                items = [self.pop() for _ in range(count)]
+                items = [self.pop() for _ in range(int(name[-1]))]
                 push(tuple(reversed(items)))
             case "TUPLE":
                 push(tuple(self.pop_to_mark()))
@@ -142,9 +142,7 @@ class _Machine:
                 items = self.pop_to_mark()
                 _fill(self.stack[-1], items)
             case "POP":
-                if self.stack[-1] is _MARK:
-                    self.marks -= 1
-                del self.stack[-1]
+                self.marks -= self.stack.pop() is _MARK
             case "POP_MARK":
                 self.pop_to_mark()
             case "DUP":
@@ -164,13 +162,10 @@ class _Machine:
                 if max(len(module), len(attribute)) > MAX_NAME:
                     raise ValueError("a name of thousands of letters")
                 push(Name(f"{module}.{attribute}"))
-            case "EXT1" | "EXT2" | "EXT4":
-                push(Name(f"extension.{argument}"))
-            case "REDUCE" | "NEWOBJ":
+            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
+                if name == "NEWOBJ_EX":
+                    self.pop()  # keywords, which no builder takes
                 arguments, function = self.pop(), self.pop()
-                push(self._made(function, arguments))
-            case "NEWOBJ_EX":
-                _, arguments, function = self.pop(), self.pop(), self.pop()
                 push(self._made(function, arguments))
             case "OBJ":
                 function, *arguments = self.pop_to_mark()
@@ -180,12 +175,9 @@ class _Machine:
                 push(self._made(Name(str(argument).replace(" ", ".", 1)), arguments))
             case "BUILD":
                 state = self.pop()  # plain objects (an OrderedDict's `_metadata`) do without theirs
-                if isinstance(self.stack[-1], dict) and isinstance(state, dict):
-                    held = state.get("_parameters")  # what a ParameterDict holds
-                    if isinstance(held, dict):
-                        _fill(self.stack[-1], [item for pair in held.items() for item in pair])
-            case "PERSID":
-                push(self.persistent(argument))
+                held = state.get("_parameters") if isinstance(state, dict) else None  # what a ParameterDict holds
+                if isinstance(self.stack[-1], dict) and isinstance(held, dict):
+                    _fill(self.stack[-1], [item for pair in held.items() for item in pair])
             case "BINPERSID":
                 push(self.persistent(self.pop()))
             case _:

@@ -95,6 +95,10 @@ def system_as_an_argument(path: Path) -> None:
     torch_zip(path, program(("x", b"ctorch._utils\n_rebuild_tensor_v2\n(" + call + b"K\x00))\x89}tR")))
 
 
+def torchscript(path: Path) -> None:
+    torch_zip(path, program(("x", tensor())), {"archive/data/0": bytes(16), "archive/constants.pkl": b"\x80\x02)."})
+
+
 def compressed_bomb(path: Path) -> None:
     torch_zip(path, program(("x", tensor(items=1 << 24, shape=(1 << 24,)))), {"archive/data/0": bytes(1 << 26)}, True)
 
@@ -326,6 +330,7 @@ CORPUS: list[tuple[Callable[[Path], None], str]] = [
     (text_pickle, "neither safetensors nor torch's"),
     (system_as_an_instance, "holds no tensors"),
     (system_as_an_argument, "a damaged list of contents"),
+    (torchscript, "TorchScript"),
     (compressed_bomb, "compressed entry"),
     (compressed_pickle, "compressed entry"),
     (overlapping_entries, "overlap"),
