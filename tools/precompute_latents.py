@@ -74,10 +74,11 @@ def encode(arguments: argparse.Namespace, config: DiffusionTraining, folder: Pat
     device = choose_device(arguments.device)
     dtype = choose_precision(arguments.precision, device)
     autoencoder = open_checkpoint(config.autoencoder).only("autoencoder")
-    text = open_checkpoint(config.text).only("text")
-    for notice in (*autoencoder.notices, *text.notices):
+    text = open_checkpoint(config.text).only("text") if config.text else None
+    for notice in (*autoencoder.notices, *(() if text is None else text.notices)):
         print(f"note: {notice}", file=sys.stderr)
-    codec, tower = autoencoder.load("autoencoder", device, dtype), text.load("text", device, dtype)
+    codec = autoencoder.load("autoencoder", device, dtype)
+    tower = None if text is None else text.load("text", device, dtype)
     codec.latent_shape(config.data.size, config.data.size)  # UserError for a size that f does not divide
 
     sources = LatentSources(config.data)
@@ -97,9 +98,9 @@ def encode(arguments: argparse.Namespace, config: DiffusionTraining, folder: Pat
         return
     if writer.start > first:
         print(f"going on at sample {writer.start} of {len(sources)}", flush=True)
-    written, cut = precompute(codec, tower, sources, writer, config.data.flip, arguments.batch, stop)
+    written, cut = precompute(codec, tower, device, sources, writer, config.data.flip, arguments.batch, stop)
     print(f"wrote {written} samples to {folder}")
-    if cut:
+    if cut and tower is not None:
         print(
             f"note: {cut} captions are longer than the text tower's {tower.config.context_length} tokens and were cut"
         )
@@ -192,15 +193,20 @@ def settings(arguments: argparse.Namespace) -> DiffusionTraining:
         data=data,
     )
     for option, value in (("autoencoder", config.autoencoder), ("text", config.text), ("output", config.latents)):
-        if not value:
+        if not value and (option != "text" or config.model.context_width):
             raise UserError(f"--{option} is missing; say where it is")
+    if not config.model.context_width:
+        if config.text:
+            raise UserError("text names a text tower, and with model.context_width=0 none is used; set one of them")
+        config = dataclasses.replace(config, data=dataclasses.replace(data, caption="none"))
     return config
 
 
 @torch.inference_mode()
 def precompute(
     codec: Codec,
-    tower: TextTower,
+    tower: TextTower | None,
+    device: torch.device,
     sources: LatentSources,
     writer: LatentWriter,
     flip: bool,
@@ -209,7 +215,6 @@ def precompute(
 ) -> tuple[int, int]:
     """Encode what `writer` does not have yet, up to before sample `stop`; returns the samples written and the captions
     that were cut."""
-    device = tower.positional_embedding.device
     written = cut = 0
     with tqdm(total=stop, initial=writer.start, unit="picture", disable=not sys.stderr.isatty()) as bar:
         for batch in sources.batches(batch_size, writer.start, stop):
@@ -224,8 +229,11 @@ def precompute(
     return written, cut
 
 
-def encode_captions(tower: TextTower, batch: SourceBatch) -> tuple[list[Tensor], int]:
-    """For each sample the contexts (K, L, D) of its captions; and how many captions are longer than L."""
+def encode_captions(tower: TextTower | None, batch: SourceBatch) -> tuple[list[Tensor], int]:
+    """For each sample the contexts (K, L, D) of its captions; and how many captions are longer than L. L and D are 0
+    where no tower reads them."""
+    if tower is None:
+        return [torch.zeros(len(texts), 0, 0) for texts in batch.captions], 0
     captions = [text for texts in batch.captions for text in texts]
     tokens, dropped = tower.tokenize(captions)
     context = tower(tokens.to(tower.positional_embedding.device))

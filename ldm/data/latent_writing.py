@@ -42,13 +42,14 @@ class SourceBatch:
 
 
 class LatentSources:
-    """The pictures of `config.shards` in the shards' own order, with all their captions."""
+    """The pictures of `config.shards` in the shards' own order, with all their captions; the empty one alone where
+    `config.caption` is "none"."""
 
     def __init__(self, config: DataConfig) -> None:
         transforms.check(config.size, config.crop)
         check_plain(config)
         self._config = config
-        self._data = open_set(config.shards, "data.shards", samples.fault, config.where, config)
+        self._data = open_set(config.shards, "data.shards", samples.fault_of(config.caption), config.where, config)
         self.fingerprint = self._data.fingerprint
 
     def __len__(self) -> int:
@@ -56,7 +57,9 @@ class LatentSources:
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[SourceBatch]:
         """From sample number `start` to before `stop` (the end); what cannot be used is logged and left out."""
-        return in_order(self._data, _SourceDecode(self._config.size), SourceBatch, batch_size, start, stop)
+        return in_order(
+            self._data, _SourceDecode(self._config.size, self._config.caption), SourceBatch, batch_size, start, stop
+        )
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,12 @@ class _Source:
 @dataclass(frozen=True)
 class _SourceDecode:
     size: int
+    caption: str
 
     def __call__(self, record: Record, rng: random.Random) -> _Source:
-        sample = samples.decode(record, "txt", rng)
+        sample = samples.decode(record, "none" if self.caption == "none" else "txt", rng)
         made = transforms.prepare(sample.picture, self.size, "center", False, rng)
-        given = samples.caption_variants(sample.meta)
+        given = [] if self.caption == "none" else samples.caption_variants(sample.meta)
         captions = list(dict.fromkeys([sample.caption, *given]))
         variants = [captions.index(text) for text in given]
         return _Source(made.image, captions, variants, sample.meta, made.size, (made.crop, made.crop_other_way))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from ldm.config import DataConfig
 from ldm.data import samples, transforms
 from ldm.data.buckets import assign, bucket_sizes
 from ldm.data.feed import Decoder, Feed, in_order
-from ldm.data.shards import Members, Record, check_quarantine, open_data, open_set
+from ldm.data.shards import Record, check_quarantine, open_data, open_set
 from ldm.errors import UserError
 
 
@@ -86,7 +86,7 @@ class Loader(Feed[Decoded, Batch]):
         decode: Decode | None = None,
     ) -> None:
         _check(config)
-        data, buckets = open_data(config, _fault_of(config)), None
+        data, buckets = open_data(config, samples.fault_of(config.caption)), None
         if config.buckets:
             data, buckets = assign(data, bucket_sizes(config.size, config.buckets, config.bucket_aspect), global_batch)
             check_quarantine(data.quarantine, len(data.shards) + len(data.quarantine), config.bad_limit)
@@ -104,12 +104,8 @@ def validation_batches(config: DataConfig, batch_size: int, labels: Collection[s
         return
     config = replace(config, crop="center", flip=False, caption="none" if config.caption == "none" else "txt")
     _check(config)
-    data = open_set(config.validation, "data.validation", _fault_of(config), config.where, config)
+    data = open_set(config.validation, "data.validation", samples.fault_of(config.caption), config.where, config)
     yield from in_order(data, PictureDecode(config, labels), Batch, batch_size)
-
-
-def _fault_of(config: DataConfig) -> Callable[[Members], str | None]:
-    return samples.fault_of_picture if config.caption == "none" else samples.fault
 
 
 def _check(config: DataConfig) -> None:

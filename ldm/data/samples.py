@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,11 @@ def fault(members: Members) -> str | None:
 def fault_of_picture(members: Members) -> str | None:
     """As `fault`, where captions are not needed."""
     return None if any(members.get(name, (0, 0))[1] for name in PICTURES) else "no picture"
+
+
+def fault_of(caption: str) -> Callable[[Members], str | None]:
+    """What `fault` is to be for captions that are chosen so."""
+    return fault_of_picture if caption == "none" else fault
 
 
 def decode(record: Record, caption: str, rng: random.Random) -> Sample:

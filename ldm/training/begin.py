@@ -82,7 +82,8 @@ def begin(
     unet = checkpoint.load("unet", device).requires_grad_(True)
     codec = checkpoint.load("autoencoder", device)
     text = checkpoint.load("text", device) if model.takes_text else None
-    return filled, Beginning(codec, text, unet, dict.fromkeys(WORDS, checkpoint))
+    there = [part for part in WORDS if part != "text" or text is not None]
+    return filled, Beginning(codec, text, unet, dict.fromkeys(there, checkpoint))
 
 
 def _begin_anew(config: DiffusionTraining, device: torch.device) -> tuple[DiffusionTraining, Beginning]:

@@ -13,10 +13,13 @@ import torch
 
 from ldm.checkpoints import native
 from ldm.checkpoints.opening import open_checkpoint
-from ldm.config import DataConfig
+from ldm.config import DataConfig, DiffusionTraining, EncoderConfig, LoopConfig, UNetConfig
 from ldm.data.latents import LatentLoader, latent_fingerprint
 from ldm.data.loader import Loader
 from ldm.data.shards import expand
+from ldm.errors import UserError
+from ldm.training.draws import Draws
+from ldm.training.stage_two import DiffusionStage
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "precompute_latents.py")
@@ -172,3 +175,29 @@ def test_mistakes_end_in_one_sentence(tool, tmp_path):
         assert code == 1, words
         assert err.startswith("error: ") and complaint in err and err.count("\n") == 1
     assert not output.exists()
+
+
+def test_latents_for_a_network_without_captions(tiny_checkpoint, tmp_path, monkeypatch):
+    """A class-conditional network trains on them, with the labels of the pictures' json."""
+    words = ["--autoencoder", tiny_checkpoint, "--shards", SHARDS, "--size", 32, "--output", tmp_path / "latents"]
+    monkeypatch.setattr(sys, "argv", [TOOL, *map(str, words), "model.context_width=0"])
+    runpy.run_path(TOOL)["main"]()
+    config = DiffusionTraining(
+        autoencoder=str(tiny_checkpoint),
+        latents=str(tmp_path / "latents"),
+        model=UNetConfig(4, 4, 32, (1,), 1, (), context_width=0, classes=2),
+        encoder=EncoderConfig(labels=("noto", "fluent-flat")),
+        data=replace(DATA, flip=False, label="source"),
+        loop=LoopConfig(global_batch=8),
+    )
+    stage = DiffusionStage(config, 0, 1, torch.device("cpu"))
+    batch = next(iter(stage.batches))
+    assert batch.context.shape == (8, 0, 0) and set(batch.label) == {"noto", "fluent-flat"}
+    ((_, loss, _),) = stage.losses(batch, Draws(0, 0, batch.key), 0, {"unet": stage.unet})
+    assert bool(loss.isfinite())
+    stage.export(tmp_path / "model", finished=True)
+    config = DiffusionTraining(init=str(tmp_path / "model"), latents=config.latents, data=config.data, loop=config.loop)
+    assert len(next(iter(DiffusionStage(config, 0, 1, torch.device("cpu")).batches))) == 8  # and goes on from it
+    monkeypatch.setattr(sys, "argv", [TOOL, *map(str, words), "--text", str(tiny_checkpoint), "model.context_width=0"])
+    with pytest.raises(UserError, match=r"with model\.context_width=0 none is used"):
+        runpy.run_path(TOOL)["main"]()
