@@ -8,13 +8,14 @@ since a setting passed over is a wrong picture without a word.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm.autoencoder.blocks import said_groups
 from ldm.config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 from ldm.errors import UserError
 
 Plain = Mapping[str, Any]
+T = TypeVar("T", int, float, tuple[int, ...])
 
 UNET_FIXED: Plain = {  # the value of Stable Diffusion, which is also diffusers' default; the only one that is read
     "center_input_sample": False,
@@ -67,7 +68,7 @@ BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v
 def read_unet(plain: Plain, where: str) -> UNetConfig:
     """unet/config.json; raises UserError for a network that is not Stable Diffusion's."""
     _refuse_others(plain, UNET_FIXED, where)
-    widths = _numbers(plain, "block_out_channels", (320, 640, 1280, 1280), where)
+    widths = value(plain, "block_out_channels", (320, 640, 1280, 1280), where)
     default_down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     default_up = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     down, up = _words(plain, "down_block_types", default_down), _words(plain, "up_block_types", default_up)
@@ -75,15 +76,16 @@ def read_unet(plain: Plain, where: str) -> UNetConfig:
     if (down, up) != _block_types(len(widths), attention):
         raise UserError(f"{where}: blocks {', '.join(map(str, (*down, *up)))} are not those of Stable Diffusion")
     # What diffusers calls attention_head_dim is the number of heads, unless num_attention_heads says it.
-    heads = _get(plain, "num_attention_heads", None) or _get(plain, "attention_head_dim", 8)
+    heads = plain.get("num_attention_heads") or plain.get("attention_head_dim")
+    heads = 8 if heads is None else heads
     by_level = _spread(heads, len(widths), "attention_head_dim", where)
     same = len(set(by_level)) == 1
     head_widths = {width // count for width, count in zip(widths, by_level, strict=True)}
     if not same and len(head_widths) != 1:
         raise UserError(f"{where}: attention_head_dim {heads} is neither one number of heads nor one width of them")
     return UNetConfig(
-        in_channels=number(plain, "in_channels", 4, where),
-        out_channels=number(plain, "out_channels", 4, where),
+        in_channels=value(plain, "in_channels", 4, where),
+        out_channels=value(plain, "out_channels", 4, where),
         channels=widths[0],
         multipliers=_multipliers(widths, where),
         blocks=_one(plain, "layers_per_block", 2, len(widths), where),
@@ -93,47 +95,47 @@ def read_unet(plain: Plain, where: str) -> UNetConfig:
         head_width=0 if same else head_widths.pop(),
         context_width=_one(plain, "cross_attention_dim", 1280, len(widths), where),
         linear_projection=bool(plain.get("use_linear_projection", False)),
-        dropout=real(plain, "dropout", 0.0, where),
+        dropout=value(plain, "dropout", 0.0, where),
     )
 
 
 def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
     """vae/config.json; raises UserError for a network that is not Stable Diffusion's."""
     _refuse_others(plain, AUTOENCODER_FIXED, where)
-    widths = _numbers(plain, "block_out_channels", (64,), where)
+    widths = value(plain, "block_out_channels", (64,), where)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if any(block != kind for block in _words(plain, name, (kind,))):
             raise UserError(f"{where}: {name} has blocks that are not {kind}, which alone are read")
-    groups = number(plain, "norm_num_groups", 32, where)
+    groups = value(plain, "norm_num_groups", 32, where)
     if groups < 1:
         raise UserError(f"{where}: norm_num_groups is {groups} and should be at least 1")
     return AutoencoderConfig(
-        in_channels=number(plain, "in_channels", 3, where),
+        in_channels=value(plain, "in_channels", 3, where),
         channels=widths[0],
         multipliers=_multipliers(widths, where),
-        blocks=number(plain, "layers_per_block", 1, where),
+        blocks=value(plain, "layers_per_block", 1, where),
         middle_attention=bool(plain.get("mid_block_add_attention", True)),
-        latent_channels=number(plain, "latent_channels", 4, where),
+        latent_channels=value(plain, "latent_channels", 4, where),
         norm_groups=said_groups(widths, groups),
-        shift=(real(plain, "shift_factor", 0.0, where),),
-        scale=(real(plain, "scaling_factor", 0.18215, where),),
+        shift=(value(plain, "shift_factor", 0.0, where),),
+        scale=(value(plain, "scaling_factor", 0.18215, where),),
     )
 
 
 def read_text(plain: Plain, padding: str, where: str) -> TextConfig:
     """text_encoder/config.json, and what its tokenizer pads with; raises UserError if it is not CLIP's text tower."""
-    width = number(plain, "hidden_size", 512, where)
+    width = value(plain, "hidden_size", 512, where)
     activation = plain.get("hidden_act", "quick_gelu")
     fixed = {"intermediate_size": 4 * width, "layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
     _refuse_others(plain, fixed, where)
     if activation not in ("quick_gelu", "gelu"):
         raise UserError(f"{where}: hidden_act is '{activation}', and only quick_gelu and gelu are read")
     return TextConfig(
-        context_length=number(plain, "max_position_embeddings", 77, where),
-        vocabulary=number(plain, "vocab_size", 49408, where),
+        context_length=value(plain, "max_position_embeddings", 77, where),
+        vocabulary=value(plain, "vocab_size", 49408, where),
         width=width,
-        heads=number(plain, "num_attention_heads", 8, where),
-        layers=number(plain, "num_hidden_layers", 12, where),
+        heads=value(plain, "num_attention_heads", 8, where),
+        layers=value(plain, "num_hidden_layers", 12, where),
         embed_dim=0,
         quick_gelu=activation == "quick_gelu",
         padding=padding,
@@ -249,37 +251,23 @@ def _refuse_others(plain: Plain, fixed: Plain, where: str) -> None:
             raise UserError(f"{where}: {name} is {found}, and only networks with {value} are read")
 
 
-def _get(plain: Plain, name: str, default: Any) -> Any:
-    """Null means the default, as in diffusers."""
-    value = plain.get(name)
-    return default if value is None else value
-
-
-def number(plain: Plain, name: str, default: int, where: str) -> int:
-    value = _get(plain, name, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a whole number")
-    return value
-
-
-def real(plain: Plain, name: str, default: float, where: str) -> float:
-    value = _get(plain, name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
-        raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a number")
-    return float(value)
+def value(plain: Plain, name: str, default: T, where: str) -> T:
+    """A setting of the type of its default: int, float or a tuple of ints. Null means the default, as in diffusers."""
+    found: Any = default if plain.get(name) is None else plain[name]
+    if isinstance(default, float) and type(found) in (int, float) and abs(found) < 1e30:
+        return type(default)(found)
+    if isinstance(default, tuple) and isinstance(found, list | tuple) and {type(item) for item in found} == {int}:
+        return type(default)(found)
+    if isinstance(default, int) and type(found) is int:
+        return found
+    wanted = {int: "a whole number", float: "a number", tuple: "a list of whole numbers"}[type(default)]
+    raise UserError(f"{where}: {name} is {str(found)[:60]} and should be {wanted}")
 
 
 def _words(plain: Plain, name: str, default: Sequence[str]) -> tuple[str, ...]:
     """A list of words; anything else becomes words that no network has."""
     value = plain.get(name, default)
     return tuple(str(item)[:60] for item in value) if isinstance(value, list | tuple) else (str(value)[:60],)
-
-
-def _numbers(plain: Plain, name: str, default: tuple[int, ...], where: str) -> tuple[int, ...]:
-    value = plain.get(name, default)
-    if not isinstance(value, list | tuple) or not value or not all(type(item) is int for item in value):
-        raise UserError(f"{where}: {name} is {str(value)[:60]} and should be a list of whole numbers")
-    return tuple(value)
 
 
 def _spread(value: Any, levels: int, name: str, where: str) -> tuple[int, ...]:
@@ -291,7 +279,7 @@ def _spread(value: Any, levels: int, name: str, where: str) -> tuple[int, ...]:
 
 
 def _one(plain: Plain, name: str, default: int, levels: int, where: str) -> int:
-    found = set(_spread(_get(plain, name, default), levels, name, where))
+    found = set(_spread(default if plain.get(name) is None else plain[name], levels, name, where))
     if len(found) > 1:
         raise UserError(f"{where}: {name} differs from level to level, which our U-Net has no setting for")
     return found.pop()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ldm.checkpoints.diffusers_configs import BETAS, PREDICTIONS, number, real
+from ldm.checkpoints.diffusers_configs import BETAS, PREDICTIONS, value
 from ldm.checkpoints.said import FLOW, ZERO_SNR, Said
 from ldm.config import ScheduleConfig
 
@@ -45,9 +45,9 @@ def read_scheduler(plain: Plain, named: str, where: str) -> tuple[list[Said], tu
     said = [Said("parameterization", PREDICTIONS.get(prediction), f"{where}: prediction_type {prediction[:60]}")]
     schedule = ScheduleConfig(
         BETAS.get(betas, ""),
-        number(plain, "num_train_timesteps", 1000, where),
-        real(plain, "beta_start", start, where),
-        real(plain, "beta_end", end, where),
+        value(plain, "num_train_timesteps", 1000, where),
+        value(plain, "beta_start", start, where),
+        value(plain, "beta_end", end, where),
     )
     zero = bool(plain.get("rescale_betas_zero_snr", False))
     if plain.get("trained_betas") is not None:
@@ -71,14 +71,14 @@ def _flow(plain: Plain, kind: str, where: str) -> tuple[list[Said], tuple[str, .
     # A flow's own classes have no such field; epsilon stands there where another scheduler's settings were taken over.
     takes = ("epsilon", "flow", "flow_prediction") if kind in FLOWS else ("flow_prediction",)
     words = f"{where}: {kind}Scheduler"
-    steps = number(plain, "num_train_timesteps", 1000, where)
+    steps = value(plain, "num_train_timesteps", 1000, where)
     if kind not in FLOWS and kind not in CHAINS:
         return _unknown(words), ()
     if prediction not in takes:
         return _unknown(f"{words}, a flow, with prediction_type {prediction[:60]}"), ()
     if steps != 1000 or plain.get("invert_sigmas"):
         return _unknown(f"{words} with num_train_timesteps {steps}, invert_sigmas {plain.get('invert_sigmas')}"), ()
-    shift = real(plain, "shift" if kind in FLOWS else "flow_shift", 1.0, where)
+    shift = value(plain, "shift" if kind in FLOWS else "flow_shift", 1.0, where)
     said = [Said("parameterization", "flow", words), Said("schedule", FLOW, words)]
     if shift == 1 and not plain.get("use_dynamic_shifting"):
         return said, ()
