@@ -42,7 +42,8 @@ from ldm.data.shards import ShardReader
 from ldm.data.sources import base_name, expand_sources, is_file
 from ldm.data.tars import NotATar
 from ldm.errors import UserError
-from ldm.files import atomic_write, atomic_write_bytes
+from ldm.files import atomic_write_bytes
+from ldm.metrics.plots import new_figure, png
 from ldm.workers import pool
 
 CAPTION_EDGES = (0, 10, 20, 40, 80, 160, 320, 640)  # characters; the last bin is open
@@ -255,15 +256,10 @@ def _bars(values: Sequence[float], edges: Sequence[float]) -> list[str]:
 
 def draw(report: SetReport, path: Path) -> None:
     """Width against height of the pictures, and the captions' lengths, as a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("--picture needs matplotlib; pip install -e '.[plot]'") from error
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.5)
     sizes, captions = figure.subplots(1, 2)
+    from matplotlib.colors import LogNorm
+
     width, height = zip(*report.sizes, strict=True)
     most = 1.05 * max(*width, *height)
     counts = sizes.hist2d(width, height, bins=60, range=((0, most), (0, most)), norm=LogNorm(), cmap="viridis")
@@ -272,8 +268,7 @@ def draw(report: SetReport, path: Path) -> None:
     sizes.set(xlabel="width, pixels", ylabel="height, pixels", title=f"{report.good} pictures")
     captions.hist(report.captions, bins=60)
     captions.set(xlabel="characters", ylabel="captions", title="caption length")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    atomic_write_bytes(path, png(figure))
 
 
 def parse() -> argparse.Namespace:

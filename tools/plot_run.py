@@ -18,7 +18,8 @@ from typing import Any
 
 from ldm.arguments import COUNT, Parser
 from ldm.errors import UserError
-from ldm.files import atomic_write, read_text
+from ldm.files import atomic_write_bytes, read_text
+from ldm.metrics.plots import new_figure, png
 
 USUAL = ("loss", "validation/loss", "validation/psnr", "l1", "images_per_s", "waiting")  # panels unless told otherwise
 
@@ -68,16 +69,10 @@ def curve(log: list[dict[str, Any]], key: str, smooth: int = 1) -> tuple[list[in
 
 
 def draw(logs: dict[str, list[dict[str, Any]]], keys: list[str], smooth: int, output: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("curves are drawn by matplotlib; pip install -e '.[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = min(2, len(keys))
     rows = -(-len(keys) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(7 * columns, 3.5 * rows), squeeze=False)
+    figure = new_figure(7 * columns, 3.5 * rows, dpi=110)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for panel in axes.flat[len(keys) :]:
         panel.remove()
     for key, panel in zip(keys, axes.flat, strict=False):
@@ -98,10 +93,7 @@ def draw(logs: dict[str, list[dict[str, Any]]], keys: list[str], smooth: int, ou
         if "loss" in key or key == "levels":
             panel.set_yscale("log")
         panel.legend(fontsize=7)
-    figure.tight_layout()
-    with atomic_write(output) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)
+    atomic_write_bytes(output, png(figure))
 
 
 def _levels(log: list[dict[str, Any]]) -> list[str]:

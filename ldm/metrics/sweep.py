@@ -16,6 +16,7 @@ from ldm.metrics import protocol
 from ldm.metrics.crew import Crew
 from ldm.metrics.drawing import Drawing
 from ldm.metrics.generation import Against, evaluate_model
+from ldm.metrics.plots import new_figure, png
 from ldm.metrics.tables import short, space_of
 from ldm.model import Model
 
@@ -128,18 +129,13 @@ def plot(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> bytes:
     A line follows what is varied last; there is one for each combination of the others. Raises UserError without
     matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plots need the package matplotlib; install it with pip install -e '.[plot]'") from error
-
     *others, along = varied
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         lines.setdefault(" ".join(f"{name} {short(row[name])}" for name in others), []).append(row)
     names = [name for name in rows[0] if space_of(name)]
     spaces = list(dict.fromkeys(map(space_of, names)))
-    figure = Figure((11, 4.5 * len(spaces)), dpi=100, layout="constrained")
+    figure = new_figure(11, 4.5 * len(spaces))
     for place, space in enumerate(spaces):
         distance = next((n for n in (f"{d}[{space}]" for d in ("FID", "FD", "KID", "KD", "CMMD")) if n in names), None)
         for column, (x, y) in enumerate([("evaluations", distance), (f"recall[{space}]", f"precision[{space}]")]):
@@ -158,6 +154,4 @@ def plot(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> bytes:
             panel.grid(alpha=0.3)
             if others:
                 panel.legend(fontsize=7, ncols=2 if len(lines) > 8 else 1)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm.config import ScheduleConfig
 from ldm.diffusion import Denoiser, Schedule, make_law, precondition
-from ldm.errors import UserError
 from ldm.files import atomic_write_bytes
+from ldm.metrics.plots import new_figure, png
 from ldm.plane.energy import energy_score
 from ldm.plane.score_matching import Score
 from ldm.plane.toy import DISTRIBUTIONS, SHAPE, train_denoiser, train_energy, train_score
@@ -76,7 +76,7 @@ def draw_panels(
 ) -> None:
     """Above the forward process and the score on it; then the ways back; below the scores that are learned otherwise,
     the last one an energy's, with the `chains` (n, 2) that it was learned by."""
-    figure = _figure(4, 3)
+    figure = new_figure(2.6 * 4, 2.7 * 3)
     data, n = _points(1500)
     for place, sigma in enumerate((0.0, 0.4, 1.5), start=1):
         axes = _panel(figure, 3, 4, place, f"forward, sigma {sigma:g}")
@@ -96,7 +96,7 @@ def draw_panels(
         axes = _panel(figure, 3, 4, place, title)
         axes.scatter(*((data + OF_SCORES * n).flatten(1) if place < 12 else chains).T, s=2, alpha=0.2)
         _arrows(axes, score, 1.0)
-    atomic_write_bytes(folder / "toy.png", _png(figure))
+    atomic_write_bytes(folder / "toy.png", png(figure))
 
 
 def draw_animation(
@@ -106,12 +106,12 @@ def draw_animation(
     sigmas = torch.cat([torch.zeros(1), make_grid(schedule, frames, "exponential")[:-1].flip(0)]).tolist()
     pictures, points = [], len(next(iter(paths.values()))[0])
     for frame in range(frames + 1):
-        figure = _figure(1 + len(paths), 1)
+        figure = new_figure(2.6 * (1 + len(paths)), 2.7)
         _forward(_panel(figure, 1, 1 + len(paths), 1, "forward"), denoiser, schedule, sigmas[frame], points)
         for place, (title, states) in enumerate(paths.items(), start=2):
             axes = _panel(figure, 1, 1 + len(paths), place, title)
             axes.scatter(*states[frame * (len(states) - 1) // frames].T, s=3, alpha=0.5)
-        pictures.append(Image.open(io.BytesIO(_png(figure))).convert("P", palette=Image.Palette.ADAPTIVE, colors=32))
+        pictures.append(Image.open(io.BytesIO(png(figure))).convert("P", palette=Image.Palette.ADAPTIVE, colors=32))
     buffer = io.BytesIO()
     waits = [80] * frames + [1500]
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=waits, loop=0, optimize=True)
@@ -150,23 +150,9 @@ def _arrows(axes: Any, score: Score, alpha: float) -> None:
     axes.quiver(*z.T, *arrows.T, angles="xy", scale_units="xy", scale=1, width=0.004, color="tab:red")
 
 
-def _figure(columns: int, rows: int) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plots need the package matplotlib; install it with pip install -e '.[plot]'") from error
-    return Figure((2.6 * columns, 2.7 * rows), dpi=100, layout="constrained")
-
-
 def _panel(figure: Any, rows: int, columns: int, place: int, title: str) -> Any:
     axes = figure.add_subplot(rows, columns, place, aspect="equal", xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE))
     axes.set_title(title, fontsize=9)
     axes.set_xticks([])
     axes.set_yticks([])
     return axes
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
