@@ -72,7 +72,7 @@ def main() -> None:
     if any(args.sources or not SOURCES[key].optional for key in absent):
         raise UserError(
             f"the set lacks {', '.join(absent)}, since these packages were not available: {packages.reasons()}; "
-            "mend that and run again, what is finished is kept"
+            "solve that and run again; what is finished is kept"
         )
     if absent:
         print(f"without {', '.join(absent)}: {packages.reasons()}", file=sys.stderr)

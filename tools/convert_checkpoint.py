@@ -31,7 +31,7 @@ def main() -> None:
     arguments = parse()
     if arguments.output.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(
-            f"{arguments.output} would be a pickle by its name, and none is written; name a directory, or a file that "
+            f"{arguments.output} has the name of a pickle, which is not written; name a directory, or a file that "
             "ends in .safetensors"
         )
     settings = parse_settings(arguments.set)

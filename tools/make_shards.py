@@ -314,7 +314,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--holdout", type=Bounded(float, 0, 0.99), default=0.0, help="share of pictures for val shards")
     args = parser.parse_args()
     if not args.table and (args.image_column, args.caption_column) != ("image", "caption"):
-        raise UserError("--image-column and --caption-column are of a table; name it with --table")
+        raise UserError("--image-column and --caption-column need --table")
     return args
 
 

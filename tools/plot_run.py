@@ -52,10 +52,10 @@ def read_log(output: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number < len(lines) - 1:
                 raise UserError(
-                    f"line {number + 1} of the log of {output} is no JSON; is it a run's folder?"
+                    f"line {number + 1} of the log of {output} is not valid JSON; name the output folder of a training"
                 ) from error
     if not found:
-        raise UserError(f"the log of {output} is empty; the run has not come to its first line yet")
+        raise UserError(f"the log of {output} is empty; wait until the run has written its first line")
     return found
 
 

@@ -170,7 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # which of them this is
     arguments = parser.parse_intermixed_args()
     if arguments.part is not None and not 0 <= arguments.part < arguments.processes:
-        raise UserError(f"--part is {arguments.part}; of {arguments.processes} processes it is below that, from 0 on")
+        raise UserError(f"--part is {arguments.part}; it must be from 0 to {arguments.processes - 1}")
     return arguments
 
 

@@ -45,7 +45,9 @@ def main() -> None:
     config = model.config
     player = "unet" if config.unet is not None else "autoencoder"
     if getattr(config, player) is None:
-        raise UserError(f"{arguments.run} holds no U-Net and no autoencoder, whose averages could be made")
+        raise UserError(
+            f"{arguments.run} holds no U-Net and no autoencoder to average; name the output of another training"
+        )
     tensors, residual = reconstruct(arguments.run, player, arguments.width, arguments.step)
     part, prefix = PLAYERS[player]
     parts: dict[str, Mapping[str, Tensor]] = {name: model.state(name) for name in model.parts}

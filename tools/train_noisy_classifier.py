@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
     if arguments.channels < 2 or arguments.channels % 2:
         raise UserError(f"--channels is {arguments.channels}; choose an even number")
     if not 0 < arguments.sigma_min < arguments.sigma_max < math.inf:
-        raise UserError("the levels need 0 < --sigma-min < --sigma-max")
+        raise UserError("--sigma-min must be above 0 and below --sigma-max, and both must be finite")
     return arguments
 
 

@@ -60,5 +60,5 @@ def resident(name: str) -> int:
     except OSError as error:
         if name == "VmHWM":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
-        raise UserError("memory is read from /proc/self/status, which only Linux has") from error
+        raise UserError("memory is read from /proc/self/status, which exists only on Linux; measure there") from error
     return int(lines[name].split()[0]) * 1024

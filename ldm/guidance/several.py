@@ -52,7 +52,7 @@ def conjunction(branches: Branches, scales: Sequence[float]) -> Denoiser:
     Raises UserError if `scales` is empty.
     """
     if not scales:
-        raise UserError("a conjunction needs a guidance scale for each prompt, and there is none")
+        raise UserError("a conjunction needs a guidance scale for each prompt; give at least one prompt")
 
     def rule(predictions: Tensor) -> Tensor:
         prompts, unconditional = [predictions[0], *predictions[2:]], predictions[1]

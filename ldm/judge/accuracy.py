@@ -46,7 +46,9 @@ def evaluate_prompts(
     not left out.
     """
     if left_out in classifier.config.styles:
-        raise UserError(f"the classifier was trained on the style '{left_out}'; name the one it left out")
+        raise UserError(
+            f"the classifier was trained on the style '{left_out}'; --left-out takes a style that it was not trained on"
+        )
     where = {"name": list(concepts), **where}
     pictures, real = read_pictures(shards, where, classifier.config.size), open_source(shards, "--shards", where)
     real = real.only(real.images(0, len(real), size=1)[0])

@@ -77,7 +77,7 @@ def read_concepts(path: str | Path) -> tuple[str, ...]:
 
     names = yaml.safe_load(read_yaml_text(path))
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} must be a list of concept names, a line each: - red heart")
+        raise UserError(f"{path} must be a list of concept names, one on each line, as: - red heart")
     if len(set(names)) != len(names):
-        raise UserError(f"{path} names a concept twice; each must be there once")
+        raise UserError(f"{path} names a concept twice; remove one of the two")
     return tuple(names)

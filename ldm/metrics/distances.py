@@ -33,7 +33,7 @@ def frechet_of(a: Moments, b: Moments) -> float:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     if min(a.count, b.count) < 2:
-        raise UserError(f"a Frechet distance of {a.count} and {b.count} pictures has no covariance; give at least 2")
+        raise UserError(f"a Frechet distance needs at least 2 pictures on each side, not {a.count} and {b.count}")
     statistics = [{"mu": m.mean.numpy(), "sigma": m.covariance.numpy()} for m in (a, b)]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
@@ -178,12 +178,14 @@ def check_subset(drawn: int, real: int, size: int) -> None:
 
 def check_neighbours(drawn: int, real: int, neighbours: int) -> None:
     if min(drawn, real) <= neighbours:
-        raise UserError(f"{neighbours} neighbours need larger sets than {drawn} and {real} pictures")
+        raise UserError(
+            f"{neighbours} neighbours need larger sets than {drawn} and {real} pictures; give more pictures"
+        )
 
 
 def check_splits(drawn: int, splits: int) -> None:
     if drawn < splits:
-        raise UserError(f"an Inception Score over {splits} parts needs as many pictures, not {drawn}")
+        raise UserError(f"an Inception Score over {splits} parts needs at least {splits} pictures, not {drawn}")
 
 
 def _pairs(part: Tensor, others: Tensor) -> Tensor:

@@ -134,12 +134,14 @@ def settle(path: Path, document: dict[str, Any]) -> None:
     try:
         found = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}), so nobody knows what these pictures are; remove them") from error
+        raise UserError(
+            f"{path} is damaged ({error}), so it is unknown how these pictures were made; remove them"
+        ) from error
     if not isinstance(found, dict):
         raise UserError(f"{path} does not say how its pictures were made; choose another folder")
     other = sorted(name for name in wanted.keys() | found.keys() if found.get(name) != wanted.get(name))
     if other:
-        raise UserError(f"{path.parent} holds what was made with another {' and '.join(other)}; choose another folder")
+        raise UserError(f"{path.parent} has pictures made with another {' and '.join(other)}; choose another folder")
 
 
 def _batch(model: Model, drawing: Drawing, first: int, helpers: Helpers) -> tuple[Tensor, int]:

@@ -50,10 +50,10 @@ class Measures:
     allow_few: bool = False  # a Frechet distance of no more pictures than dimensions
 
     def check(self) -> Measures:
-        """The same; raises UserError for numbers and kinds that are none."""
+        """The same; raises UserError for invalid numbers and unknown kinds."""
         for kind in self.kinds:
             if kind not in KINDS:
-                raise UserError(f"there are no figures '{kind}'; choose from {', '.join(KINDS)}")
+                raise UserError(f"unknown kind of figures '{kind}'; choose from {', '.join(KINDS)}")
         for name in ("subset", "subsets", "neighbours", "ball", "splits"):
             if getattr(self, name) < (2 if name == "subset" else 1):
                 raise UserError(f"--{name} is {getattr(self, name)}; choose a larger number")
@@ -89,8 +89,8 @@ class Measures:
         if "frechet" in self.kinds and not held_out and min(drawn, real) <= space.width and not self.allow_few:
             raise UserError(
                 f"{frechet_name(space)} fits covariances of {space.width} dimensions to {drawn} and {real} pictures, "
-                "which says more of their number than of the model; give more, leave frechet out of --figures, or "
-                "insist with --allow-few"
+                "so the result depends more on their number than on the model; give more, leave frechet out of "
+                "--figures, or insist with --allow-few"
             )
         if "kernel" in self.kinds:
             check_subset(drawn, real, self.subset)

@@ -139,7 +139,9 @@ def _preparation(architecture: str, tag: str) -> Preparation:
         for known in fitting.values()
     }
     if not ways:
-        raise UserError(f"open_clip has no published weights of {architecture}, so nobody knows how it takes pictures")
+        raise UserError(
+            f"open_clip has no published weights of {architecture}, so it is unknown how it prepares pictures"
+        )
     if len(ways) > 1:
         raise UserError(
             f"the weights of {architecture} take pictures in {len(ways)} ways; say which the file has, as "

@@ -102,7 +102,7 @@ def chain(
     x0, space = _encode(model, image, noise), space_of(model.codec)
     denoiser, learned = _denoiser(model, captions)
     if variance == "learned" and learned is None:
-        raise UserError("this model learned no variance; choose posterior or beta")
+        raise UserError("this model has no learned variance; choose posterior or beta")
     return bound(
         denoiser,
         x0,

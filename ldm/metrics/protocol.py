@@ -73,7 +73,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """A document that `write` wrote; raises UserError for anything else."""
     document, parts = read_json(path), ("figures", "subject", "protocol")
     if not all(isinstance(document.get(part), dict) for part in parts):
-        raise UserError(f"{path} holds no figures with their protocol; scripts/evaluate.py --output writes such")
+        raise UserError(f"{path} holds no result of scripts/evaluate.py; --output writes one")
     return document
 
 

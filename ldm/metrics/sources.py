@@ -97,7 +97,7 @@ def open_source(name: str, what: str, where: Mapping[str, Sequence[str]] | None 
     shards = None
     if Path(name).is_dir():
         if where:
-            raise UserError(f"{what} is a folder, whose pictures have no fields; give shards to choose by field")
+            raise UserError(f"{what} is a folder, and its pictures have no fields; give shards to choose by field")
         found = find_pictures(Path(name), (*PICTURES, *UNREAD))
         left_out.update(reason for _, reason in found.left_out)
         for picture in sorted(found.pictures, key=lambda picture: picture.path):

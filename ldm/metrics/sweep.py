@@ -42,7 +42,7 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[Any]]:
         try:
             axes[name] = [KINDS[name](value) for value in values.split(",") if value]
         except ValueError as error:
-            raise UserError(f"--sweep {word}: {name} takes numbers") from error
+            raise UserError(f"--sweep {word} is invalid: the values of {name} are numbers") from error
     return axes
 
 

@@ -44,7 +44,9 @@ def ready(config: FiguresConfig, data: DataConfig, sample: SampleConfig, device:
     """What `watch` compares with, and what it draws; raises UserError for settings that cannot work, at little cost."""
     shards = config.reference or data.validation
     if not shards:
-        raise UserError("figures.pictures asks for real ones to compare with; set figures.reference or data.validation")
+        raise UserError(
+            "figures.pictures needs real pictures to compare with; set figures.reference or data.validation"
+        )
     space = _space(config.space, device)
     real = _reference(shards, tuple((field, tuple(values)) for field, values in data.where.items()))
     drawing = Drawing(captions_of(real), Settings(sample.cfg, sample.steps), config.pictures).check()

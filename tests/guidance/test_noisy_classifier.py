@@ -156,7 +156,7 @@ def test_the_command_trains_on_the_fixture(command, tmp_path: Path, tiny_model) 
         (("--size", "30"), "multiples of 4"),
         (("--channels", "7"), "even number"),
         (("--steps", "0"), "at least 1"),
-        (("--sigma-min", "3", "--sigma-max", "2"), "--sigma-min < --sigma-max"),
+        (("--sigma-min", "3", "--sigma-max", "2"), "--sigma-min must be above 0 and below --sigma-max"),
         (("--model", "nothing"), "no model 'nothing'"),
     ],
 )

@@ -169,7 +169,7 @@ def test_inception_score_by_hand():
     mean, deviation = inception_score(certain, splits=1)
     assert (mean, deviation) == (pytest.approx(2, abs=1e-9), 0)
     assert inception_score(torch.tensor([[1.0, 2.0, 3.0]]).repeat(10, 1), 2) == (pytest.approx(1), pytest.approx(0))
-    with pytest.raises(UserError, match="needs as many pictures, not 3"):
+    with pytest.raises(UserError, match=r"needs at least \d+ pictures, not 3"):
         inception_score(certain[:3])
 
 

@@ -94,7 +94,7 @@ def test_damaged_files_beside_the_pictures_are_named(tiny_model, tmp_path):
 def test_two_that_begin_at_once_agree_upon_how_it_is_drawn(tiny_model, tmp_path, monkeypatch):
     draw(tiny_model, DRAWING, tmp_path, Crew())
     monkeypatch.setattr(Path, "exists", lambda _: False)  # the other one has written it meanwhile
-    with pytest.raises(UserError, match="what was made with another first_seed; choose another folder"):
+    with pytest.raises(UserError, match="pictures made with another first_seed; choose another folder"):
         draw(tiny_model, Drawing(CAPTIONS, DRAWING.settings, 1, seed=9, batch_size=2), tmp_path, Crew())
 
 

@@ -221,7 +221,7 @@ def test_mistakes_end_in_one_sentence(evaluate, words, tmp_path):
     for given, complaint in (
         (words, "a folder --out"),
         ((*words, "--out", tmp_path / "x", "--count", 9), "--allow-few"),
-        ((*words, "--out", tmp_path / "x", "--figures", "fid"), "there are no figures 'fid'"),
+        ((*words, "--out", tmp_path / "x", "--figures", "fid"), "unknown kind of figures 'fid'"),
         (("--reference", tmp_path / "toy.tar", "--pictures", tmp_path), "--size 64"),
         ((*words, "--out", tmp_path / "x", "--subset", 10, "--allow-few"), "choose a smaller subset"),
         ((*words, "--out", tmp_path / "x", "--ball", 9, "--allow-few"), "9 neighbours need larger sets"),

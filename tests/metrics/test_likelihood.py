@@ -76,7 +76,7 @@ def test_both_methods_as_a_user_runs_them(command, tiny_checkpoint, tiny_model, 
         (("--count", 0), "--count is 0"),
         (("--seed", -5), "--seed is -5; it must be between 0 and"),
         (("--method", "bound", "--strata", -3), "--strata is -3; it must be at least 0"),
-        (("--method", "bound", "--variance", "learned"), "learned no variance"),
+        (("--method", "bound", "--variance", "learned"), "has no learned variance"),
         (("--method", "bound", "--strata", 500), "500 strata"),
     ):
         code, _, err = command(*words, *mistake)

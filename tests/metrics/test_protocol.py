@@ -118,7 +118,7 @@ def test_other_files_are_no_results(tmp_path):
     for text, said in (
         ("{", "not hold valid JSON"),
         ("[" * 10**5, "not hold valid JSON"),
-        ("{}", "no figures with their protocol"),
+        ("{}", "no result of scripts"),
         ("[]", "holds a list"),
     ):
         (tmp_path / "a.json").write_text(text)

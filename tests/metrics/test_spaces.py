@@ -161,7 +161,7 @@ def test_an_open_clip_architecture_with_a_file(tmp_path, monkeypatch):
     open_clip.add_model_config(tmp_path / "Small-8.json")
     model = open_clip.create_model("Small-8", load_weights=False).eval()
     torch.save(model.state_dict(), tmp_path / "small.pt")
-    with pytest.raises(UserError, match="no published weights of Small-8, so nobody knows how it takes pictures"):
+    with pytest.raises(UserError, match="no published weights of Small-8, so it is unknown how it prepares pictures"):
         make_space(f"Small-8={tmp_path / 'small.pt'}")
     half = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.5, 0.5), "interpolation": "bilinear"}
     published = {"half": half, "quick": {"quick_gelu": True}}

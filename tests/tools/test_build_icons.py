@@ -288,7 +288,7 @@ def test_a_torn_pack_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"masters-00.jsonl:1"):
         list(masters.read_pack(pack))
     (pack / "masters-00.jsonl").write_text('{"offset": 0}\n')
-    with pytest.raises(UserError, match="get the pack anew"):
+    with pytest.raises(UserError, match="download the pack again"):
         list(masters.read_pack(pack))
     with pytest.raises(UserError, match="holds no masters"):
         list(masters.read_pack(tmp_path))

@@ -86,10 +86,10 @@ def _parse(line: str, content: bytes, where: str) -> Master:
         first, length = int(about["offset"]), int(about["length"])
         known = {field.name: about[field.name] for field in fields(Master) if field.name != "webp"}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where} is not a line of a dense pack ({error!r}); get the pack anew") from error
+        raise UserError(f"{where} is not a line of a dense pack ({error!r}); download the pack again") from error
     webp = content[first : first + length]
     if len(webp) != length or webp[:4] != b"RIFF":
-        raise UserError(f"{where} names bytes that its .bin does not have; get the pack anew")
+        raise UserError(f"{where} names bytes that its .bin does not have; download the pack again")
     known |= {name: tuple(known[name]) for name in ("captions", "keywords")}
     return Master(**known, webp=webp)
 
