@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ldm.checkpoints.record import Checkpoint
     from ldm.conditioning.clip import TextTower
     from ldm.conditioning.encoder import Encoder
-    from ldm.diffusion import Law
+    from ldm.diffusion.law import Law
     from ldm.jobs.adapters import Adapter
     from ldm.unet.unet import UNet
 
@@ -102,7 +102,7 @@ def assemble(
     each other.
     """
     from ldm.conditioning.encoder import Encoder
-    from ldm.diffusion import make_law
+    from ldm.diffusion.law import make_law
 
     schedule = config.schedule or ScheduleConfig()
     law = make_law(schedule, config.parameterization, config.sigma_data, config.learned_variance)

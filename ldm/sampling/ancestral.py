@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from ldm.errors import UserError
-from ldm.sampling.ddim import ancestral
+from ldm.sampling.ddim import ancestral, check_options
 from ldm.sampling.step import Sampler, walk
 
 
@@ -24,13 +21,3 @@ def euler_a(eta: float = 1.0, s_noise: float = 1.0) -> Sampler:
         return keep, s_noise * add
 
     return lambda denoiser, x, sigmas, noise: walk(denoiser, x, sigmas, noise, renewal)
-
-
-def check_options(eta: float, s_noise: float) -> None:
-    """Raise UserError unless both are 0 or more, and finite."""
-    if not 0 <= eta < math.inf:
-        raise UserError(f"eta is {eta:g}; choose 0 (deterministic) or more, such as 1")
-    if not 0 <= s_noise < math.inf:
-        raise UserError(
-            f"s_noise is {s_noise:g}; choose 1 (the law's own noise), or another factor that is not below 0"
-        )

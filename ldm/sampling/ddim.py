@@ -51,3 +51,13 @@ def largest_eta(sigmas: Tensor) -> float:
     """
     ratio = (sigmas[1:] / sigmas[:-1])[sigmas[1:] > 0]
     return float((1 - ratio**2).rsqrt().min()) if len(ratio) else math.inf
+
+
+def check_options(eta: float, s_noise: float) -> None:
+    """Raise UserError unless both are 0 or more, and finite."""
+    if not 0 <= eta < math.inf:
+        raise UserError(f"eta is {eta:g}; choose 0 (deterministic) or more, such as 1")
+    if not 0 <= s_noise < math.inf:
+        raise UserError(
+            f"s_noise is {s_noise:g}; choose 1 (the law's own noise), or another factor that is not below 0"
+        )

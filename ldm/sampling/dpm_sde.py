@@ -24,8 +24,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import UserError
-from ldm.sampling.ancestral import check_options
-from ldm.sampling.ddim import ancestral
+from ldm.sampling.ddim import ancestral, check_options
 from ldm.sampling.step import Noise, Sampler, Step, level, trajectory
 
 Past = Sequence[tuple[float, Tensor]]
