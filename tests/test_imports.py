@@ -1,4 +1,4 @@
-"""Imports within ldm go one way: no module reaches itself, wherever it imports: at its head, in a function, for types."""
+"""Imports within ldm go one way: no module reaches itself, by whatever kind of import, at its head or in a function."""
 
 import ast
 from collections.abc import Iterator
