@@ -20,7 +20,7 @@ def space_of(name: str) -> str:
     return name.partition("[")[2].partition("]")[0]
 
 
-def columns(rows: Sequence[Sequence[str]], least: Sequence[int] = (), left: int = 1) -> list[str]:
+def columns(rows: Sequence[Sequence[str]], least: Sequence[int] = (), left: int = 1, between: str = "  ") -> list[str]:
     """A line for each row, each column as wide as it must be, the first `left` ones set to the left.
 
     `least`: of the columns' widths, as far as it says.
@@ -28,7 +28,7 @@ def columns(rows: Sequence[Sequence[str]], least: Sequence[int] = (), left: int 
     widths = [max(map(len, words)) for words in zip(*rows, strict=True)]
     widths = [max(pair) for pair in zip_longest(widths, least[: len(widths)], fillvalue=0)]
     sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
-    return ["  ".join(side(word, width) for side, word, width in zip(sides, row, widths, strict=True)) for row in rows]
+    return [between.join(side(word, n) for side, word, n in zip(sides, row, widths, strict=True)) for row in rows]
 
 
 def table(figures: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from ldm.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-from icons import avatars, captions, clipart, concepts, drawings, filters, rasterise
+from icons import avatars, captions, clipart, drawings, filters, rasterise
 from icons.fetch import Unavailable
 
 
@@ -181,13 +181,6 @@ def test_a_held_out_concept_is_held_out_in_every_style():
 def test_splits_never_move(name, family, split):
     """A golden on purpose: a model must not meet in training what another build of the set held out."""
     assert filters.split(name, family) == split
-
-
-def test_names_that_styles_share():
-    rows = [("owl", "a", "train"), ("owl", "b", "train"), ("fox", "a", "train"), ("fox", "b", "test_combo")]
-    table = concepts.splits({"name": n, "style": s, "split": p, "mono": False, "sensitive": False} for n, s, p in rows)
-    assert concepts.shared(table, ["a", "b"]) == ["owl"]
-    assert concepts.half_held_out(table, ["a", "b"]) == [("fox", "b")]
 
 
 # ---------------------------------------------------------------- clip art

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ldm.data.writing import write_shard
 from ldm.errors import UserError
 from ldm.files import atomic_write_text, read_text
+from ldm.metrics.tables import columns
 
 from .masters import Master, where_from
 from .parallel import ordered_map
@@ -120,12 +121,7 @@ def table(masters: Sequence[Master], found: Mapping[str, int], lost: Mapping[str
     totals = [sum(int(row[i].replace(",", "")) for row in rows[1:]) for i in range(3, len(rows[0]))]
     rows.append(["all", "", "", *(f"{number:,}" for number in totals)])
     rows.insert(1, ["---", "---", "---", *("---:" for _ in totals)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    aligned = [
-        [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in aligned)
+    return "".join(f"| {line} |\n" for line in columns(rows, left=3, between=" | "))
 
 
 _LICENCES = {
