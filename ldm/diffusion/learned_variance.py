@@ -1,5 +1,5 @@
 """Learned variance (Nichol & Dhariwal 2021, section 3.1): the network has a second output that says the reverse
-steps' variance, as a place between the two that Ho et al. 2020 choose from (Scaling.step_deviations).
+steps' variance, as a place between the two that Ho et al. 2020 choose from (schedule.step_deviations).
 
     ln variance = f ln beta + (1 - f) ln beta-tilde,        f = (v + 1) / 2
 
@@ -20,7 +20,7 @@ from ldm.conditioning.condition import Condition
 from ldm.diffusion.denoiser import Network, outputs_of
 from ldm.diffusion.law import Law
 from ldm.diffusion.parameterization import per_picture
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, step_deviations
 
 Fraction = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, h, w), sigma () or (B,)) -> v (B, C, h, w) in [-1, 1]: -1 is beta-tilde, 1 beta, geometric between."""
@@ -93,7 +93,7 @@ def variance_bound(v: Tensor, error: Tensor, sigma: Tensor, schedule: Schedule) 
     first = index == 0
     s = torch.where(first, schedule.sigmas[1], level)  # the first level borrows its lower end from the second step
     r = torch.where(first, schedule.sigmas[0], schedule.sigmas[(index - 1).clamp(min=0)])
-    lowest, highest = (2 * deviation.log() for deviation in schedule.scaling.step_deviations(s, r))
+    lowest, highest = (2 * deviation.log() for deviation in step_deviations(schedule.alpha, s, r))
     at_first = level.square().log() - torch.log1p(level.square())  # ln beta_1 = ln(1 - alpha_bar_1)
     lowest = torch.where(first, lowest - torch.log1p(r.square()), lowest)  # to z, which is x once r is 0
     highest = torch.where(first, at_first, highest)

@@ -39,23 +39,24 @@ class Scaling:
     alpha: Callable[[Tensor], Tensor]
     start: Callable[[Tensor], Tensor]  # the deviation of x where z is said to be nothing but noise
 
-    def step_deviations(self, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
-        """(beta-tilde, beta)^(1/2) of the reverse step from level s to r < s, in x at level r; any shape, float64.
-
-        The two of Ho et al. 2020, section 3.2. beta-tilde is the posterior's own variance, right for data that are a
-        point: r^2 (1 - r^2 / s^2). beta is that of the forward step from r to s, z_s = (a_s / a_r) z_r + noise, right
-        for data that are N(0, I): in z = a x the noise has variance a_s^2 (s^2 - r^2), so in x, which is z_r / a_r,
-        (s^2 - r^2) (a_s / a_r)^2; where variance is preserved, 1 - alpha_bar_s / alpha_bar_r over alpha_bar_r.
-        """
-        s, r = sigma, sigma_next
-        return r * (1 - (r / s) ** 2).sqrt(), (s**2 - r**2).sqrt() * self.alpha(s) / self.alpha(r)
-
 
 PRESERVING = Scaling(alpha=lambda sigma: (1 + sigma**2).rsqrt(), start=lambda sigma: (1 + sigma**2).sqrt())
 EXPLODING = Scaling(alpha=torch.ones_like, start=lambda sigma: sigma)
 STRAIGHT = Scaling(alpha=lambda sigma: 1 / (1 + sigma), start=lambda sigma: 1 + sigma)
 
 SCALINGS = {"vp": PRESERVING, "ve": EXPLODING, "flow": STRAIGHT}
+
+
+def step_deviations(alpha: Callable[[Tensor], Tensor], sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+    """(beta-tilde, beta)^(1/2) of the reverse step from level s to r < s, in x at level r; any shape, float64.
+
+    The two of Ho et al. 2020, section 3.2. beta-tilde is the posterior's own variance, right for data that are a
+    point: r^2 (1 - r^2 / s^2). beta is that of the forward step from r to s, z_s = (a_s / a_r) z_r + noise, right
+    for data that are N(0, I): in z = a x the noise has variance a_s^2 (s^2 - r^2), so in x, which is z_r / a_r,
+    (s^2 - r^2) (a_s / a_r)^2; where variance is preserved, 1 - alpha_bar_s / alpha_bar_r over alpha_bar_r.
+    """
+    s, r = sigma, sigma_next
+    return r * (1 - (r / s) ** 2).sqrt(), (s**2 - r**2).sqrt() * alpha(s) / alpha(r)
 
 
 @dataclass(frozen=True, eq=False)

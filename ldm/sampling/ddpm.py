@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.learned_variance import Fraction
-from ldm.diffusion.schedule import PRESERVING, Schedule
+from ldm.diffusion.schedule import PRESERVING, Schedule, step_deviations
 from ldm.errors import UserError
 from ldm.sampling.step import Noise, Renewal, Sampler, Step, level, trajectory, walk
 
@@ -21,7 +21,7 @@ VARIANCES = ("posterior", "beta", "learned")
 
 
 def ddpm(variance: str = "posterior", schedule: Schedule | None = None, fraction: Fraction | None = None) -> Sampler:
-    """`variance`: posterior (beta-tilde) or beta, the two of `Scaling.step_deviations`, or learned, between them.
+    """`variance`: posterior (beta-tilde) or beta, the two of `step_deviations`, or learned, between them.
 
     `schedule` is the law whose beta is meant, the variance-preserving one if left out. `fraction` belongs to learned
     (Nichol & Dhariwal 2021, equation 15): it is asked at each step, after the denoiser and with the very same tensors,
@@ -53,8 +53,8 @@ def beta(schedule: Schedule | None = None) -> Renewal:
 
 
 def _deviations(schedule: Schedule | None, sigma: float, sigma_next: float) -> tuple[float, float]:
-    scaling = PRESERVING if schedule is None else schedule.scaling
-    low, high = scaling.step_deviations(level(sigma), level(sigma_next))
+    alpha = PRESERVING.alpha if schedule is None else schedule.alpha
+    low, high = step_deviations(alpha, level(sigma), level(sigma_next))
     return float(low), float(high)
 
 

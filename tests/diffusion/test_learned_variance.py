@@ -23,7 +23,7 @@ from ldm.diffusion import (
     weight,
 )
 from ldm.diffusion.learned_variance import variance_bound
-from ldm.diffusion.schedule import PRESERVING
+from ldm.diffusion.schedule import PRESERVING, step_deviations
 from ldm.guidance import cfg
 from ldm.sampling import NoiseStream, ddpm, make_grid, start
 
@@ -67,7 +67,7 @@ def test_the_bound_is_that_of_the_chain(kind: str, v: float) -> None:
 def test_the_two_ends_are_the_samplers_variances() -> None:
     for s, r in ((14.6, 3.0), (1.0, 0.99), (0.3, 0.01)):
         levels = torch.tensor([s, r], dtype=torch.float64)
-        low, high = (2 * deviation.log() for deviation in PRESERVING.step_deviations(*levels))
+        low, high = (2 * deviation.log() for deviation in step_deviations(PRESERVING.alpha, *levels))
         assert float(low.exp()) == pytest.approx(r**2 * (1 - r**2 / s**2), rel=1e-12)
         assert float(high.exp()) == pytest.approx((s**2 - r**2) * (1 + r**2) / (1 + s**2), rel=1e-12)
 

@@ -31,7 +31,7 @@ from ldm.diffusion.learned_variance import Fraction, mixed
 from ldm.diffusion.likelihood.bits import LATENT, BitsPerDim, Space
 from ldm.diffusion.likelihood.decoder import density_nats, pixel_level_nats
 from ldm.diffusion.parameterization import per_picture
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, step_deviations
 from ldm.errors import UserError
 
 Variance = str | Tensor | Fraction
@@ -183,7 +183,7 @@ class _Table:
             if variance.shape != s.shape or not bool((variance > 0).all()):
                 raise UserError(f"the bound takes one positive variance for each of the grid's {len(s)} steps")
             return cls(variance.double().cpu(), variance.double().cpu(), None)
-        posterior, beta = (deviation**2 for deviation in schedule.scaling.step_deviations(s, r))
+        posterior, beta = (deviation**2 for deviation in step_deviations(schedule.alpha, s, r))
         # The step before is in x at level r; alpha turns it into the z of the chain, as the papers' code has it.
         posterior[-1] = posterior[-2] * schedule.alpha(r[-2]) ** 2 if len(s) > 1 else beta[-1]
         if not isinstance(variance, str):
