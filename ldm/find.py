@@ -8,6 +8,7 @@ from pathlib import Path
 from ldm.checkpoints.run_folder import why_no_model
 from ldm.errors import UserError
 
+WEIGHTS = ("auto", "ema", "raw")  # which of a file that holds two sets
 SHIPPED = {"icons": Path(__file__).parent / "assets" / "icons"}
 """The models inside the package: name -> checkpoint directory."""
 

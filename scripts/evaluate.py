@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import COUNT, NATURAL, SEED, SIDE, Bounded, Parser, add_fields, add_machine, taken
 from ldm.errors import UserError
+from ldm.find import WEIGHTS
 from ldm.home import recipe
 from ldm.jobs import Settings
 from ldm.options import WHERE_HELP, split_list, where_of
@@ -272,7 +273,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
     add("--size", type=SIDE, metavar="N", help="pixels; default: the model's")
     add_fields(add, Settings, SETTINGS)
     add("--sweep", nargs="+", default=[], metavar="NAME=VALUES", help="each combination: cfg=1,2,4 steps=10,20 eta=0,1")
-    add("--weights", choices=("auto", "ema", "raw"), help="of files that hold two sets")
+    add("--weights", choices=WEIGHTS, help="of files that hold two sets")
     add("--out", metavar="FOLDER", help="of drawn pictures and results; gone on with when it is there")
     add = command.add_argument_group("against what, and how").add_argument
     add("--reference", required=True, help="real pictures: a folder or shards")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -190,3 +191,26 @@ def test_each_program_ends_a_mistake_in_one_sentence(
         assert "no-such-option" not in " ".join(words) or "unknown option '--no-such-option'" in err
         assert "usage" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+WITHOUT_TORCH = """
+import json, runpy, sys
+sys.modules["torch"] = None  # importing it fails
+sys.path.insert(0, "tools")
+for program in json.loads(sys.argv[1]):
+    sys.argv = [program, "--no-such-option"]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        print("exit", end.code, flush=True)
+"""
+LATE = {"tools/train_classifier.py", "tools/train_noisy_classifier.py"}  # they are torch from their first line on
+
+
+def test_mistakes_are_told_before_torch_is_imported() -> None:
+    """Its import takes seconds."""
+    programs = [program for program in PROGRAMS if program not in LATE]
+    words = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(programs)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "exit 1\n" * len(programs), done.stderr
+    assert done.stderr.count("error: unknown option '--no-such-option'") == len(programs)

@@ -14,17 +14,16 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ldm.arguments import Parser
-from ldm.checkpoints import export, native
-from ldm.checkpoints.opening import WEIGHTS, open_checkpoint, parse_settings
+from ldm.device import PRECISIONS
 from ldm.errors import UserError
+from ldm.find import WEIGHTS
 
-PRECISIONS = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FORMATS = ("native", *export.FORMATS)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def main() -> None:
@@ -34,6 +33,11 @@ def main() -> None:
             f"{arguments.output} has the name of a pickle, which is not written; name a directory, or a file that "
             "ends in .safetensors"
         )
+    import torch  # takes seconds, and a mistake is told before
+
+    from ldm.checkpoints import export, native
+    from ldm.checkpoints.opening import open_checkpoint, parse_settings
+
     settings = parse_settings(arguments.set)
     checkpoint = open_checkpoint(arguments.model, arguments.weights, settings, arguments.vae)
     if checkpoint.two_sets and arguments.weights == "auto":
@@ -41,7 +45,7 @@ def main() -> None:
             f"{checkpoint.path} has raw and averaged weights of the U-Net, and one of them would be lost; say which to "
             "keep: --weights ema draws better pictures, --weights raw is what training goes on with"
         )
-    dtype = PRECISIONS[arguments.precision]
+    dtype = None if arguments.precision == "keep" else getattr(torch, PRECISIONS[arguments.precision])
     states = {name: Cast(checkpoint.state(name), dtype) for name in checkpoint.parts}
     remarks = list(checkpoint.notices)
     if arguments.to == "native":
@@ -54,7 +58,7 @@ def main() -> None:
     print(f"{arguments.output}: " + ", ".join(f"{name} {count:,} values" for name, count in size.items()))
 
 
-class Cast(Mapping[str, Tensor]):
+class Cast(Mapping[str, "Tensor"]):
     """A network's tensors in another precision, each converted when it is asked for."""
 
     def __init__(self, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
@@ -75,8 +79,10 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("model", help="shipped name, checkpoint directory or file, or hf:owner/name")
     parser.add_argument("output", type=Path, help="a directory, or a file if it ends in .safetensors")
-    parser.add_argument("--to", choices=FORMATS, default="native", help="the layout to write")
-    parser.add_argument("--precision", choices=PRECISIONS, default="keep", help="of the stored weights")
+    parser.add_argument(
+        "--to", choices=("native", "original", "diffusers"), default="native", help="the layout to write"
+    )
+    parser.add_argument("--precision", choices=("keep", *PRECISIONS), default="keep", help="of the stored weights")
     parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of files with two sets")
     parser.add_argument("--vae", metavar="MODEL", help="take the autoencoder of this checkpoint")
     parser.add_argument(

@@ -19,15 +19,9 @@ from ldm.script import run
 import argparse
 from pathlib import Path
 
-from studies import guidance, interpolate, samplers, steps_table, toy
-from studies.subject import make_subject
-
-import ldm
 from ldm.arguments import COUNT, Parser
 from ldm.device import PRECISIONS, choose_device
 from ldm.errors import UserError
-from ldm.metrics.crew import muster
-from ldm.metrics.figures import Measures
 from ldm.options import WHERE_HELP, where_of
 
 MANY, FEW, MANY_ON_GPU = 1000, 200, 5000  # pictures in a cell of the steps table; FEW where one takes 1000 steps
@@ -37,6 +31,10 @@ RECIPE = "@icons"  # what the shipped model was trained on
 def main() -> None:
     arguments = parse()
     folder = Path(arguments.output)
+    from studies import interpolate, toy
+
+    import ldm  # torch takes seconds, and a mistake is told before
+
     if arguments.command == "toy":
         toy.run(folder, arguments.quick)
     elif arguments.command == "interpolate":
@@ -93,6 +91,12 @@ def run_table(arguments: argparse.Namespace, folder: Path) -> None:
     if fewest < subset:
         raise UserError(f"{fewest} pictures were asked for; the distances are of subsets of {subset}, so ask for more")
     where = where_of(arguments.where or [RECIPE])
+    from studies import guidance, samplers, steps_table
+    from studies.subject import make_subject
+
+    from ldm.metrics.crew import muster
+    from ldm.metrics.figures import Measures
+
     measures = Measures(("kernel", "neighbours"), subset=subset)
     crew = muster()
     subject = make_subject(

@@ -16,6 +16,7 @@ from ldm.script import run
 from pathlib import Path
 
 from ldm.arguments import NATURAL, Parser
+from ldm.find import WEIGHTS
 
 
 def main() -> None:
@@ -23,9 +24,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the output of a training")
     parser.add_argument("output", type=Path, help="a new folder for the model")
     parser.add_argument("--step", type=NATURAL, default=0, help="of the state; default: the newest")
-    parser.add_argument(
-        "--weights", choices=("auto", "ema", "raw"), default="auto", help="auto: the average, if the run has one"
-    )
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: the average, if the run has one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the run")
     arguments = parser.parse_intermixed_args()
 

@@ -12,20 +12,19 @@ from ldm.script import run
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import Parser
-from ldm.checkpoints import native
-from ldm.checkpoints.architectures import extra_channels, name_of
-from ldm.checkpoints.opening import WEIGHTS, open_checkpoint
-from ldm.checkpoints.record import Checkpoint
 from ldm.config import to_dict
 from ldm.errors import UserError
+from ldm.find import WEIGHTS
 from ldm.plain import leaves, read_json
+
+if TYPE_CHECKING:
+    from ldm.checkpoints.record import Checkpoint
 
 LONG = 12  # entries; longer lists are counted
 
@@ -35,6 +34,10 @@ def main() -> None:
     parser.add_argument("model", help="shipped name, checkpoint directory or file, or hf:owner/name")
     parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of files with two sets")
     arguments = parser.parse_args()
+
+    from ldm.checkpoints import native  # torch takes seconds, and a mistake is told before
+    from ldm.checkpoints.architectures import extra_channels, name_of
+    from ldm.checkpoints.opening import open_checkpoint
 
     checkpoint = open_checkpoint(arguments.model, arguments.weights)
     print(f"{checkpoint.path}: {name_of(checkpoint.config)}, {checkpoint.layout}")
@@ -65,7 +68,7 @@ def networks(checkpoint: Checkpoint) -> list[str]:
             print(f"  {name:12s} not whole, see below")
             continue
         forms = [state.form(key) for key in state]
-        count = sum(torch.Size(shape).numel() for _, shape in forms)
+        count = sum(math.prod(shape) for _, shape in forms)
         types = Counter(str(dtype).removeprefix("torch.") for dtype, _ in forms)
         print(f"  {name:12s} {count:13,} parameters in {len(forms):4d} tensors, {' and '.join(types)}")
     return problems

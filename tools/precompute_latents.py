@@ -25,35 +25,32 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm.arguments import COUNT, SIDE, Parser, add_machine
-from ldm.autoencoder.codec import Codec
-from ldm.checkpoints.opening import open_checkpoint
-from ldm.conditioning.clip import TextTower
 from ldm.config import DiffusionTraining, load
-from ldm.data.latent_writing import (
-    LatentSources,
-    LatentWriter,
-    SourceBatch,
-    check_parts,
-    merge_parts,
-    part_folder,
-)
-from ldm.data.latents import MANIFEST, latent_fingerprint
 from ldm.device import choose_device, choose_precision, precision_name
 from ldm.errors import UserError
 from ldm.home import recipe
 from ldm.locks import held
 from ldm.options import WHERE_HELP, where_of
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ldm.autoencoder.codec import Codec
+    from ldm.conditioning.clip import TextTower
+    from ldm.data.latent_writing import LatentSources, LatentWriter, SourceBatch
+
 
 def main() -> None:
     arguments = parse()
     config = settings(arguments)
+    from ldm.data.latent_writing import check_parts, part_folder  # torch takes seconds, and a mistake is told before
+
     folder = Path(config.latents)
     if arguments.part is not None:
         end_with_parent()
@@ -71,6 +68,12 @@ def main() -> None:
 
 def encode(arguments: argparse.Namespace, config: DiffusionTraining, folder: Path, part: int, parts: int) -> None:
     """Write the latents of one of the equal parts that the pictures are divided into."""
+    import torch
+
+    from ldm.checkpoints.opening import open_checkpoint
+    from ldm.data.latent_writing import LatentSources, LatentWriter
+    from ldm.data.latents import latent_fingerprint
+
     device = choose_device(arguments.device)
     dtype = choose_precision(arguments.precision, device)
     autoencoder = open_checkpoint(config.autoencoder).only("autoencoder")
@@ -98,7 +101,8 @@ def encode(arguments: argparse.Namespace, config: DiffusionTraining, folder: Pat
         return
     if writer.start > first:
         print(f"going on at sample {writer.start} of {len(sources)}", flush=True)
-    written, cut = precompute(codec, tower, device, sources, writer, config.data.flip, arguments.batch, stop)
+    with torch.inference_mode():
+        written, cut = precompute(codec, tower, device, sources, writer, config.data.flip, arguments.batch, stop)
     print(f"wrote {written} samples to {folder}")
     if cut and tower is not None:
         print(
@@ -111,6 +115,9 @@ def divide(arguments: argparse.Namespace, folder: Path) -> None:
 
     Raises UserError with the last words of a process that failed; the others end with it, and go on when run again.
     """
+    from ldm.data.latent_writing import merge_parts
+    from ldm.data.latents import MANIFEST
+
     parts = arguments.processes
     if (folder / MANIFEST).exists():  # check_parts has seen that it is not of an unfinished run
         print(f"{folder} is complete already")
@@ -143,6 +150,8 @@ def divide(arguments: argparse.Namespace, folder: Path) -> None:
 
 def visible_gpus() -> list[str]:
     """The names that CUDA_VISIBLE_DEVICES may give to one GPU each."""
+    import torch
+
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
@@ -202,7 +211,6 @@ def settings(arguments: argparse.Namespace) -> DiffusionTraining:
     return config
 
 
-@torch.inference_mode()
 def precompute(
     codec: Codec,
     tower: TextTower | None,

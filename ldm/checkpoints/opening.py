@@ -13,9 +13,7 @@ from ldm.checkpoints.reading import Tensors, read_tensors
 from ldm.checkpoints.record import Checkpoint
 from ldm.checkpoints.state import some
 from ldm.errors import UserError
-from ldm.find import find
-
-WEIGHTS = ("auto", "ema", "raw")
+from ldm.find import WEIGHTS, find
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_the_walk_as_printed(tmp_path: Path) -> None:
     assert (tmp_path / "outputs" / "grid-00000.png").exists()
 
     declare_missing_operators()
-    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "for-others", local_files_only=True)
     drawn = pipeline("a red ball", num_inference_steps=1, height=64, width=64).images[0]  # type: ignore[operator]
