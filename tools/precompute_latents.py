@@ -240,6 +240,8 @@ def precompute(
 def encode_captions(tower: TextTower | None, batch: SourceBatch) -> tuple[list[Tensor], int]:
     """For each sample the contexts (K, L, D) of its captions; and how many captions are longer than L. L and D are 0
     where no tower reads them."""
+    import torch
+
     if tower is None:
         return [torch.zeros(len(texts), 0, 0) for texts in batch.captions], 0
     captions = [text for texts in batch.captions for text in texts]
