@@ -135,7 +135,7 @@ PERCEPTUAL_NETS = {"efficientnet-lite0": EfficientNetDistance, "lpips": LpipsDis
 
 
 def build_perceptual(name: str) -> nn.Module:
-    """The distance of that name; UserError for a name that is not in PERCEPTUAL_NETS or a network not to be had."""
+    """The distance of that name; UserError for an unknown name, or a network that is not available."""
     if name not in PERCEPTUAL_NETS:
         raise UserError(f"there is no perceptual network '{name}'; choose from {', '.join(PERCEPTUAL_NETS)}")
     return PERCEPTUAL_NETS[name]()

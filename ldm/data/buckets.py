@@ -131,7 +131,7 @@ def measure(data: ShardSet) -> tuple[ShardSet, Shapes]:
 
 
 def _known(store: Store, index: ShardIndex) -> list[Size]:
-    """The shapes that an earlier start found in a remote shard, which then need not be had again; [] if none did."""
+    """The shapes that an earlier start found in a remote shard, which need not be fetched again; [] if none did."""
     path = store.beside(index.path, "shapes")
     if is_file(index.path) or not path.exists():
         return []

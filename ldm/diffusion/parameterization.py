@@ -86,7 +86,7 @@ PARAMETERIZATIONS: dict[str, Parameterization] = {
 def make_parameterization(name: str, sigma_data: float = 1.0) -> Parameterization:
     """The parameterization called `name`, for data of that deviation.
 
-    Raises UserError for a name that is not in `PARAMETERIZATIONS` and for a deviation that is none.
+    Raises UserError for a name that is not in `PARAMETERIZATIONS` and for an invalid deviation.
     """
     if name not in PARAMETERIZATIONS:
         raise UserError(f"parameterization is '{name}'; choose one of {', '.join(PARAMETERIZATIONS)}")

@@ -156,7 +156,7 @@ def listing() -> str:
 
 
 def unknown(what: str, name: str, names: Iterable[str], near: str | None = None) -> str:
-    """The sentence for a `name` that is none of `names`, of which `near` is meant, or else one that is like it."""
+    """The sentence for a `name` that is not among `names`, of which `near` is meant, or else one that is like it."""
     near = near or nearest(name, names)
     hint = f"did you mean '{near}'? There" if near else "there"
     return f"unknown {what} '{name}'; {hint} are {', '.join(names)}"

@@ -45,7 +45,7 @@ class Request:
         return ", ".join([str(self.label)] * (self.label is not None) + [self.prompt] * bool(self.prompt))
 
     def check(self) -> Request:
-        """The same; raises UserError for a seed that is none, and for texts that no file could hold."""
+        """The same; raises UserError for an invalid seed, and for texts that cannot be written to a file."""
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed {self.seed} is out of range; choose it between 0 and {MAX_SEED}")
         for text in (self.prompt, self.negative, str(self.label)):

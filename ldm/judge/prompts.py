@@ -48,7 +48,7 @@ def phrase(pictures: Pictures, concept: str) -> str:
 def prototypes(features: Tensor, concepts: Tensor, count: int) -> Tensor:
     """(count, D) of unit length, from unit features (N, D) and the concept 0 <= concepts[i] < count of each, (N,).
 
-    Raises ValueError for a concept without a picture: it has no prototype, and every accuracy would be off.
+    Raises ValueError for a concept without a picture: without its prototype every accuracy would be wrong.
     """
     seen = torch.bincount(concepts, minlength=count)
     if seen.numel() != count or bool((seen == 0).any()):

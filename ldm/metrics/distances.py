@@ -79,8 +79,8 @@ def precision_recall(drawn: Tensor, real: Tensor, neighbours: int = 3) -> tuple[
     """Share of the drawn that lie among the real, and of the real that lie among the drawn (Kynkaanniemi et al. 2019).
 
     A feature vector lies among a set if it is no further from one of its members than that one's `neighbours`-th
-    nearest other member: the balls are closed, as in that paper's equation 1. Raises UserError for sets that have not
-    so many.
+    nearest other member: the balls are closed, as in that paper's equation 1. Raises UserError for smaller
+    sets.
     """
     declare_missing_operators()
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
@@ -99,7 +99,7 @@ def density_coverage(drawn: Tensor, real: Tensor, neighbours: int = 5) -> tuple[
     the authors: a drawn picture at just that distance lies outside.
 
     Density: in how many balls a drawn picture lies on the mean, over `neighbours` (1 for equal laws, may be more).
-    Coverage: the share of balls that hold a drawn picture. Raises UserError for sets that have not so many.
+    Coverage: the share of balls that hold a drawn picture. Raises UserError for smaller sets.
     """
     check_neighbours(len(drawn), len(real), neighbours)
     drawn, real = drawn.float(), real.float()

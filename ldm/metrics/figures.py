@@ -85,7 +85,7 @@ class Measures:
             raise UserError(f"{missing[0]}; leave that out of --figures")
 
     def check_counts(self, space: FeatureSpace, drawn: int, real: int, held_out: bool = False) -> None:
-        """Raises UserError for figures that are not defined, or say nothing, of sets of so many pictures."""
+        """Raises UserError for figures that are undefined, or say nothing, for so few pictures."""
         if "frechet" in self.kinds and not held_out and min(drawn, real) <= space.width and not self.allow_few:
             raise UserError(
                 f"{frechet_name(space)} fits covariances of {space.width} dimensions to {drawn} and {real} pictures, "

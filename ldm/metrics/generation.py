@@ -30,7 +30,7 @@ class Against:
     bar: bool = False
 
     def check(self, count: int, captioned: bool) -> None:
-        """Raises UserError for figures that `count` drawn pictures have not, whatever they show."""
+        """Raises UserError for figures that need more than `count` drawn pictures."""
         self.measures.check_spaces(self.spaces, captioned)
         for space in self.spaces:
             self.measures.check_counts(space, count, len(self.real))

@@ -23,7 +23,7 @@ def make_space(name: str, device: str = "cpu") -> FeatureSpace:
     ViT-B-32=FILE                 an open_clip architecture with a checkpoint of its weights
     ViT-L-14:dfn2b_s39b=FILE      the same, where weights were published that take pictures differently: of this name
 
-    Raises UserError for a name that is none of these, and for weights that are missing or wrong.
+    Raises UserError for an unknown name, and for weights that are missing or wrong.
     """
     kind, _, weights = name.partition("=")
     if kind == "efficientnet-lite0" and not weights:

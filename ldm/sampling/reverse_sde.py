@@ -68,7 +68,7 @@ def rates(schedule: Schedule, sigma: float) -> tuple[float, float]:
 
 
 def check_grid(schedule: Schedule, sigmas: Tensor) -> None:
-    """Raise UserError for a grid that leaves the law's time; a step to 0 is none of its business."""
+    """Raise UserError for a grid that leaves the law's time; a step to 0 is not looked at."""
     levels = [sigma for sigma in check_levels(map(float, sigmas)) if sigma > 0]
     first, last = levels[0], levels[-1]
     low, high = schedule.sigma_min * (1 - 1e-9), schedule.sigma_max * (1 + 1e-9)

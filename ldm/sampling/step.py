@@ -71,7 +71,7 @@ def flow(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
 def trajectory(x: Tensor, sigmas: Tensor, advance: Advance) -> Iterator[Step]:
     """Every sampler's loop: `advance` over each interval of the grid, from `x` (B, C, h, w) at its first level.
 
-    Raises UserError for a grid that is none.
+    Raises UserError for an invalid grid.
     """
     levels = check_levels(map(float, sigmas))
     x = solver_state(x)

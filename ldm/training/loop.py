@@ -257,7 +257,7 @@ class _Run:
         return bool(worse)
 
     def _lost_shards(self) -> int:
-        """How many shards could not be had by some process; those that are new get a line of the log."""
+        """How many shards were not available to some process; those that are new get a line of the log."""
         found = set().union(*from_all(self.stage.batches.quarantined, self.accelerator))
         if self.report is not None:
             for shard in sorted(found - self.lost):

@@ -54,7 +54,7 @@ def check_no_label(data: DataConfig) -> None:
 
 
 def check_validation(data: DataConfig, labels: Collection[str] = ()) -> None:
-    """Raise UserError unless held-out samples, where they are named, can be had; `labels` as `validation_batches`'."""
+    """Raise UserError unless held-out samples, if named, are available; `labels` as `validation_batches`'."""
     if data.validation.strip() and next(validation_batches(data, 1, labels), None) is None:
         raise UserError(f"data.validation ({data.validation}) has no picture that can be decoded; name other shards")
 

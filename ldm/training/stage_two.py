@@ -110,7 +110,7 @@ class DiffusionStage:
         return LatentLoader(cached, *share, expected, self.encoder.rows)
 
     def check_end(self) -> None:
-        """Raise UserError unless the pictures and figures that are asked for can be had; notes what to know of them."""
+        """Raise UserError unless the pictures and figures asked for can be made; notes what to know of them."""
         config = self.config
         if self.text is None:
             self.notices += ["sample.prompts are not drawn, for the model takes none"] if config.sample.prompts else []

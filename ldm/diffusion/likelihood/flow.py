@@ -6,7 +6,7 @@ is solved here in u = ln sigma and y = x / sqrt(1 + sigma^2), which stays near 1
     dy/du = y / (1 + sigma^2) - D / sqrt(1 + sigma^2),        d ln p_y / du = -(d / (1 + sigma^2) - tr dD/dx)
 
 Both vanish on data N(0, I), so the solver spends its steps on what differs from that. The density is that of the level
-sigma_min, the data with so much noise on them: no more can be had where the flow is singular, and no chain is involved.
+sigma_min, the data with that much noise: no more is possible where the flow is singular, and no chain is involved.
 """
 
 from __future__ import annotations
