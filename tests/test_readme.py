@@ -131,3 +131,20 @@ def test_the_walk_for_ones_own_pictures() -> None:
     assert len(outputs) == len(set(outputs)) == 3
     for setting in ("autoencoder", "text", "latents"):
         assert set(re.findall(rf"\b{setting}=(\S+)", walk)) <= {*outputs, "data/latents"}
+
+
+EXTRAS = {
+    "tools/plot_run.py": "plot", "tools/experiments.py": "plot", "--sweep ": "plot", "--picture ": "plot",
+    "tools/build_icons.py": "icons", "xformers": "xformers", "hf:": "hub", "s3:": "remote", "lpips": "lpips",
+    "loop.trackers": "track", ".parquet": "tables", "benchmark.py train": "peers", "benchmark.py load": "peers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "words"), printed(), ids=lambda value: "" if isinstance(value, list) else value)
+def test_an_extra_that_a_printed_command_needs_is_named_on_its_page(page: str, words: list[str]) -> None:
+    text = ((ROOT if page == "README.md" else ROOT / "docs") / page).read_text(encoding="utf-8")
+    for part, extra in EXTRAS.items():
+        if part in f"{' '.join(words)} ":
+            assert re.search(rf"pip install -e '\.\[[\w,]*\b{extra}\b", text), (
+                f"{page}: {' '.join(words)} needs {extra}"
+            )
