@@ -27,7 +27,7 @@ def printable(text: str) -> str:
 def first_line(error: BaseException, most: int = 200) -> str:
     """The first line of what an error says, `most` letters of it; the name of its type where it says nothing."""
     text = str(getattr(error, "problem", None) or error).strip()  # yaml's errors begin with what it was doing
-    return text.splitlines()[0][:most] if text else type(error).__name__
+    return text.splitlines()[0].rstrip()[:most] if text else type(error).__name__
 
 
 def kind_and_line(error: BaseException) -> str:

@@ -21,6 +21,19 @@ def benchmark(monkeypatch):
     return call
 
 
+def test_sides_take_turns():
+    """Each is made ready before its clock starts, and none is always the first."""
+    from turns import ratios, spread, take_turns
+
+    seen = []
+    sides = {name: lambda name=name: seen.append(f"ready {name}") or (lambda: seen.append(name)) for name in "abc"}
+    wall, cpu = take_turns(sides, rounds=3)
+    assert seen[1::2] == list("abcbcacab") and seen[::2] == [f"ready {name}" for name in "abcbcacab"]
+    assert [len(each) for each in (*wall.values(), *cpu.values())] == [3] * 6
+    assert ratios({"a": [1.0, 2.0], "b": [2.0, 2.0]}, "a", "b") == [2.0, 1.0]
+    assert spread([1.0, 3.0, 2.0], "x", " of it") == "2.000x (1.000 to 3.000 of it)"
+
+
 def test_unet(benchmark, tmp_path, capsys):
     config = ROOT / "configs" / "diffusion" / "tiny.yaml"
     benchmark("unet", "--config", config, "--batch", 2, "--side", 8, "--seconds", 0, "--output", tmp_path / "u.json")
