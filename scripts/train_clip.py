@@ -21,7 +21,8 @@ def main() -> None:
 
     output = prepare_output(settings.output, settings.resume)
     accelerator = make_accelerator(settings.loop, output)
-    stage = ClipStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    stage = ClipStage(settings, rank, world, accelerator.device, found.said)
     train(stage, settings.loop, accelerator, output, settings)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldm import ranges
 from ldm.checkpoints.small import load_network, save_network
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.config import ImageTowerConfig, from_dict, to_dict
@@ -28,13 +29,15 @@ class ImageTower(nn.Module):
 
     def __init__(self, config: ImageTowerConfig, embed_dim: int) -> None:
         super().__init__()
-        if config.patch < 1 or config.size < config.patch or config.size % config.patch:
+        ranges.check(config, prefix="image_tower.")
+        if config.size % config.patch:
             raise UserError(f"image_tower.size={config.size} is not a multiple of image_tower.patch={config.patch}")
-        if config.heads < 1 or config.width % config.heads or config.layers < 1 or embed_dim < 1:
+        if config.width % config.heads:
             raise UserError(
-                f"image_tower needs at least one layer, a joint space, and a width that its heads divide, not layers="
-                f"{config.layers} embed_dim={embed_dim} width={config.width} heads={config.heads}"
+                f"image_tower.heads={config.heads} does not divide image_tower.width={config.width}; choose a divisor"
             )
+        if embed_dim < 1:
+            raise UserError(f"model.embed_dim is {embed_dim}, and pictures and captions meet in that many dimensions")
         declare_missing_operators()
         from open_clip.transformer import VisionTransformer
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from ldm.checkpoints.limits import check_size
 from ldm.conditioning.clip import END, PADDING, START, VOCABULARY, TextTower, clip_tokenizer
 from ldm.conditioning.image_tower import ImageTower, save_image_tower
 from ldm.conditioning.torchvision_ops import declare_missing_operators
-from ldm.config import ClipTraining, DataConfig, ImageTowerConfig, ModelConfig, TextConfig
+from ldm.config import ClipTraining, DataConfig, ImageTowerConfig, ModelConfig, TextConfig, to_dict
 from ldm.data import samples
 from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.data.records import BadSample, Tally
@@ -70,9 +70,13 @@ class ClipStage:
 
     Every caption is told from all others of the global batch, over all processes; hence accumulation, which would
     compare within micro-batches only, is refused.
+
+    said: the dotted names of the settings that were written out; what `model.arch` contradicts is refused.
     """
 
-    def __init__(self, config: ClipTraining, rank: int, world: int, device: torch.device) -> None:
+    def __init__(
+        self, config: ClipTraining, rank: int, world: int, device: torch.device, said: Collection[str] = ()
+    ) -> None:
         check_settings(config, world)
         check_no_label(config.data)
         if config.data.caption == "none":
@@ -90,10 +94,12 @@ class ClipStage:
             )
         check_size(ModelConfig(text=config.model, image_size=config.data.size), "this run")
         with torch.device("meta"):  # what cannot be built is told before the pass over all captions
-            ClipTowers(config.model, config.image_tower)
+            text = ClipTowers(config.model, config.image_tower).text.config
+        for name, value in to_dict(text).items():
+            if f"model.{name}" in said and value != (own := getattr(config.model, name)):
+                raise UserError(f"model.{name} is {own}, and that of {text.arch} is {value}; leave one of the two out")
         torch.manual_seed(config.loop.seed)
         self.config, self.device = config, device
-        text = config.model
         self.words: Words | None = None
         if not text.token_ids:
             self.words = used_words(config.data, text)

@@ -68,7 +68,9 @@ class EmbeddingStage:
         room = tower.config.context_length - 2
         if config.vectors > room:
             raise UserError(f"vectors is {config.vectors}, and a prompt has room for 1 to {room}")
-        self.tower = TowerWithWords(tower, [Embedding(config.word, _first_vectors(config, tower), "word")]).to(device)
+        self.tower = TowerWithWords(
+            tower, [Embedding(config.word, _first_vectors(config, tower), "the setting word")]
+        ).to(device)
         self.tower.requires_grad_(False).eval()
         if config.data.validation:
             self.model.notices.append("data.validation is not looked at: no caption there has the word")

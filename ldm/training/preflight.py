@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm import generate, ranges
 from ldm.api import LatentDiffusion
-from ldm.config import DataConfig, SampleConfig
+from ldm.config import DataConfig, DiffusionTraining, SampleConfig
 from ldm.data.feed import check_division
 from ldm.data.loader import validation_batches
 from ldm.errors import UserError
@@ -57,6 +57,16 @@ def check_validation(data: DataConfig, labels: Collection[str] = ()) -> None:
     """Raise UserError unless held-out samples, if named, are available; `labels` as `validation_batches`'."""
     if data.validation.strip() and next(validation_batches(data, 1, labels), None) is None:
         raise UserError(f"data.validation ({data.validation}) has no picture that can be decoded; name other shards")
+
+
+def check_figures(config: DiffusionTraining, device: str) -> None:
+    """Raise UserError unless the figures that are asked for could be measured."""
+    from ldm.metrics.watch import ready
+
+    try:
+        ready(config.figures, config.data, config.sample, device)
+    except UserError as error:
+        raise UserError(f"the figures of figures.pictures={config.figures.pictures} cannot be told: {error}") from error
 
 
 def check_pictures(model: LatentDiffusion, sample: SampleConfig, seed: int) -> Sequence[str]:

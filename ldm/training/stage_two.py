@@ -28,7 +28,7 @@ from ldm.checkpoints.lora import save_lora
 from ldm.conditioning.clip import TextTower
 from ldm.conditioning.condition import Condition, drop
 from ldm.conditioning.encoder import Encoder, Texts
-from ldm.config import DiffusionLossConfig, DiffusionTraining, ModelConfig
+from ldm.config import DiffusionLossConfig, DiffusionTraining, FiguresConfig, ModelConfig
 from ldm.data.latents import LatentBatch, LatentLoader, latent_fingerprint
 from ldm.data.loader import Batch, Loader, PictureDecode, validation_batches
 from ldm.diffusion import Law, check_loss, diffusion_loss, draw_levels, make_law
@@ -40,7 +40,14 @@ from ldm.jobs import Ask
 from ldm.training.begin import begin
 from ldm.training.draws import Draws
 from ldm.training.meters import EACH_LOSS, EACH_SIGMA
-from ldm.training.preflight import check_no_label, check_pictures, check_settings, check_sides, check_validation
+from ldm.training.preflight import (
+    check_figures,
+    check_no_label,
+    check_pictures,
+    check_settings,
+    check_sides,
+    check_validation,
+)
 from ldm.training.stage import Batches, Player
 from ldm.unet import unet
 from ldm.unet.attention import check_backend
@@ -119,9 +126,7 @@ class DiffusionStage:
             model = assemble(self.model_config(), self.codec, self.text, self.unet)
             self.notices += check_pictures(model, config.sample, config.loop.seed)
         if config.figures.pictures:
-            from ldm.metrics.watch import ready
-
-            ready(config.figures, config.data, config.sample, self.device.type)
+            check_figures(config, self.device.type)
 
     def describe(self) -> list[str]:
         c, h, w = self.latent_shape
@@ -273,6 +278,9 @@ class DiffusionStage:
         return self.encoder.text
 
     def _check_fits(self) -> None:
+        figures = self.config.figures
+        if not figures.pictures and figures != FiguresConfig():
+            raise UserError("figures.pictures is 0, which measures nothing; set it, or leave out the rest of figures")
         model, channels = self.config.model, self.latent_shape[0]
         if not model.classes:
             check_no_label(self.config.data)

@@ -125,6 +125,11 @@ def test_stage_two_refuses_before_it_opens_a_shard(change, said, pixels, monkeyp
         ({"model": TextConfig(width=32, heads=5, layers=1)}, "text width 32 is not divisible by 5 heads"),
         ({"model": TextConfig(context_length=2)}, "a context length of 2 has no room for a word"),
         ({"image_tower": ImageTowerConfig(size=16, patch=3)}, r"image_tower\.size=16 is not a multiple"),
+        (
+            {"image_tower": ImageTowerConfig(size=16, heads=5)},
+            r"image_tower\.heads=5 does not divide image_tower\.width",
+        ),
+        ({"model": TextConfig(width=32, heads=2, embed_dim=0)}, r"model\.embed_dim is 0, and pictures and captions"),
         ({"image_tower": ImageTowerConfig(size=16, heads=-1)}, r"image_tower\.heads must be at least 1"),
         ({"data": replace(DATA, crop="centre")}, r"data\.crop must be one of center, random"),
     ],
@@ -134,6 +139,14 @@ def test_clip_refuses_before_it_reads_all_captions(change, said, monkeypatch) ->
     config = ClipTraining(image_tower=ImageTowerConfig(size=16), data=DATA, loop=LOOP)
     with pytest.raises(UserError, match=said):
         ClipStage(replace(config, **change), 0, 1, CPU)
+
+
+def test_an_architecture_s_numbers_are_not_contradicted(monkeypatch) -> None:
+    opens_no_shard(monkeypatch)
+    config = ClipTraining(image_tower=ImageTowerConfig(size=16), data=DATA, loop=LOOP)
+    config = replace(config, model=TextConfig(arch="ViT-B-32", width=64))
+    with pytest.raises(UserError, match=r"model\.width is 64, and that of ViT-B-32 is 512; leave one of the two out"):
+        ClipStage(config, 0, 1, CPU, said={"model.width", "model.arch"})
 
 
 @pytest.mark.parametrize(
@@ -219,6 +232,8 @@ def test_a_loss_written_out_goes_before_the_model_s_own_even_where_it_is_the_def
         ({"data": replace(PIXELS.data, validation="nowhere-*.tar")}, r"nowhere-\*\.tar"),
         ({"data": replace(PIXELS.data, where={"style": ["none"]})}, r"matches data\.where"),
         ({"figures": FiguresConfig(pictures=4, reference="nowhere.tar")}, r"nowhere\.tar"),
+        ({"figures": FiguresConfig(pictures=2)}, r"figures of figures\.pictures=2 cannot be told: 5 neighbours need"),
+        ({"figures": FiguresConfig(reference="a.tar")}, r"figures\.pictures is 0, which measures nothing"),
         ({"figures": FiguresConfig(pictures=4, space="my-space")}, "there is no feature space 'my-space'"),
         (
             {"figures": FiguresConfig(pictures=4), "data": replace(PIXELS.data, validation="")},
