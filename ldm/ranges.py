@@ -16,6 +16,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from ldm.errors import UserError
 
 MAX_SEED = 2**63 - 1
+MAX_FLOAT = 3e38  # what single precision holds
 MAX_SIDE = 16_384  # pixels of a picture: the latent alone of a square one is 270 MB, where f is 4
 
 
@@ -124,5 +125,6 @@ def _parts(hint: Any, value: Any) -> Iterator[tuple[Any, Any]]:
             yield from _parts(inner[1], item)
     elif isinstance(value, float):
         yield Range(), value
+        yield Range(least=-MAX_FLOAT, most=MAX_FLOAT), value
     elif isinstance(value, int):
         yield Range(most=MAX_SEED), value  # what torch and the disk hold of a whole number

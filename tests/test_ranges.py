@@ -94,6 +94,7 @@ def test_no_setting_of_a_training_takes_a_number_that_is_none_or_far_out(cls):
         (DiffusionTraining, "data.mixture={a: -1}", "data.mixture must be above 0, not -1.0"),
         (DiffusionTraining, "loop.ema_widths=[0.3]", "loop.ema_widths must be at least 0.001 and at most 0.2886"),
         (DiffusionTraining, "data.size=99999", "data.size must be at least 1 and at most 16384, not 99999"),
+        (AutoencoderTraining, "loss.adaptive_max=1e300", "loss.adaptive_max must be at least -3e+38 and at most 3e+38"),
         (AutoencoderTraining, "loss.kl=-1e-6", "loss.kl must be at least 0, not -1e-06"),
         (AutoencoderTraining, "optimizer.weight_decay=-0.1", "optimizer.weight_decay must be at least 0"),
         (AutoencoderTraining, "optimizer.warmup=-5", "optimizer.warmup must be at least 0, not -5"),
