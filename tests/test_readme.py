@@ -13,6 +13,7 @@ import pytest
 
 from ldm.arguments import Parser
 from ldm.config import AutoencoderTraining, ClipTraining, DiffusionTraining, EmbeddingTraining, load
+from ldm.training.processes import divide
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -115,6 +116,9 @@ def test_printed_commands_are_options_and_settings_that_there_are(
         if not settings.data.shards.startswith("data/icons/"):
             assert not settings.data.where, "a filter of the shipped model's pictures leaves nothing of one's own"
         assert settings.loop.global_batch % settings.data.streams == 0
+        processes = int(words[words.index("--num_processes") + 1]) if "--num_processes" in words else 1
+        divide(settings.loop, processes)
+        assert settings.data.streams % (processes * max(1, settings.data.workers)) == 0
 
 
 def test_the_walk_for_ones_own_pictures() -> None:
