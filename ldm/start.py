@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.conditioning.planes import depth_plane, inpainting_planes
+from ldm.conditioning.planes import depth_plane, inpainting_planes, kind_of_planes
 from ldm.diffusion import Denoiser
 from ldm.errors import UserError
 from ldm.guidance import keep
@@ -134,8 +134,7 @@ Start = Noise | Picture
 
 
 def _takes(model: Model) -> str:
-    """What the planes are, by their number: nothing else tells an inpainting network from a depth network."""
-    return {1 + model.codec.latent_channels: "mask", 1: "depth"}.get(model.extra_channels, "")
+    return kind_of_planes(model.extra_channels, model.codec.latent_channels)
 
 
 def _no_planes(model: Model) -> None:

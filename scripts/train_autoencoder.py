@@ -14,15 +14,10 @@ def main() -> None:
     from ldm.config import AutoencoderTraining
 
     found = asked(AutoencoderTraining, __doc__)  # before torch is imported
-    settings = found.settings
-    from ldm.training.loop import prepare_output, train
-    from ldm.training.processes import make_accelerator
+    from ldm.training.loop import carry_out
     from ldm.training.stage_one import AutoencoderStage
 
-    output = prepare_output(settings.output, settings.resume)
-    accelerator = make_accelerator(settings.loop, output)
-    stage = AutoencoderStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)
-    train(stage, settings.loop, accelerator, output, settings)
+    carry_out(found.settings, AutoencoderStage)
 
 
 if __name__ == "__main__":

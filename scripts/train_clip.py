@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from ldm.script import run
 
+from functools import partial
+
 from ldm.training.command import asked
 
 
@@ -14,16 +16,10 @@ def main() -> None:
     from ldm.config import ClipTraining
 
     found = asked(ClipTraining, __doc__)  # before torch is imported
-    settings = found.settings
     from ldm.training.clip import ClipStage
-    from ldm.training.loop import prepare_output, train
-    from ldm.training.processes import make_accelerator
+    from ldm.training.loop import carry_out
 
-    output = prepare_output(settings.output, settings.resume)
-    accelerator = make_accelerator(settings.loop, output)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    stage = ClipStage(settings, rank, world, accelerator.device, found.said)
-    train(stage, settings.loop, accelerator, output, settings)
+    carry_out(found.settings, partial(ClipStage, said=found.said))
 
 
 if __name__ == "__main__":

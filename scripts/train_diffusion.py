@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from ldm.script import run
 
+from functools import partial
+
 from ldm.training.command import asked
 
 
@@ -16,19 +18,14 @@ def main() -> None:
     from ldm.config import DiffusionTraining
     from ldm.find import find
 
-    found = asked(DiffusionTraining, __doc__)
-    settings = found.settings
-    for name in filter(None, (settings.init,) if settings.init else (settings.autoencoder, settings.text)):
-        find(name)  # before torch is imported, which takes seconds
-    from ldm.training.loop import prepare_output, train
-    from ldm.training.processes import make_accelerator
-    from ldm.training.stage_two import DiffusionStage
+    found = asked(DiffusionTraining, __doc__)  # before torch is imported
+    names = (found.settings.init,) if found.settings.init else (found.settings.autoencoder, found.settings.text)
+    for name in filter(None, names):
+        find(name)
+    from ldm.training.loop import carry_out
+    from ldm.training.stage_two import diffusion_stage
 
-    output = prepare_output(settings.output, settings.resume)
-    accelerator = make_accelerator(settings.loop, output)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    stage = DiffusionStage(settings, rank, world, accelerator.device, found.said)
-    train(stage, settings.loop, accelerator, output, settings)
+    carry_out(found.settings, partial(diffusion_stage, said=found.said))
 
 
 if __name__ == "__main__":

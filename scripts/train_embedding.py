@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from ldm.script import run
 
+from functools import partial
+
 from ldm.training.command import asked
 
 
@@ -15,17 +17,12 @@ def main() -> None:
     from ldm.find import find
 
     found = asked(EmbeddingTraining, __doc__)  # before torch is imported
-    settings = found.settings
-    if settings.init:
-        find(settings.init)
-    from ldm.training.embedding import EmbeddingStage
-    from ldm.training.loop import prepare_output, train
-    from ldm.training.processes import make_accelerator
+    if found.settings.init:
+        find(found.settings.init)
+    from ldm.training.embedding import embedding_stage
+    from ldm.training.loop import carry_out
 
-    output = prepare_output(settings.output, settings.resume)
-    accelerator = make_accelerator(settings.loop, output)
-    stage = EmbeddingStage(settings, accelerator.process_index, accelerator.num_processes, accelerator.device)
-    train(stage, settings.loop, accelerator, output, settings)
+    carry_out(found.settings, partial(embedding_stage, said=found.said))
 
 
 if __name__ == "__main__":

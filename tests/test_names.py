@@ -22,7 +22,7 @@ from ldm.config import DiffusionTraining, LoopConfig, ModelConfig, UNetConfig
 from ldm.data.latents import LatentLoader
 from ldm.errors import UserError
 from ldm.find import SHIPPED, find
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 
 ROOT = Path(__file__).parents[1]
 WHOLE = ("native", "native.safetensors", "original.safetensors", "original.ckpt", "diffusers")
@@ -93,11 +93,11 @@ def test_training_takes_its_autoencoder_and_text_tower_from_any_format(models: P
         data=replace(DATA, size=8),
         loop=LoopConfig(global_batch=4),
     )
-    stage = DiffusionStage(config, 0, 1, CPU)
-    made = stage.model_config()
+    stage = diffusion_stage(config, 0, 1, CPU)
+    made = stage.model.config
     assert made.autoencoder == SMALL.autoencoder and made.text is not None and made.text.width == SMALL.text.width
     assert sum("assumed by its kind" in line for line in stage.describe()) == (name == "original.ckpt")
-    assert stage.text is not None and stage.text.encode(["a red heart"]).shape == (1, 77, 64)
+    assert stage.model.text is not None and stage.model.text.encode(["a red heart"]).shape == (1, 77, 64)
 
 
 def test_the_shipped_model_lends_its_parts_by_name():
@@ -108,7 +108,7 @@ def test_the_shipped_model_lends_its_parts_by_name():
         data=replace(DATA, size=8),
         loop=LoopConfig(global_batch=4),
     )
-    assert DiffusionStage(config, 0, 1, CPU).codec.factor == 4
+    assert diffusion_stage(config, 0, 1, CPU).model.codec.factor == 4
 
 
 def test_parts_are_fetched_by_name_as_models_are(models: Path, monkeypatch: pytest.MonkeyPatch):
@@ -132,7 +132,7 @@ def test_latents_of_a_foreign_file_are_those_of_its_converted_parts(
         data=replace(DATA, shards=f"{ICONS}/val-*.tar", size=8),
         loop=LoopConfig(global_batch=4),
     )
-    assert isinstance(DiffusionStage(config, 0, 1, CPU).batches, LatentLoader)
+    assert isinstance(diffusion_stage(config, 0, 1, CPU).batches, LatentLoader)
 
 
 @pytest.mark.parametrize("name", ["vae.safetensors", "diffusers", "original.ckpt"])

@@ -87,9 +87,17 @@ class Encoder(nn.Module):
         """The texts encoded, words beyond what the tower reads cut off (`notices` says which)."""
         if self.text is None:
             return Texts()
-        tokens, _ = self.text.tokenize(texts)
-        tokens = tokens.to(self.text.positional_embedding.device)
-        return Texts(self.text(tokens), self.text.features(tokens).float() if self.config.pooled else None)
+        return Texts(*self.of_tokens(self.tokens(texts)))
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """(B, L) long, where the text tower is, which there must be."""
+        assert self.text is not None
+        return self.text.tokenize(texts)[0].to(self.text.positional_embedding.device)
+
+    def of_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, L) long -> context (B, L, D) and, where the vector has it, pooled text (B, E)."""
+        assert self.text is not None
+        return self.text(tokens), self.text.features(tokens).float() if self.config.pooled else None
 
     def notices(self, texts: Sequence[str]) -> tuple[str, ...]:
         """A sentence for each different text that would not be read to its end, and one for all words that the tower

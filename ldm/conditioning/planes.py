@@ -9,6 +9,12 @@ from torch.nn import functional as F
 from ldm.autoencoder.codec import Codec
 
 
+def kind_of_planes(extra: int, latent_channels: int) -> str:
+    """What a network's channels beside the latent's are, "mask", "depth" or neither, by their number: nothing tells
+    an inpainting network from a depth network."""
+    return {1 + latent_channels: "mask", 1: "depth"}.get(extra, "")
+
+
 def inpainting_planes(codec: Codec, image: Tensor, mask: Tensor) -> Tensor:
     """(B, 1 + C, h, w): the mask, and the latent of the picture without what lies under it, as Stable Diffusion has it.
 

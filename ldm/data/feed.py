@@ -156,6 +156,11 @@ class Feed(Generic[Item, B]):
             lines.append("buckets " + self.buckets.describe())
         return "\n            ".join(lines)
 
+    @property
+    def events(self) -> list[str]:
+        """What of the batches the log of a run begins with."""
+        return [f"buckets {self.buckets.describe()}"] if self.buckets else []
+
     def histogram(self) -> dict[str, int]:
         """The samples in each bucket, by "width x height" without blanks; empty where pictures have no buckets."""
         return self.buckets.histogram() if self.buckets else {}

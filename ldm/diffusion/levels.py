@@ -47,7 +47,7 @@ LEVELS: dict[str, Callable[[DiffusionLossConfig, Schedule, Tensor], Tensor]] = {
 
 
 def draw_levels(config: DiffusionLossConfig, schedule: Schedule, uniform: Tensor) -> Tensor:
-    """sigma (B,), float64 on the CPU, of `uniform` (B,) in [0, 1), which the caller draws with its own generator.
+    """sigma (B,), float64 on the CPU, of `uniform` (B,) in [0, 1) there, which the caller draws with a generator.
 
     Stratified draws are the caller's choice of uniforms (training/draws.py). Raises UserError for an unknown
     `config.levels`.

@@ -17,7 +17,9 @@ from ldm.config import (
     DataConfig,
     DiffusionLossConfig,
     DiffusionTraining,
+    EmbeddingTraining,
     LoraConfig,
+    ModelConfig,
     ScheduleConfig,
     to_dict,
 )
@@ -32,6 +34,7 @@ DECIDED = ("parameterization", "sigma_data", "learned_variance", "schedule", "mo
 class Beginning:
     """The networks that a training of the U-Net begins with; the codec and the text tower stay as they are."""
 
+    config: ModelConfig  # what the trained model is
     codec: Codec
     text: TextTower | None  # None: the U-Net takes no captions
     unet: UNet | None  # that of the model of init, ready to be trained; None: the training makes a new one
@@ -43,16 +46,12 @@ class Beginning:
         return tuple(dict.fromkeys(notice for source in self.sources.values() for notice in source.notices))
 
 
-def begin(
-    config: DiffusionTraining, device: torch.device, said: Collection[str] = ()
-) -> tuple[DiffusionTraining, Beginning]:
-    """`config` with the architecture, schedule and target of the model at `config.init`, and that model's networks;
-    with its loss too, where the model says it and `config` sets none.
+def begin(config: DiffusionTraining, device: torch.device, said: Collection[str] = ()) -> Beginning:
+    """The model at `config.init`, as `begin_from` has it, or without init the networks that `config` names, with the
+    usual target where it names none.
 
-    said: the dotted names of the settings that were written out, for those that equal their defaults. Without init:
-    `config` with the usual target where none is named, and the networks of `config.autoencoder` and `config.text`.
-    Raises UserError if init is no whole model, if an autoencoder or text tower is named beside it, if the settings say
-    that it is another model than it says itself, or if a LoRA has no model to change.
+    said: the dotted names of the settings that were written out, for those that equal their defaults. Raises UserError
+    as `begin_from`, and if an autoencoder or text tower is named beside init, or if a LoRA has no model to change.
     """
     if not config.lora.rank and config.lora != LoraConfig():
         raise UserError("lora.rank is 0, which trains the weights themselves; set it, or leave out the rest of lora")
@@ -60,33 +59,41 @@ def begin(
         return _begin_anew(config, device)
     if config.autoencoder or config.text:
         raise UserError("init brings its own autoencoder and text tower; leave out autoencoder= and text=")
+    return begin_from(config, device, said)
+
+
+def begin_from(
+    config: DiffusionTraining | EmbeddingTraining, device: torch.device, said: Collection[str] = ()
+) -> Beginning:
+    """The model at `config.init`, to be trained on pictures of `config.data.size` with the loss that it says, unless
+    `config` sets one. Raises UserError if it is no whole model, or if settings say that it is another than it says.
+    """
     checkpoint = open_checkpoint(config.init, settings=parse_settings(config.init_set))
-    model = checkpoint.config
-    own_loss = config.loss != DiffusionLossConfig() or any(name.startswith("loss.") for name in said)
-    filled = dataclasses.replace(
-        config,
-        model=model.unet or config.model,
-        schedule=model.schedule or ScheduleConfig(),
-        parameterization=model.parameterization,
-        sigma_data=model.sigma_data,
-        learned_variance=model.learned_variance,
-        encoder=model.encoder,
-        loss=config.loss if own_loss or model.loss is None else model.loss,
-    )
-    if config.data.size == DataConfig().size != model.image_size:  # nobody has chosen that size
+    model, size = checkpoint.config, config.data.size
+    if size == DataConfig().size != model.image_size:  # nobody has chosen that size
         raise UserError(
-            f"data.size is {config.data.size} unless it is set, and the model {config.init} was trained at "
-            f"{model.image_size} pixels; set data.size={model.image_size}, or init_set=[image_size={config.data.size}]"
+            f"data.size is {size} unless it is set, and the model {config.init} was trained at "
+            f"{model.image_size} pixels; set data.size={model.image_size}, or init_set=[image_size={size}]"
         )
-    _check_agreement(config, filled, said)
+    if isinstance(config, DiffusionTraining):
+        _check_agreement(config, model, said)
     unet = checkpoint.load("unet", device).requires_grad_(True)
     codec = checkpoint.load("autoencoder", device)
     text = checkpoint.load("text", device) if model.takes_text else None
     there = [part for part in WORDS if part != "text" or text is not None]
-    return filled, Beginning(codec, text, unet, dict.fromkeys(there, checkpoint))
+    own_loss = config.loss != DiffusionLossConfig() or any(name.startswith("loss.") for name in said)
+    made = dataclasses.replace(
+        model,
+        autoencoder=codec.config,
+        text=None if text is None else text.config,
+        schedule=model.schedule or ScheduleConfig(),
+        image_size=size,
+        loss=config.loss if own_loss or model.loss is None else model.loss,
+    )
+    return Beginning(made, codec, text, unet, dict.fromkeys(there, checkpoint))
 
 
-def _begin_anew(config: DiffusionTraining, device: torch.device) -> tuple[DiffusionTraining, Beginning]:
+def _begin_anew(config: DiffusionTraining, device: torch.device) -> Beginning:
     """What `begin` gives without init."""
     if config.lora.rank:
         raise UserError("a LoRA changes a model that is there; name it with init=PATH (or init=icons)")
@@ -99,16 +106,31 @@ def _begin_anew(config: DiffusionTraining, device: torch.device) -> tuple[Diffus
     identity = AutoencoderConfig(kind="identity", scale=(1.0,))
     codec = sources["autoencoder"].load("autoencoder", device) if config.autoencoder else Codec(None, identity)
     text = sources["text"].load("text", device) if "text" in sources else None
-    parameterization = config.parameterization or "v"
-    return dataclasses.replace(config, parameterization=parameterization), Beginning(codec, text, None, sources)
+    made = ModelConfig(
+        autoencoder=codec.config,
+        text=None if text is None else text.config,
+        unet=config.model,
+        schedule=config.schedule,
+        parameterization=config.parameterization or "v",
+        sigma_data=config.sigma_data,
+        learned_variance=config.learned_variance,
+        image_size=config.data.size,
+        loss=config.loss,
+        encoder=config.encoder,
+    )
+    return Beginning(made, codec, text, None, sources)
 
 
-def _check_agreement(config: DiffusionTraining, filled: DiffusionTraining, said: Collection[str]) -> None:
-    """Raise UserError for a setting of the training's own that says something else than the model does, which is in
-    `filled`: one of them is wrong, and a network that is trained towards another target than its own unlearns all."""
-    usual, own, model = (to_dict(each) for each in (DiffusionTraining(), config, filled))
+def _check_agreement(config: DiffusionTraining, model: ModelConfig, said: Collection[str]) -> None:
+    """Raise UserError for a setting of the training's own that says something else than the `model` of init does: one
+    of them is wrong, and a network that is trained towards another target than its own unlearns all."""
+    usual, own, of_init = (to_dict(each) for each in (DiffusionTraining(), config, model))
+    of_init |= {
+        "model": to_dict(model.unet or config.model),
+        "schedule": to_dict(model.schedule or ScheduleConfig()),
+    }
     for group in DECIDED:
-        default, theirs = dict(leaves({group: usual[group]})), dict(leaves({group: model[group]}))
+        default, theirs = dict(leaves({group: usual[group]})), dict(leaves({group: of_init[group]}))
         for name, value in leaves({group: own[group]}):
             if value in (theirs[name], "") or (value == default[name] and name not in said):
                 continue

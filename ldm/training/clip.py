@@ -37,7 +37,7 @@ from ldm.errors import UserError
 from ldm.training.draws import Draws
 from ldm.training.preflight import check_no_label, check_settings, check_validation
 from ldm.training.processes import divide
-from ldm.training.stage import Batches, Player
+from ldm.training.stage import Batches, Judge, Player
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 CANDIDATES = 256  # captions a held-out picture's own is sought among, and the other way round
@@ -107,6 +107,7 @@ class ClipStage:
         self.towers = ClipTowers(text, config.image_tower)
         self.unknown = _without_row(text.token_ids)
         self.players = {"clip": Player(self.towers, config.optimizer)}
+        self.judge: Judge | None = None
         self.batches: Batches = Loader(config.data, config.loop.global_batch, rank, world, config.loop.seed)
         if rank == 0:
             check_validation(config.data)

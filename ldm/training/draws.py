@@ -46,18 +46,17 @@ class Draws:
         rows = [torch.randn(*shape, generator=generator(*self.address, purpose, key)) for key in self.keys]
         return torch.stack(rows).to(self.device)
 
-    def uniform(self, purpose: str) -> Tensor:
-        """Uniform numbers (B,) in [0, 1), float64."""
-        rows = [
-            torch.rand((), generator=generator(*self.address, purpose, key), dtype=torch.float64) for key in self.keys
-        ]
-        return torch.stack(rows).to(self.device)
+    def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform numbers (B, *shape) in [0, 1), float64, on the CPU: levels and choices are made of them there, and
+        a way to the device and back would wait for all that the device has to do."""
+        places = [generator(*self.address, purpose, key) for key in self.keys]
+        return torch.stack([torch.rand(tuple(shape), generator=place, dtype=torch.float64) for place in places])
 
     def stratified(self, purpose: str) -> Tensor:
-        """`uniform` moved into strata: of a global batch of N, one number (B,) in each [k / N, (k + 1) / N), float64.
+        """`uniform` moved into strata: of a global batch of N, one number (B,) in each [k / N, (k + 1) / N).
 
         Which sample gets which stratum is drawn anew for each step, so each number by itself is uniform.
         """
         strata = torch.randperm(self.total, generator=generator(*self.address, purpose, "strata"))
-        own = strata[self.first : self.first + len(self.keys)].to(self.device)
+        own = strata[self.first : self.first + len(self.keys)]
         return (own + self.uniform(purpose)) / self.total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,11 @@ class EMA:
         if average and live[0].device != average[0].device:
             live = [tensor.to("cpu") for tensor in live]
         torch._foreach_lerp_(average, live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    @torch.no_grad()
+    def asked(self, *arguments: Any) -> Any:
+        """The module's answer with the averaged weights; its own stay in place, and gradients go nowhere."""
+        return torch.func.functional_call(self.module, self.average, arguments)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,123 +1,95 @@
 """Textual inversion (Gal et al. 2022): the vectors of one new word are trained, and nothing else.
 
-The loss is stage two's, on captions made of templates with the word in them.
+The objective is stage two's, on captions made of templates with the word in them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ldm.adapters.textual_inversion import Embedding, TowerWithWords
+from ldm.api import assemble
 from ldm.checkpoints.adapter_words import training_words
 from ldm.checkpoints.textual_inversion import save_embedding
 from ldm.conditioning.clip import TextTower
-from ldm.conditioning.condition import Condition
-from ldm.config import DiffusionLossConfig, DiffusionTraining, EmbeddingTraining, SampleConfig
-from ldm.data.loader import Batch
+from ldm.conditioning.encoder import Encoder
+from ldm.config import DiffusionLossConfig, EmbeddingTraining
+from ldm.data.loader import Loader, PictureDecode
 from ldm.errors import UserError
-from ldm.training.draws import Draws
+from ldm.training.begin import Beginning, begin_from
+from ldm.training.fitting import check_fits
+from ldm.training.inputs import Inputs
+from ldm.training.objectives import regress
 from ldm.training.preflight import check_settings
-from ldm.training.stage import Batches, Player
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import Course, DiffusionStage, Trained
 
 
 class Word(nn.Module):
-    """Tokens (B, L) -> context (B, L, D), through a frozen tower; the parameters are the new word's vectors alone."""
+    """Tokens (B, L) -> context and pooled text, through a frozen encoder; only the word is trained."""
 
-    def __init__(self, tower: TowerWithWords):
+    def __init__(self, encoder: Encoder, vectors: nn.Parameter):
         super().__init__()
-        self._tower = [tower]  # in a list: not a submodule
-        self.vectors = tower.token_embedding.extra
-        self.vectors.requires_grad_(True)
+        self._encoder = [encoder]  # in a list: not a submodule
+        self.vectors = vectors.requires_grad_(True)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self._tower[0](tokens)
-
-
-class EmbeddingStage:
-    """The training of `config` on this process' share of the data."""
-
-    def __init__(self, config: EmbeddingTraining, rank: int, world: int, device: torch.device):
-        check_settings(config, world)
-        if not config.init:
-            raise UserError("a new word is for a model that is there; name it with init=PATH (or init=icons)")
-        if not all(template.count("{}") == 1 for template in config.templates):
-            raise UserError("each of templates has {} once, where the word goes, such as 'a picture of {}'")
-        if config.loss.caption_dropout not in (0, DiffusionLossConfig().caption_dropout):
-            raise UserError("loss.caption_dropout would drop the word that is to be learned; leave it out")
-        self.config = config
-        inner = DiffusionTraining(
-            init=config.init,
-            init_set=config.init_set,
-            data=dataclasses.replace(config.data, validation=""),
-            loss=config.loss,
-            loop=config.loop,
-        )
-        self.model = DiffusionStage(inner, rank, world, device)
-        # A caption without the word teaches it nothing. The rest of the loss may be that of the model itself.
-        loss = dataclasses.replace(self.model.config.loss, caption_dropout=0.0)
-        self.model.config = dataclasses.replace(self.model.config, loss=loss, sample=_sample(config))
-        self.model.unet.requires_grad_(False).eval()
-        tower = self.model.text
-        assert tower is not None  # init has one
-        room = tower.config.context_length - 2
-        if config.vectors > room:
-            raise UserError(f"vectors is {config.vectors}, and a prompt has room for 1 to {room}")
-        self.tower = TowerWithWords(
-            tower, [Embedding(config.word, _first_vectors(config, tower), "the setting word")]
-        ).to(device)
-        self.tower.requires_grad_(False).eval()
-        if config.data.validation:
-            self.model.notices.append("data.validation is not looked at: no caption there has the word")
-        self.model.encoder = self.model.encoder.with_text(self.tower)
-        if rank == 0:
-            self.model.check_end()
-        self.players = {"word": Player(Word(self.tower), config.optimizer)}
-
-    @property
-    def batches(self) -> Batches:
-        return self.model.batches
-
-    def describe(self) -> list[str]:
-        word = f"word        {self.config.word}, {self.config.vectors} vectors, from '{self.config.begin_with}'"
-        return [*(line for line in self.model.describe() if not line.startswith("export ")), word]
-
-    def losses(
-        self, batch: Batch, draws: Draws, step: int, networks: Mapping[str, nn.Module]
-    ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        model = self.model
-        x0, _ = model._prepare(batch, draws)
-        templates = self.config.templates
-        captions = [templates[int(u * len(templates))] for u in draws.uniform("template").tolist()]
-        tokens, _ = self.tower.tokenize([caption.replace("{}", self.config.word) for caption in captions])
-        condition = Condition(networks["word"](tokens.to(model.device)))
-        loss, logs = model.noised(model.unet, x0, condition, draws)
-        yield "word", loss, logs
-
-    def validate(self) -> dict[str, float]:
-        """Nothing: held-out pictures have no captions with the word."""
-        return {}
-
-    def draw(self, output: Path, step: int) -> None:
-        self.model.draw(output, step)
-
-    def export(self, output: Path, finished: bool) -> None:
-        """The word, as a file that diffusers' load_textual_inversion reads too."""
-        vectors = self.tower.token_embedding.extra
-        config = dataclasses.replace(self.config, loss=self.model.config.loss)
-        words = training_words("textual-inversion", config, self.model.sources["text"], finished)
-        save_embedding(output / "embedding.safetensors", Embedding(self.config.word, vectors), words)
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._encoder[0].of_tokens(tokens)
 
 
-def _sample(config: EmbeddingTraining) -> SampleConfig:
-    """What the run draws: without prompts, what it is trained on."""
-    prompts = config.sample.prompts or tuple(template.replace("{}", config.word) for template in config.templates)
-    return dataclasses.replace(config.sample, prompts=prompts)
+def embedding_stage(
+    config: EmbeddingTraining, rank: int, world: int, device: torch.device, said: Collection[str] = ()
+) -> DiffusionStage:
+    """The training of a new word of a model, on this process' share of the data; `said` as for `diffusion_stage`."""
+    check_settings(config, world)
+    if not config.init:
+        raise UserError("a new word is for a model that is there; name it with init=PATH (or init=icons)")
+    if not all(template.count("{}") == 1 for template in config.templates):
+        raise UserError("each of templates has {} once, where the word goes, such as 'a picture of {}'")
+    if config.loss.caption_dropout not in (0, DiffusionLossConfig().caption_dropout):
+        raise UserError("loss.caption_dropout would drop the word that is to be learned; leave it out")
+    began = begin_from(config, device, said)
+    takes = check_fits(began, config.data)
+    if began.text is None or began.unet is None or began.config.loss is None:
+        raise UserError(f"the model {config.init} reads no text, so no word can be added; choose another one")
+    room = began.text.config.context_length - 2
+    if config.vectors > room:
+        raise UserError(f"vectors is {config.vectors}, and a prompt has room for 1 to {room}")
+    new = Embedding(config.word, _first_vectors(config, began.text), "the setting word")
+    tower = TowerWithWords(began.text, [new]).to(device).requires_grad_(False).eval()
+    network = began.unet.requires_grad_(False).eval()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = assemble(began.config, began.codec, tower, network)
+    # A caption without the word teaches it nothing. The rest of the loss may be that of the model itself.
+    loss = dataclasses.replace(began.config.loss, caption_dropout=0.0)
+    captions = tuple(template.replace("{}", config.word) for template in config.templates)
+    sample = dataclasses.replace(config.sample, prompts=config.sample.prompts or captions)  # what it is trained on
+    data = dataclasses.replace(config.data, validation="", caption="none")  # the pictures' own have not the word
+    share = config.loop.global_batch, rank, world, config.loop.seed
+    batches = partial(Loader, data, *share, PictureDecode(data, model.encoder.rows))
+    unread = ("data.validation is not looked at: no caption there has the word",) if config.data.validation else ()
+    course = Course(batches, data, config.loop, loss, sample, notices=(*began.notices, *unread))
+    inputs = Inputs(model.codec, model.encoder, config.data.size, device, captions, masked=takes == "mask")
+    vectors = tower.token_embedding.extra
+    trained = Trained(
+        "word",
+        Word(model.encoder, vectors),
+        config.optimizer,
+        partial(_export, dataclasses.replace(config, loss=loss), began, vectors),
+        (f"word        {config.word}, {config.vectors} vectors, from '{config.begin_with}'",),
+    )
+    return DiffusionStage(model, inputs, regress(model.law, loss), trained, course, check=rank == 0)
+
+
+def _export(config: EmbeddingTraining, began: Beginning, vectors: Tensor, output: Path, finished: bool) -> None:
+    """The word, as a file that diffusers' load_textual_inversion reads too."""
+    words = training_words("textual-inversion", config, began.sources["text"], finished)
+    save_embedding(output / "embedding.safetensors", Embedding(config.word, vectors), words)
 
 
 def _first_vectors(config: EmbeddingTraining, tower: TextTower) -> Tensor:

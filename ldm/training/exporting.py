@@ -18,19 +18,19 @@ from ldm.config import AutoencoderTraining, ClipTraining, DiffusionTraining, Emb
 from ldm.errors import UserError
 from ldm.plain import read_json
 from ldm.training.clip import ClipStage
-from ldm.training.embedding import EmbeddingStage
+from ldm.training.embedding import embedding_stage
 from ldm.training.sharding import unpack
 from ldm.training.stage import Stage
 from ldm.training.stage_one import AutoencoderStage
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 from ldm.training.state import load_state, read_part
 
 UNUSED = ("resume=", "loop.micro_batch=0", "loop.compile=false", "data.validation=", "data.workers=0")
 KINDS: Mapping[str, tuple[Any, Any, tuple[str, ...]]] = {  # a setting that a training alone has -> what it is
-    "word": (EmbeddingTraining, EmbeddingStage, ("sample.prompts=[]",)),
+    "word": (EmbeddingTraining, embedding_stage, ("sample.prompts=[]",)),
     "image_tower": (ClipTraining, ClipStage, ()),
     "scale_samples": (AutoencoderTraining, AutoencoderStage, ("loss.perceptual=0", "loss.adversarial=0")),
-    "latents": (DiffusionTraining, DiffusionStage, ("attention=sdpa", "sample.prompts=[]", "figures.pictures=0")),
+    "latents": (DiffusionTraining, diffusion_stage, ("attention=sdpa", "sample.prompts=[]", "figures.pictures=0")),
 }
 
 

@@ -7,8 +7,11 @@ before it went wrong, and the adversarial weight is halved from there on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
+
+from ldm.errors import UserError
 
 FACTOR = 0.5  # of the adversarial weight, each time
 MOST = 5  # times; more is no accident, and the run ends
@@ -16,7 +19,7 @@ FIGURES = ("l1", "perceptual")  # the reconstruction is the first of these that 
 
 
 class Guard:
-    """What it has seen. Every process judges the same means, so all come to the same end.
+    """A `Judge` (stage.py), and what it has seen.
 
     limit: of the reconstruction over its best; start: the optimizer step at which the discriminator begins.
     """
@@ -28,24 +31,33 @@ class Guard:
         self.best = float("inf")
         self.good = 0  # the last step at which the reconstruction was within half of what is allowed
 
-    def judge(self, step: int, means: Mapping[str, float]) -> float:
-        """How many times its best the reconstruction is, if that is beyond the limit; else 0."""
+    def __call__(self, step: int, means: Mapping[str, float]) -> str:
+        """How many times its best the reconstruction was, if that is beyond the limit."""
         figure = next((means[name] for name in FIGURES if name in means), None)
         if figure is None:
-            return 0.0
+            return ""
         self.best = min(self.best, figure)
         if figure <= (1 + 0.5 * (self.limit - 1)) * self.best:
             self.good = step
-        worse = figure > self.limit * self.best and step > self.start
-        return figure / self.best if worse else 0.0
+        if step <= self.start or figure <= self.limit * self.best:
+            return ""
+        return f"the reconstruction was {figure / self.best:.2f} times its best at step {step}"
 
-    def turn_down(self, before: Guard) -> None:
-        """After going back, `before` being how this was before that: all is forgotten but how often that happened."""
-        self.weight, self.times = FACTOR * before.weight, before.times + 1
+    def stricter(self, wrong: str) -> Self:
+        if self.times == MOST:
+            raise UserError(
+                f"{wrong} once more, though the adversarial weight is {self.weight:g} of what was asked; lower "
+                "loss.adversarial or optimizer.rate"
+            )
+        other = copy.copy(self)
+        other.weight, other.times = FACTOR * self.weight, self.times + 1
+        return other
 
-    def forget(self) -> None:
-        """Where there was nothing to go back to: what comes is held against what is, or each line would be too bad."""
-        self.best = float("inf")
+    def go_on(self, stricter: Self, back: bool) -> str:
+        self.weight, self.times = stricter.weight, stricter.times
+        if not back:  # what comes is held against what is, or each line would be too bad
+            self.best = float("inf")
+        return f"the adversarial weight is {self.weight:g} of loss.adversarial from here on"
 
     def state_dict(self) -> dict[str, Any]:
         return {"weight": self.weight, "times": self.times, "best": self.best, "good": self.good}

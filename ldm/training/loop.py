@@ -27,11 +27,19 @@ from ldm.training.backward import Gradients, accumulate
 from ldm.training.command import BEGAN
 from ldm.training.draws import generator
 from ldm.training.fetching import Fetcher
-from ldm.training.guard import MOST, Guard
 from ldm.training.members import Members
 from ldm.training.meters import Meters
 from ldm.training.preflight import check_output
-from ldm.training.processes import Division, agree, check_order, divide, from_all, precision_here, writing_alone
+from ldm.training.processes import (
+    Division,
+    agree,
+    check_order,
+    divide,
+    from_all,
+    make_accelerator,
+    precision_here,
+    writing_alone,
+)
 from ldm.training.report import Report
 from ldm.training.saving import Saver, warn
 from ldm.training.stage import Stage
@@ -40,6 +48,14 @@ from ldm.training.stopping import noted_signals
 DONE, BACK, LATE = -1, -2, -3  # how `_Run._until` ends, beside the number of a signal; LATE: the time is up
 POLL = 0.5  # seconds between looks at the clock and at signals, where a batch is waited for
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # of gloo and NCCL
+
+
+def carry_out(config: Any, stage: Callable[..., Stage]) -> None:
+    """Train the stage that `stage` makes of settings, process number, processes and device. Raises as `train` does."""
+    output = prepare_output(config.output, config.resume)
+    accelerator = make_accelerator(config.loop, output)
+    made = stage(config, accelerator.process_index, accelerator.num_processes, accelerator.device)
+    train(made, config.loop, accelerator, output, config)
 
 
 def prepare_output(output: str, resume: str) -> Path:
@@ -89,9 +105,8 @@ class _Run:
         self.main = accelerator.is_main_process
         self.members = Members(stage.players, loop, accelerator)
         self.meters = Meters()
-        self.guard: Guard | None = getattr(stage, "guard", None)
         batches = stage.batches
-        self.saver = Saver(output, loop, accelerator, self.members, batches, self.meters, self.guard, warn)
+        self.saver = Saver(output, loop, accelerator, self.members, batches, self.meters, stage.judge, warn)
         self.step = self.saver.restore()
         check_order(batches, accelerator)
         self.lost: set[str] = set()  # shards in quarantine of which the log knows
@@ -101,9 +116,9 @@ class _Run:
         if loop.trackers:
             accelerator.init_trackers("ldm", _flat(everything))
         self.report = Report(output, self.step, loop.steps) if self.main else None
-        buckets = getattr(batches, "buckets", None)
-        if self.report is not None and buckets and not self.step:
-            self.report.line(0, {"event": f"buckets {buckets.describe()}"})
+        if self.report is not None and not self.step:
+            for event in batches.events:
+                self.report.line(0, {"event": event})
 
     def go_on(self) -> None:
         with noted_signals() as asked:
@@ -152,8 +167,8 @@ class _Run:
                     interval += time.monotonic() - before  # which is no part of the interval
                 if self.members.profiles and (step % loop.ema_snapshot_every == 0 or step == loop.steps):
                     self._snapshot()
-                at_start = self.guard is not None and step == self.guard.start
-                if end or step == loop.steps or step % loop.save_every == 0 or at_start:
+                judged = self.stage.judge is not None and step == self.stage.judge.start
+                if end or step == loop.steps or step % loop.save_every == 0 or judged:
                     self.unsaved = self.saver.save(step)
         if self.unsaved and end:
             raise UserError(f"the run ends at step {self.step} and its state is not saved: {self.unsaved}")
@@ -237,9 +252,9 @@ class _Run:
             self.report.line(self.step, {"event": f"step skipped: {what} is not finite", "samples": samples})
 
     def _log_means(self, images_per_s: float, waiting: float) -> bool:
-        """A line of the log; True if the guard makes the run go back, which it then has done."""
+        """A line of the log; True if the stage's judge makes the run go back, which it then has done."""
         means = self.meters.take(self.accelerator)
-        worse = self.guard.judge(self.step, means) if self.guard is not None else 0.0
+        wrong = self.stage.judge(self.step, means) if self.stage.judge is not None else ""
         values = dict(means)
         values["rate"] = self.members.rate(next(iter(self.members.players)), self.step - 1)
         values["images"] = self.saver.images
@@ -252,9 +267,9 @@ class _Run:
         if lost := self._lost_shards():
             values["quarantined"] = lost
         self._log(values)
-        if worse:
-            self._go_back(worse)
-        return bool(worse)
+        if wrong:
+            self._go_back(wrong)
+        return bool(wrong)
 
     def _lost_shards(self) -> int:
         """How many shards were not available to some process; those that are new get a line of the log."""
@@ -265,25 +280,13 @@ class _Run:
         self.lost |= found
         return len(self.lost)
 
-    def _go_back(self, worse: float) -> None:
-        guard, gone = self.guard, self.step
-        assert guard is not None
-        if guard.times == MOST:
-            raise UserError(
-                f"the reconstruction got {worse:.2f} times worse than its best once more at step {gone}, though the "
-                f"adversarial weight is {guard.weight:g} of what was asked; lower loss.adversarial or optimizer.rate"
-            )
-        step = self.saver.go_back()
-        where = "no state from before it was kept"
-        if step is not None:
-            self.step, where = step, f"back to step {step}"
-        event = (
-            f"the reconstruction was {worse:.2f} times its best at step {gone}: {where}, "
-            f"and the adversarial weight is {guard.weight:g} of loss.adversarial from here on"
-        )
+    def _go_back(self, wrong: str) -> None:
+        step, changes = self.saver.go_back(wrong)
+        self.step = step or self.step
+        where = f"back to step {step}" if step else "no state from before it was kept"
         if self.report is not None:
             self.report.back_to(self.step)
-            self.report.line(self.step, {"event": event})
+            self.report.line(self.step, {"event": f"{wrong}: {where}, and {changes}"})
 
     def _look(self, validate: bool, draw: bool) -> None:
         """Held-out figures and pictures from the averaged weights, by the main process alone."""

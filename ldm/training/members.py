@@ -49,6 +49,8 @@ class Members:
         averaged = {name: player.module for name, player in players.items() if player.averaged}
         cpu = loop.ema_on_cpu
         self.averages = {name: EMA(module, loop.ema, cpu) for name, module in averaged.items() if loop.ema}
+        for name, average in self.averages.items():
+            players[name].average = None if cpu or self.sharded else average.asked
         self.profiles = {
             (name, width): EMA(module, power(width), cpu)
             for name, module in averaged.items()

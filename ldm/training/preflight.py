@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm import generate, ranges
 from ldm.api import LatentDiffusion
-from ldm.config import DataConfig, DiffusionTraining, SampleConfig
+from ldm.config import DataConfig, FiguresConfig, SampleConfig
 from ldm.data.feed import check_division
 from ldm.data.loader import validation_batches
 from ldm.errors import UserError
@@ -59,14 +59,14 @@ def check_validation(data: DataConfig, labels: Collection[str] = ()) -> None:
         raise UserError(f"data.validation ({data.validation}) has no picture that can be decoded; name other shards")
 
 
-def check_figures(config: DiffusionTraining, device: str) -> None:
+def check_figures(figures: FiguresConfig, data: DataConfig, sample: SampleConfig, device: str) -> None:
     """Raise UserError unless the figures that are asked for could be measured."""
     from ldm.metrics.watch import ready
 
     try:
-        ready(config.figures, config.data, config.sample, device)
+        ready(figures, data, sample, device)
     except UserError as error:
-        raise UserError(f"the figures of figures.pictures={config.figures.pictures} cannot be told: {error}") from error
+        raise UserError(f"the figures of figures.pictures={figures.pictures} cannot be told: {error}") from error
 
 
 def check_pictures(model: LatentDiffusion, sample: SampleConfig, seed: int) -> Sequence[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,12 +13,11 @@ from accelerate import Accelerator
 from ldm.checkpoints.run_folder import saved_steps
 from ldm.config import LoopConfig
 from ldm.errors import UserError, first_line
-from ldm.training.guard import Guard
 from ldm.training.members import Members
 from ldm.training.meters import Meters
 from ldm.training.processes import from_all, from_main
 from ldm.training.sharding import pack, unpack
-from ldm.training.stage import Batches
+from ldm.training.stage import Batches, Judge
 from ldm.training.state import Keep, load_state, read_part, save_state, tidy, write_part
 
 
@@ -37,11 +35,11 @@ class Saver:
         members: Members,
         batches: Batches,
         meters: Meters,
-        guard: Guard | None,
+        judge: Judge | None,
         warn: Callable[[str], None],
     ) -> None:
         self.output, self.accelerator, self.members, self.batches = output, accelerator, members, batches
-        self.meters, self.guard, self.warn = meters, guard, warn
+        self.meters, self.judge, self.warn = meters, judge, warn
         self.keep, self.global_batch = Keep(loop.keep, loop.keep_every), loop.global_batch
         self.skipped = self.in_a_row = 0  # steps whose loss or gradient was not finite
         self.images = 0  # that the run has seen; its global batch may have been another one at times
@@ -148,31 +146,29 @@ class Saver:
         self.meters.load_state_dict(state.get("meters", {}))
         self.skipped, self.in_a_row = state.get("bad", (0, 0))
         self.images = state.get("images", step * self.global_batch)  # states of before that was counted
-        if self.guard is not None and state.get("guard"):
-            self.guard.load_state_dict(state["guard"])
+        if self.judge is not None and state.get("guard"):
+            self.judge.load_state_dict(state["guard"])
 
-    def go_back(self) -> int | None:
-        """To the last state from before the reconstruction went wrong, with less weight on the discriminator.
+    def go_back(self, wrong: str) -> tuple[int, str]:
+        """To the last state from before it went `wrong`, with a stricter judge: its step, and what changes, in words.
 
-        Its step; None if there is no such state, then only the weight is lowered.
+        The step is 0 if there is no such state. Raises UserError when the judge has had enough.
         """
-        assert self.guard is not None
-        before = copy.copy(self.guard)
-        step: int | None = from_main(self._needed(), self.accelerator) or None
-        if step is not None:
+        assert self.judge is not None
+        stricter = self.judge.stricter(wrong)
+        step: int = from_main(self._needed(), self.accelerator)
+        if step:
             step = self.restore(most=step)
-        self.guard.turn_down(before)
-        if step is None:
-            self.guard.forget()
-        else:
+        changes = self.judge.go_on(stricter, back=bool(step))
+        if step:
             self.save(step)  # so that a run that dies now does not forget it
-        return step
+        return step, changes
 
     def _needed(self) -> int:
-        """The newest state that the guard would go back to; 0 if there is none."""
-        if self.guard is None:
+        """The newest state that the judge would go back to; 0 if there is none."""
+        if self.judge is None:
             return 0
-        return max((step for step in saved_steps(self.output) if step <= self.guard.good), default=0)
+        return max((step for step in saved_steps(self.output) if step <= self.judge.good), default=0)
 
     def _state(self, position: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -181,7 +177,7 @@ class Saver:
             "meters": self.meters.state_dict(),
             "images": self.images,
             "bad": (self.skipped, self.in_a_row),
-            "guard": self.guard.state_dict() if self.guard is not None else None,
+            "guard": self.judge.state_dict() if self.judge is not None else None,
         }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -17,6 +17,11 @@ class Batches(Protocol):
     """Endless batches: dataclasses of tensors and lists with this process' part of a batch, `key` and `epoch`."""
 
     quarantined: set[str]  # shards that this process could not have, by name
+
+    @property
+    def events(self) -> Sequence[str]:
+        """What of them the log of a new run begins with."""
+        ...
 
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -31,12 +36,41 @@ class Player:
     module: nn.Module
     optimizer: OptimizerConfig
     averaged: bool = True
+    average: Callable[..., Any] | None = None  # the module with its averaged weights, to be asked: the loop lends it
+
+
+class Judge(Protocol):
+    """What sends a run back to an earlier state when it has gone wrong; all processes judge the same means, and so come
+    to the same end. Its own state is saved with the run's."""
+
+    start: int  # a step whose state is kept, whatever loop.save_every
+    good: int  # the last step that went well: a run goes back to its state, or the newest before it
+
+    def __call__(self, step: int, means: Mapping[str, float]) -> str:
+        """What went wrong by the means of a log line, in words; empty if nothing did."""
+        ...
+
+    def stricter(self, wrong: str) -> Self:
+        """What it is to be after going back for what went `wrong`. Raises UserError when that has been too often."""
+        ...
+
+    def go_on(self, stricter: Self, back: bool) -> str:
+        """Be so; `back`: this is now as it was at the earlier state, else there was none. What changes, in words."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Stage(Protocol):
-    """What a training is, as the loop sees it. One with an adversary has a `guard` too (guard.py)."""
+    """What a training is, as the loop sees it."""
 
     players: dict[str, Player]
+
+    @property
+    def judge(self) -> Judge | None:
+        """Who is asked at each line of the log, where there is one."""
+        ...
 
     @property
     def batches(self) -> Batches: ...

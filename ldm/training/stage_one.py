@@ -93,9 +93,9 @@ class AutoencoderStage:
             self.discriminator.check(config.data.size, config.data.size)
             rate = dataclasses.replace(config.optimizer, rate=config.loss.discriminator_rate, betas=(0.5, 0.9))
             self.players["discriminator"] = Player(self.discriminator, rate, averaged=False)
-        self.guard: Guard | None = None
+        self.judge: Guard | None = None
         if config.loss.adversarial and config.loss.guard:
-            self.guard = Guard(config.loss.guard, config.loss.adversarial_start)
+            self.judge = Guard(config.loss.guard, config.loss.adversarial_start)
         # A codec of unit scale: shapes and the posterior; the real scale is known only at the end.
         self.codec = Codec(autoencoder, dataclasses.replace(config.model, shift=(0.0,), scale=(1.0,)))
         self.latent_shape = self.codec.latent_shape(config.data.size, config.data.size)
@@ -135,8 +135,8 @@ class AutoencoderStage:
             adversarial = self.loss.adversarial(self.discriminator(decoded))
             self.discriminator.requires_grad_(True)
             weight = self.loss.adaptive_weight(loss, adversarial, self.autoencoder.decoder.last_layer.weight)
-            if self.guard is not None:
-                weight = weight * self.guard.weight
+            if self.judge is not None:
+                weight = weight * self.judge.weight
             logs |= {"adversarial": adversarial, "adversarial_weight": weight * ramp * self.config.loss.adversarial}
             loss = loss + logs["adversarial_weight"] * adversarial
         each = (decoded.detach().float() - image).abs().flatten(1).mean(1)

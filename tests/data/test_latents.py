@@ -17,7 +17,7 @@ from ldm.data.loader import Loader
 from ldm.errors import UserError
 from ldm.training.backward import accumulate
 from ldm.training.processes import Division
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 
 from .shard_maker import bare, picture, sample, write_tar
 
@@ -174,12 +174,14 @@ def test_a_training_step_has_the_loss_that_it_has_on_the_fly(tmp_path, tiny_chec
     writer.finish()
     found = []
     for each in (config, replace(config, latents=str(tmp_path / "set"))):
-        stage = DiffusionStage(each, 0, 1, torch.device("cpu"))
+        stage = diffusion_stage(each, 0, 1, torch.device("cpu"))
         losses = []
         for step, batch in enumerate(islice(stage.batches, 4)):
-            made = accumulate(stage, batch, Division(1, 2, 4), {"unet": stage.unet}, Accelerator(cpu=True), 2, step)
+            made = accumulate(
+                stage, batch, Division(1, 2, 4), {"unet": stage.model.unet}, Accelerator(cpu=True), 2, step
+            )
             losses.append(torch.tensor(made.each_loss))
-        found.append((torch.stack(losses), [p.grad for p in stage.unet.parameters() if p.grad is not None]))
+        found.append((torch.stack(losses), [p.grad for p in stage.model.unet.parameters() if p.grad is not None]))
     (fly, fly_gradients), (cached, cached_gradients) = found
     assert fly.shape == (4, 8) and float(fly.std()) > 0.01
     torch.testing.assert_close(cached, fly, rtol=2e-3, atol=2e-3)

@@ -15,7 +15,7 @@ from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import AutoencoderTraining, ClipTraining, DiffusionTraining, ModelConfig, load
 from ldm.sampling import NoiseStream
 from ldm.training.stage_one import AutoencoderStage
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 
 from . import stable_diffusion as sd
 
@@ -57,7 +57,7 @@ def test_the_tiny_recipes_model_draws_the_same_in_diffusers(tmp_path: Path) -> N
     plain = ("loss.perceptual=0", "loss.adversarial=0", "scale_samples=16")
     autoencoder = trained("autoencoder", AutoencoderTraining, AutoencoderStage, tmp_path / "ae", *plain)
     words = (f"autoencoder={autoencoder}", "text=icons", "model.context_width=192", "sample.prompts=[]")
-    trained("diffusion", DiffusionTraining, DiffusionStage, tmp_path / "ldm", *words)
+    trained("diffusion", DiffusionTraining, diffusion_stage, tmp_path / "ldm", *words)
 
     checkpoint = open_checkpoint(tmp_path / "ldm")
     states = {part: checkpoint.state(part) for part in checkpoint.parts}

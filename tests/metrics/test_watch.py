@@ -18,7 +18,7 @@ from ldm.metrics.figures import Measures
 from ldm.metrics.generation import Against, evaluate_pictures
 from ldm.metrics.sources import open_source, read_captions
 from ldm.metrics.watch import watch
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 
 from .pictures_maker import toy_shard
 
@@ -92,6 +92,6 @@ def test_a_run_tells_them_at_its_validations(shard, tmp_path):
         figures=FiguresConfig(pictures=7, reference=shard),
     )
     with torch.no_grad():
-        found = DiffusionStage(training, 0, 1, torch.device("cpu")).validate()
+        found = diffusion_stage(training, 0, 1, torch.device("cpu")).validate()
     assert found.keys() == NAMES
-    assert DiffusionStage(replace(training, figures=FiguresConfig()), 0, 1, torch.device("cpu")).validate() == {}
+    assert diffusion_stage(replace(training, figures=FiguresConfig()), 0, 1, torch.device("cpu")).validate() == {}

@@ -19,7 +19,7 @@ from ldm.data.loader import Loader
 from ldm.data.shards import expand
 from ldm.errors import UserError
 from ldm.training.draws import Draws
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "precompute_latents.py")
@@ -190,14 +190,14 @@ def test_latents_for_a_network_without_captions(tiny_checkpoint, tmp_path, monke
         data=replace(DATA, flip=False, label="source"),
         loop=LoopConfig(global_batch=8),
     )
-    stage = DiffusionStage(config, 0, 1, torch.device("cpu"))
+    stage = diffusion_stage(config, 0, 1, torch.device("cpu"))
     batch = next(iter(stage.batches))
     assert batch.context.shape == (8, 0, 0) and set(batch.label) == {"noto", "fluent-flat"}
     ((_, loss, _),) = stage.losses(batch, Draws(0, 0, batch.key), 0, {"unet": stage.unet})
     assert bool(loss.isfinite())
     stage.export(tmp_path / "model", finished=True)
     config = DiffusionTraining(init=str(tmp_path / "model"), latents=config.latents, data=config.data, loop=config.loop)
-    assert len(next(iter(DiffusionStage(config, 0, 1, torch.device("cpu")).batches))) == 8  # and goes on from it
+    assert len(next(iter(diffusion_stage(config, 0, 1, torch.device("cpu")).batches))) == 8  # and goes on from it
     monkeypatch.setattr(sys, "argv", [TOOL, *map(str, words), "--text", str(tiny_checkpoint), "model.context_width=0"])
     with pytest.raises(UserError, match=r"with model\.context_width=0 none is used"):
         runpy.run_path(TOOL)["main"]()

@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 
+from ldm.config import DiffusionTraining
 from ldm.errors import UserError
 from ldm.locks import held
 from ldm.training.loop import _Run, train
 from ldm.training.processes import from_main, make_accelerator
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import DiffusionStage, diffusion_stage
 
 from .test_combinations import PLAIN
 from .toys import CPU, ICONS, LOOP, RowBatches, Rows, ToyStage, run
@@ -92,19 +93,21 @@ def ended(children: Sequence[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-class Marked(DiffusionStage):
-    """Leaves a mark when its first step begins."""
+def marked(config: DiffusionTraining, rank: int, world: int, mark: Path) -> DiffusionStage:
+    """A stage that leaves a mark when its first step begins."""
+    stage = diffusion_stage(config, rank, world, CPU)
+    losses = stage.losses
 
-    mark: Path
+    def marking(*arguments: Any) -> Any:
+        mark.touch()
+        return losses(*arguments)
 
-    def losses(self, *arguments: Any) -> Any:
-        self.mark.touch()
-        return super().losses(*arguments)
+    stage.losses = marking
+    return stage
 
 
 def train_diffusion(output: Path) -> None:
-    stage = Marked(DIFFUSION, 0, 1, CPU)
-    stage.mark = output.with_suffix(".began")
+    stage = marked(DIFFUSION, 0, 1, output.with_suffix(".began"))
     run(stage, DIFFUSION.loop, output, DIFFUSION)
 
 
@@ -163,8 +166,7 @@ def train_pair(output: Path, rank: int) -> None:
     loop = replace(DIFFUSION.loop, steps=24, log_every=1)
     config = replace(DIFFUSION, data=replace(DIFFUSION.data, workers=1), loop=loop)
     accelerator = make_accelerator(loop, output)
-    stage = Marked(config, rank, accelerator.num_processes, CPU)
-    stage.mark = output.with_suffix(".began")
+    stage = marked(config, rank, accelerator.num_processes, output.with_suffix(".began"))
     run = _Run(stage, loop, accelerator, output, config)
     run.go_on()
     averages = [*run.members.averages.values(), *run.members.profiles.values()]
@@ -279,7 +281,7 @@ def train_spread(output: Path, rank: int, steps: int, spread: bool) -> None:
     loop = replace(WIDE, steps=steps, save_every=4)
     config = replace(PLAIN, data=replace(PLAIN.data, workers=0, streams=4), loop=loop)
     accelerator: Any = make_accelerator(loop, output)
-    stage = DiffusionStage(config, rank, accelerator.num_processes, CPU)
+    stage = diffusion_stage(config, rank, accelerator.num_processes, CPU)
     train(stage, loop, Spread(accelerator) if spread else accelerator, output, config)
 
 
@@ -287,7 +289,7 @@ def train_on(output: Path, rank: int, shards: str) -> None:
     config = replace(PLAIN, data=replace(PLAIN.data, shards=shards, workers=0, streams=4), loop=WIDE)
     accelerator = make_accelerator(WIDE, output)
     try:
-        train(DiffusionStage(config, rank, accelerator.num_processes, CPU), WIDE, accelerator, output, config)
+        train(diffusion_stage(config, rank, accelerator.num_processes, CPU), WIDE, accelerator, output, config)
     except UserError as error:
         print(f"rank {rank}: {error}\n", end="", flush=True)  # in one piece: both write at once
         raise

@@ -31,8 +31,8 @@ from ldm.config import (
 from ldm.errors import UserError
 from ldm.jobs.adapters import Adapter
 from ldm.training.draws import Draws
-from ldm.training.embedding import EmbeddingStage
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.embedding import embedding_stage
+from ldm.training.stage_two import DiffusionStage, diffusion_stage
 
 from .test_scripts import fails
 from .toys import CPU, DATA, LOOP, run
@@ -47,8 +47,8 @@ PLAIN = DiffusionTraining(
 
 
 def frozen(stage: DiffusionStage) -> dict[str, torch.Tensor]:
-    assert stage.text is not None and stage.codec.autoencoder is not None
-    parts = {"text": stage.text, "autoencoder": stage.codec.autoencoder}
+    assert stage.model.text is not None and stage.model.codec.autoencoder is not None
+    parts = {"text": stage.model.text, "autoencoder": stage.model.codec.autoencoder}
     return {f"{part}.{name}": v.clone() for part, module in parts.items() for name, v in module.state_dict().items()}
 
 
@@ -60,25 +60,25 @@ def test_the_loss_of_a_model_travels_in_it(tiny_checkpoint: Path, tmp_path: Path
     """And is taken up by a training that goes on from it, unless that sets its own."""
     own = DiffusionLossConfig(weight="min_snr", min_snr_gamma=3.0, levels="lognormal", offset_noise=0.1)
     config = replace(PLAIN, init=str(tiny_checkpoint), loss=own, loop=replace(LONG, steps=1, ema=0.0))
-    run(DiffusionStage(config, 0, 1, CPU), config.loop, tmp_path / "run", config)
+    run(diffusion_stage(config, 0, 1, CPU), config.loop, tmp_path / "run", config)
     assert native.read_config(tmp_path / "run").loss == own
     further = replace(PLAIN, init=str(tmp_path / "run"), loss=DiffusionLossConfig())
-    assert DiffusionStage(further, 0, 1, CPU).config.loss == own
+    assert diffusion_stage(further, 0, 1, CPU).course.loss == own
     word = EmbeddingTraining(init=str(tmp_path / "run"), data=PLAIN.data, loop=replace(LONG, ema=0.0))
-    assert EmbeddingStage(word, 0, 1, CPU).model.config.loss == replace(own, caption_dropout=0.0)
+    assert embedding_stage(word, 0, 1, CPU).course.loss == replace(own, caption_dropout=0.0)
     other = replace(further, loss=DiffusionLossConfig(weight="snr"))
-    assert DiffusionStage(other, 0, 1, CPU).config.loss == DiffusionLossConfig(weight="snr")
+    assert diffusion_stage(other, 0, 1, CPU).course.loss == DiffusionLossConfig(weight="snr")
 
 
 def test_a_lora_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """It learns; the model's own weights stay; the file draws what the training's network drew; resuming is exact."""
     config = replace(PLAIN, init=str(tiny_checkpoint), lora=LoraConfig(rank=2, alpha=4.0, layers="transformer"))
-    stage = DiffusionStage(config, 0, 1, CPU)
+    stage = diffusion_stage(config, 0, 1, CPU)
     with torch.no_grad():
         before, loss = frozen(stage), stage.validate()["validation/loss"]
     run(stage, LONG, tmp_path / "run", config)
     stored = open_checkpoint(tiny_checkpoint).load("unet").state_dict()
-    assert same(frozen(stage), before) and same(dict(stage.unet.state_dict()), dict(stored))
+    assert same(frozen(stage), before) and same(dict(stage.model.unet.state_dict()), dict(stored))
     with torch.no_grad():
         assert stage.validate()["validation/loss"] < 0.96 * loss
     assert not (tmp_path / "run" / "model.json").exists()
@@ -94,18 +94,18 @@ def test_a_lora_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
     model = ldm.load(tiny_checkpoint, device="cpu").adapted({tmp_path / "run" / "lora.safetensors": 1.0})
     assert not model.notices  # it is for this model
-    assert stage.lora is not None
+    lora = stage.players["unet"].module
     average = torch.load(next((tmp_path / "run" / "state").glob("*12.pt")), weights_only=True)["averages"]["unet"]
-    stage.lora.load_state_dict(average["average"])
+    lora.load_state_dict(average["average"])
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([50.0]), torch.randn(1, 16, 32)
     with torch.no_grad():
         drawn = model.unet(x, t, context)
-        assert torch.allclose(drawn, stage.unet.eval()(x, t, context), atol=1e-4)
+        assert torch.allclose(drawn, stage.model.unet.eval()(x, t, context), atol=1e-4)
         assert not torch.allclose(drawn, open_checkpoint(tiny_checkpoint).load("unet")(x, t, context), atol=1e-2)
 
     half = replace(config, loop=replace(LONG, steps=6))
-    run(DiffusionStage(half, 0, 1, CPU), half.loop, tmp_path / "resumed", half)
-    run(DiffusionStage(config, 0, 1, CPU), LONG, tmp_path / "resumed", config)
+    run(diffusion_stage(half, 0, 1, CPU), half.loop, tmp_path / "resumed", half)
+    run(diffusion_stage(config, 0, 1, CPU), LONG, tmp_path / "resumed", config)
     names = ("run", "resumed")
     one, two = (ldm.checkpoints.reading.read_tensors(tmp_path / name / "lora.safetensors") for name in names)
     assert list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
@@ -113,8 +113,8 @@ def test_a_lora_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 def test_all_weights_of_a_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = replace(PLAIN, init=str(tiny_checkpoint), loop=replace(LONG, steps=1, ema=0.0))
-    stage = DiffusionStage(config, 0, 1, CPU)
-    assert same(dict(stage.unet.state_dict()), dict(open_checkpoint(tiny_checkpoint).load("unet").state_dict()))
+    stage = diffusion_stage(config, 0, 1, CPU)
+    assert same(dict(stage.model.unet.state_dict()), dict(open_checkpoint(tiny_checkpoint).load("unet").state_dict()))
     run(stage, config.loop, tmp_path, config)
     made = native.read_config(tmp_path)
     assert made == replace(native.read_config(tiny_checkpoint), image_size=32, loss=config.loss)
@@ -135,21 +135,21 @@ def test_a_new_word(tiny_checkpoint: Path, tmp_path: Path) -> None:
         optimizer=OptimizerConfig(rate=3e-2),
         loop=replace(LONG, ema=0.0),
     )
-    stage = EmbeddingStage(config, 0, 1, CPU)
+    stage = embedding_stage(config, 0, 1, CPU)
     tower = ldm.load(tiny_checkpoint, device="cpu").text
     assert tower.rows is not None
     (piece,) = tower.tokenizer().encode("heart")
     start = tower.token_embedding.weight[tower.rows[[piece, piece]]]
-    assert torch.equal(stage.tower.token_embedding.extra, start)
+    assert torch.equal(stage.model.text.token_embedding.extra, start)
 
-    before = frozen(stage.model)
+    before = frozen(stage)
     unet = {name: value.clone() for name, value in stage.model.unet.state_dict().items()}
     run(stage, config.loop, tmp_path, config)
-    after = frozen(stage.model)
+    after = frozen(stage)
     assert {name for name in after if not torch.equal(after[name], before[name])} == {"text.token_embedding.extra"}
     assert same(dict(stage.model.unet.state_dict()), unet)
     (word,) = read_embeddings(tmp_path / "embedding.safetensors")
-    assert word.word == "<thing>" and torch.equal(word.vectors, stage.tower.token_embedding.extra)
+    assert word.word == "<thing>" and torch.equal(word.vectors, stage.model.text.token_embedding.extra)
     said = read_metadata(tmp_path / "embedding.safetensors")
     assert said["modelspec.trigger_phrase"] == "<thing>" and said["ss_learning_rate"] == "0.03"
     assert said["modelspec.architecture"] == "latent-diffusion/textual-inversion"
@@ -160,7 +160,7 @@ def test_a_new_word(tiny_checkpoint: Path, tmp_path: Path) -> None:
     drawn = model.txt2img("a <thing>", steps=1)
     assert not torch.equal(drawn, model.txt2img("a heart heart", steps=1))
 
-    batch = next(iter(EmbeddingStage(config, 0, 1, CPU).batches))  # always the same, so that the loss has to fall
+    batch = next(iter(embedding_stage(config, 0, 1, CPU).batches))  # always the same, so that the loss has to fall
     word_module = stage.players["word"].module
     optimizer = torch.optim.Adam(word_module.parameters(), 1e-2)
     losses = []
@@ -202,7 +202,7 @@ def test_a_foreign_model_says_in_the_plan_what_was_assumed_of_it(tmp_path: Path)
     export.write(tmp_path / "sd.safetensors", SMALL, random_states(SMALL), "original")
     save_file(load_file(tmp_path / "sd.safetensors"), tmp_path / "sd.safetensors")  # without our config in its metadata
     config = replace(PLAIN, init=str(tmp_path / "sd.safetensors"))
-    stage = DiffusionStage(config, 0, 1, CPU)
+    stage = diffusion_stage(config, 0, 1, CPU)
     notes = [line for line in stage.describe() if line.startswith("note ")]
     assert (
         len(notes) == 2
@@ -210,15 +210,15 @@ def test_a_foreign_model_says_in_the_plan_what_was_assumed_of_it(tmp_path: Path)
         and "assumed by its kind" in notes[0]
         and "parameterization=v" in notes[0]
     )
-    assert stage.model_config().parameterization == "v"
+    assert stage.model.config.parameterization == "v"
     with pytest.raises(UserError, match="is v; leave it out, or say init_set"):
-        DiffusionStage(replace(config, parameterization="eps"), 0, 1, CPU)
+        diffusion_stage(replace(config, parameterization="eps"), 0, 1, CPU)
     stated = replace(config, init_set=("parameterization=eps", "image_size=32"), parameterization="eps")
-    stage = DiffusionStage(stated, 0, 1, CPU)
-    assert stage.model_config().parameterization == stage.law.parameterization.name == "eps"
+    stage = diffusion_stage(stated, 0, 1, CPU)
+    assert stage.model.config.parameterization == stage.model.law.parameterization.name == "eps"
     assert "parameterization" not in "".join(line for line in stage.describe() if line.startswith("note "))
     word = EmbeddingTraining(init=config.init, init_set=stated.init_set, begin_with="cat", data=config.data)
-    assert EmbeddingStage(word, 0, 1, CPU).model.law.parameterization.name == "eps"
+    assert embedding_stage(word, 0, 1, CPU).model.law.parameterization.name == "eps"
 
 
 def test_settings_that_make_no_sense(tiny_checkpoint: Path) -> None:
@@ -231,10 +231,10 @@ def test_settings_that_make_no_sense(tiny_checkpoint: Path) -> None:
         ({"word": "two words"}, "white space"),
     ):
         with pytest.raises(UserError, match=said):
-            EmbeddingStage(replace(config, **changes), 0, 1, CPU)
+            embedding_stage(replace(config, **changes), 0, 1, CPU)
     lora = LoraConfig(rank=2, layers="all of them")
     with pytest.raises(UserError, match="choose one of"):
-        DiffusionStage(replace(PLAIN, init=str(tiny_checkpoint), lora=lora, model=UNetConfig()), 0, 1, CPU)
+        diffusion_stage(replace(PLAIN, init=str(tiny_checkpoint), lora=lora, model=UNetConfig()), 0, 1, CPU)
 
 
 def test_the_scripts(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

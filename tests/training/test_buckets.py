@@ -14,7 +14,7 @@ from ldm.data.loader import Loader
 from ldm.data.writing import write_shard
 from ldm.training.draws import Draws
 from ldm.training.stage_one import AutoencoderStage
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 
 from .toys import AUTOENCODER, CPU, PIXELS
 
@@ -38,7 +38,7 @@ def test_pictures_of_several_shapes_train_both_stages(tmp_path):
     pixels = replace(PIXELS, data=data, model=replace(PIXELS.model, context_width=0))
     for stage, name in (
         (AutoencoderStage(replace(AUTOENCODER, data=data), 0, 1, CPU), "autoencoder"),
-        (DiffusionStage(pixels, 0, 1, CPU), "unet"),
+        (diffusion_stage(pixels, 0, 1, CPU), "unet"),
     ):
         seen = set()
         networks = {player: each.module for player, each in stage.players.items()}

@@ -18,7 +18,8 @@ from ldm.data.latents import LatentBatch
 from ldm.diffusion import draw_levels, make_parameterization, make_schedule
 from ldm.errors import UserError
 from ldm.training.draws import Draws
-from ldm.training.stage_two import DiffusionStage, relative_error, training_noise
+from ldm.training.objectives import relative_error, training_noise
+from ldm.training.stage_two import diffusion_stage
 
 from .toys import CPU, LOOP, PIXELS, log_of, run
 
@@ -61,7 +62,7 @@ def test_it_learns_and_says_what_it_is(name: str, tmp_path: Path) -> None:
     The latter not for score, whose D = x + sigma^2 F is made of the network's errors where sigma is large.
     """
     config = settings(*TRAININGS[name], learned=name.endswith("learned"))
-    stage = DiffusionStage(config, 0, 1, CPU)
+    stage = diffusion_stage(config, 0, 1, CPU)
     with torch.no_grad():
         before = stage.validate()
     run(stage, config.loop, tmp_path, config)
@@ -76,7 +77,7 @@ def test_it_learns_and_says_what_it_is(name: str, tmp_path: Path) -> None:
 
 def test_a_checkpoint_from_before_these_settings_is_read_as_it_was_meant(tmp_path: Path) -> None:
     config = settings("scaled_linear", "v", {})
-    stage = DiffusionStage(replace(config, sigma_data=1.0), 0, 1, CPU)
+    stage = diffusion_stage(replace(config, sigma_data=1.0), 0, 1, CPU)
     stage.export(tmp_path, finished=True)
     file = tmp_path / "model.json"
     plain = json.loads(file.read_text())
@@ -85,7 +86,7 @@ def test_a_checkpoint_from_before_these_settings_is_read_as_it_was_meant(tmp_pat
     for name in ("beta_min", "beta_max", "time_min", "sigma_min", "sigma_max"):
         del plain["schedule"][name]
     file.write_text(json.dumps(plain))
-    assert native.read_config(tmp_path) == stage.model_config()
+    assert native.read_config(tmp_path) == stage.model.config
     shipped = native.read_config(ldm.find.SHIPPED["icons"])
     assert (shipped.sigma_data, shipped.learned_variance, shipped.parameterization) == (1.0, False, "v")
 
@@ -130,24 +131,24 @@ class Recorder(nn.Module):
 def test_input_perturbation_is_seen_and_not_asked_for() -> None:
     """The network's x has the variance 1 + g^2 of noise (Ning et al. 2023); a network that answers n has no loss."""
     config = settings("linear", "eps", {"input_perturbation": 0.4, "offset_noise": 0.1})
-    stage = DiffusionStage(config, 0, 1, CPU)
+    stage = diffusion_stage(config, 0, 1, CPU)
     batch = next(iter(stage.batches))
     draws = Draws(0, 0, batch.key)
-    n, seen = training_noise(config.loss, draws, stage.latent_shape)
+    n, seen = training_noise(config.loss, draws, (3, 8, 8))
     difference = (seen - n) / 0.4
     assert float(difference.square().mean()) == pytest.approx(1, abs=5 * math.sqrt(2 / n.numel()))
     network = Recorder(answer=n)
     ((_, loss, _),) = stage.losses(batch, draws, 0, {"unet": network})
     assert float(loss) < 1e-12
     x_in, t = network.seen[0]
-    sigma = stage.law.schedule.sigma(t.double()).float().reshape(-1, 1, 1, 1)
-    x0, _ = stage._prepare(batch, draws)
+    sigma = stage.model.law.schedule.sigma(t.double()).float().reshape(-1, 1, 1, 1)
+    x0, _ = stage.inputs(batch, draws)
     torch.testing.assert_close(x_in, (x0 + sigma * seen) / (1 + sigma**2).sqrt(), rtol=0, atol=1e-4)
 
 
 def test_validation_is_on_plain_noise_and_plain_levels() -> None:
-    plain = DiffusionStage(settings("linear", "eps", {}), 0, 1, CPU)
-    other = DiffusionStage(
+    plain = diffusion_stage(settings("linear", "eps", {}), 0, 1, CPU)
+    other = diffusion_stage(
         settings("linear", "eps", {"input_perturbation": 0.4, "offset_noise": 0.1, "stratified": True}), 0, 1, CPU
     )
     with torch.no_grad():
@@ -161,21 +162,23 @@ def test_strata_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
     for micro in (8, 2):
         loop = replace(config.loop, steps=3, micro_batch=micro, log_every=1)
         output = tmp_path / str(micro)
-        run(DiffusionStage(replace(config, loop=loop), 0, 1, CPU), loop, output, config)
+        run(diffusion_stage(replace(config, loop=loop), 0, 1, CPU), loop, output, config)
         losses.append([line["loss"] for line in log_of(output) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
-    stage, network = DiffusionStage(config, 0, 1, CPU), Recorder()
+    stage, network = diffusion_stage(config, 0, 1, CPU), Recorder()
     batch = next(iter(stage.batches))
     list(stage.losses(batch, Draws(0, 0, batch.key), 0, {"unet": network}))
-    share = (network.seen[0][1] - stage.law.schedule.t_min) / (stage.law.schedule.t_max - stage.law.schedule.t_min)
+    share = (network.seen[0][1] - stage.model.law.schedule.t_min) / (
+        stage.model.law.schedule.t_max - stage.model.law.schedule.t_min
+    )
     assert sorted((share * 8).long().tolist()) == list(range(8))
 
 
 def test_processes_hold_neighbouring_parts_of_the_global_batch() -> None:
     """What the places that the loop gives to strata rest upon."""
-    whole = next(iter(DiffusionStage(PLAIN, 0, 1, CPU).batches)).key
-    parts = [next(iter(DiffusionStage(PLAIN, rank, 2, CPU).batches)).key for rank in range(2)]
+    whole = next(iter(diffusion_stage(PLAIN, 0, 1, CPU).batches)).key
+    parts = [next(iter(diffusion_stage(PLAIN, rank, 2, CPU).batches)).key for rank in range(2)]
     assert [*parts[0], *parts[1]] == whole
 
 
@@ -200,11 +203,11 @@ def test_the_common_error_of_a_denoiser_that_knows_nothing_is_1(target: str) -> 
 
 def test_both_halves_of_a_learned_variance_are_trained() -> None:
     config = settings("cosine", "v", {"variance_bound": 1.0}, learned=True)
-    stage = DiffusionStage(config, 0, 1, CPU)
+    stage = diffusion_stage(config, 0, 1, CPU)
     batch = next(iter(stage.batches))
-    ((_, loss, _),) = stage.losses(batch, Draws(0, 0, batch.key), 0, {"unet": stage.unet})
+    ((_, loss, _),) = stage.losses(batch, Draws(0, 0, batch.key), 0, {"unet": stage.model.unet})
     loss.backward()
-    gradient = stage.unet.conv_out.bias.grad
+    gradient = stage.model.unet.conv_out.bias.grad
     assert gradient is not None and bool((gradient.abs() > 0).all())
 
 
@@ -229,13 +232,13 @@ def test_both_halves_of_a_learned_variance_are_trained() -> None:
 )
 def test_nonsense_is_refused_before_anything_is_read(change: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        DiffusionStage(replace(PLAIN, **change), 0, 1, CPU)  # type: ignore[arg-type]
+        diffusion_stage(replace(PLAIN, **change), 0, 1, CPU)  # type: ignore[arg-type]
 
 
 def test_cached_contexts_are_left_alone_by_a_network_without_captions() -> None:
-    stage = DiffusionStage(PLAIN, 0, 1, CPU)
+    stage = diffusion_stage(PLAIN, 0, 1, CPU)
     batch = LatentBatch(
         torch.zeros(2, 6, 8, 8), torch.zeros(2, 7, 32), ["a", "b"], [0, 0], *[torch.zeros(2, 2)] * 2, [None] * 2
     )
-    x0, condition = stage._prepare(batch, Draws(0, 0, batch.key))
+    x0, condition = stage.inputs(batch, Draws(0, 0, batch.key))
     assert x0.shape == (2, 3, 8, 8) and condition.context is None

@@ -29,11 +29,11 @@ from ldm.config import (
 )
 from ldm.errors import UserError
 from ldm.training.clip import ClipStage
-from ldm.training.embedding import EmbeddingStage
+from ldm.training.embedding import embedding_stage
 from ldm.training.exporting import export_state
 from ldm.training.sharding import MARK
 from ldm.training.stage_one import AutoencoderStage
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 
 from .toys import AUTOENCODER, CPU, DATA, LOOP, PIXELS, run
 
@@ -68,7 +68,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def diffusion(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     config = replace(PIXELS, text=str(text), loop=STOPPED)
-    return trained(DiffusionStage, config, tmp_path_factory.mktemp("run") / "diffusion")
+    return trained(diffusion_stage, config, tmp_path_factory.mktemp("run") / "diffusion")
 
 
 @pytest.fixture
@@ -183,10 +183,10 @@ def test_what_goes_over_a_model(kind: str, tmp_path: Path, tiny_checkpoint: Path
     shared: dict[str, Any] = {"init": str(tiny_checkpoint), "data": replace(DATA, size=32)}
     if kind == "lora":
         config: Any = DiffusionTraining(lora=LoraConfig(rank=2), loop=STOPPED, **shared)
-        folder = trained(DiffusionStage, config, tmp_path / "run")
+        folder = trained(diffusion_stage, config, tmp_path / "run")
     else:
         config = EmbeddingTraining(loop=replace(STOPPED, ema=0.0), sample=SampleConfig(prompts=("<new>",)), **shared)
-        folder = trained(EmbeddingStage, config, tmp_path / "run")
+        folder = trained(embedding_stage, config, tmp_path / "run")
         with pytest.raises(UserError, match="keeps no average of its weights"):
             export_state(folder, tmp_path / "none", weights="ema")
     export_state(folder, tmp_path / "out")

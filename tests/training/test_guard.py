@@ -22,7 +22,7 @@ class Spoiled(ToyStage):
 
     def __init__(self, loop: LoopConfig, limit: float, start: int, harm: float) -> None:
         super().__init__(loop)
-        self.guard = Guard(limit, start)
+        self.guard = self.judge = Guard(limit, start)
         self.harm, self.steps = harm, []
 
     def losses(self, batch, draws, step, networks):
@@ -34,12 +34,12 @@ class Spoiled(ToyStage):
 
 def test_the_judgement():
     guard = Guard(1.5, 10)
-    assert [guard.judge(step, {"l1": value}) for step, value in ((5, 4.0), (8, 2.0), (10, 3.5))] == [0, 0, 0]
+    assert [guard(step, {"l1": value}) for step, value in ((5, 4.0), (8, 2.0), (10, 3.5))] == ["", "", ""]
     assert guard.best == 2.0 and guard.good == 8
-    assert guard.judge(11, {"l1": 2.4}) == 0 and guard.good == 11
-    assert guard.judge(12, {"l1": 2.9}) == 0 and guard.good == 11  # suspicious: allowed, but no state to go back to
-    assert guard.judge(13, {"l1": 3.2}) == pytest.approx(1.6)
-    assert guard.judge(14, {}) == 0
+    assert guard(11, {"l1": 2.4}) == "" and guard.good == 11
+    assert guard(12, {"l1": 2.9}) == "" and guard.good == 11  # suspicious: allowed, but no state to go back to
+    assert guard(13, {"l1": 3.2}) == "the reconstruction was 1.60 times its best at step 13"
+    assert guard(14, {}) == ""
 
 
 def test_the_run_goes_back_with_half_the_weight_as_often_as_it_takes_and_says_so(tmp_path):
@@ -117,7 +117,9 @@ def test_a_reconstruction_that_cannot_be_saved_ends_the_run_in_a_sentence(tmp_pa
             for name, loss, logs in super().losses(batch, draws, step, networks):
                 yield name, loss, {**logs, "l1": torch.tensor(1.0 if step < 5 else 9.0)}
 
-    with pytest.raises(UserError, match=r"got 9.00 times worse .* weight is 0.03125 of what was asked; lower loss.adv"):
+    with pytest.raises(
+        UserError, match=r"was 9.00 times its best .* once more.* weight is 0.03125 of what was asked; lower loss.adv"
+    ):
         run(Hopeless(SHORT, 1.5, 5, 0.0), SHORT, tmp_path)
 
 
@@ -141,8 +143,8 @@ def test_the_stage_s_adversarial_weight_follows_the_guard():
     weights = []
     for weight in (1.0, 0.25):
         stage, losses = first_losses(AUTOENCODER, 2)
-        assert stage.guard is not None and stage.guard.start == 2
-        stage.guard.weight = weight
+        assert stage.judge is not None and stage.judge.start == 2
+        stage.judge.weight = weight
         weights.append(float(next(losses)[2]["adversarial_weight"]))
     assert weights[1] == pytest.approx(weights[0] / 4)
     with pytest.raises(UserError, match=r"loss\.guard is a factor above 1"):

@@ -10,7 +10,7 @@ import torch
 from ldm.errors import UserError
 from ldm.training.meters import EACH_LOSS, EACH_SIGMA
 from ldm.training.stage_one import AutoencoderStage
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 from ldm.training.state import load_state
 
 from .test_combinations import PLAIN
@@ -96,7 +96,7 @@ def test_a_nan_never_reaches_a_checkpoint(tmp_path, mended):
 def test_a_real_stage_says_which_sample_and_which_level(tmp_path, number):
     loop = replace(LOOP, steps=3, validate_every=99)
     config = replace((AUTOENCODER, PLAIN)[number - 1], loop=loop)
-    stage = AutoencoderStage(config, 0, 1, CPU) if number == 1 else DiffusionStage(config, 0, 1, CPU)
+    stage = AutoencoderStage(config, 0, 1, CPU) if number == 1 else diffusion_stage(config, 0, 1, CPU)
     broken: list[str] = []
 
     class Broken(stage.batches.__class__):
@@ -117,7 +117,7 @@ def test_a_real_stage_says_which_sample_and_which_level(tmp_path, number):
 
 def test_the_log_has_the_loss_by_noise_level(tmp_path):
     config = replace(PLAIN, loop=replace(LOOP, steps=8, log_every=8))
-    run(DiffusionStage(config, 0, 1, CPU), config.loop, tmp_path, config)
+    run(diffusion_stage(config, 0, 1, CPU), config.loop, tmp_path, config)
     _, line = [line for line in log_of(tmp_path) if "loss" in line]
     bins = {key: value for key, value in line.items() if key.startswith("levels/")}
     assert set(bins) <= {f"levels/{b}" for b in ("0-0.1", "0.1-0.3", "0.3-1", "1-3", "3-10", "10-")} and len(bins) >= 4

@@ -15,7 +15,7 @@ from ldm.checkpoints.opening import open_checkpoint
 from ldm.errors import UserError
 from ldm.training.ema import EMA, power
 from ldm.training.posthoc import Profile, coefficients, exponent, inner, reconstruct, residual
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 
 from .test_combinations import PLAIN
 from .test_ema import Scalar
@@ -100,7 +100,7 @@ def test_a_run_keeps_snapshots_and_goes_on_with_its_averages(tmp_path):
 
 def test_the_tool_makes_a_model_of_another_width(tmp_path):
     config = replace(PLAIN, loop=replace(LOOP, steps=4, ema_widths=(0.1, 0.2), ema_snapshot_every=2, validate_every=99))
-    run(DiffusionStage(config, 0, 1, CPU), config.loop, tmp_path / "run", config)
+    run(diffusion_stage(config, 0, 1, CPU), config.loop, tmp_path / "run", config)
     tool = Path(__file__).parents[2] / "tools" / "reconstruct_ema.py"
     words = [str(tmp_path / "run"), "--width", "0.1", "--output", str(tmp_path / "made")]
     done = subprocess.run([sys.executable, str(tool), *words], capture_output=True, text=True)

@@ -27,10 +27,10 @@ from ldm.config import (
 )
 from ldm.errors import UserError
 from ldm.training.clip import ClipStage
-from ldm.training.embedding import EmbeddingStage
+from ldm.training.embedding import embedding_stage
 from ldm.training.loop import prepare_output
 from ldm.training.stage_one import AutoencoderStage
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 
 from .test_scripts import fails
 from .test_stage_two import pixels, tower  # noqa: F401 (fixtures)
@@ -116,7 +116,7 @@ def unet(**changes: Any) -> dict[str, Any]:
 def test_stage_two_refuses_before_it_opens_a_shard(change, said, pixels, monkeypatch) -> None:  # noqa: F811
     opens_no_shard(monkeypatch)
     with pytest.raises(UserError, match=said):
-        DiffusionStage(replace(pixels, **change), 0, 1, CPU)
+        diffusion_stage(replace(pixels, **change), 0, 1, CPU)
 
 
 @pytest.mark.parametrize(
@@ -183,23 +183,23 @@ def test_in_the_script_it_is_one_line(words, said, tmp_path, monkeypatch, capsys
 )
 def test_init_says_what_the_model_is_and_is_not_contradicted(change, said) -> None:
     with pytest.raises(UserError, match=said):
-        DiffusionStage(DiffusionTraining(init="icons", data=replace(DATA, size=64), loop=LOOP, **change), 0, 1, CPU)
+        diffusion_stage(DiffusionTraining(init="icons", data=replace(DATA, size=64), loop=LOOP, **change), 0, 1, CPU)
 
 
 def test_what_is_written_out_counts_even_where_it_is_the_default() -> None:
     config = DiffusionTraining(init="icons", data=replace(DATA, size=64), loop=LOOP)
     with pytest.raises(UserError, match=r"model\.channels is 320, and that of the model icons is 64"):
-        DiffusionStage(config, 0, 1, CPU, said={"model.channels"})
+        diffusion_stage(config, 0, 1, CPU, said={"model.channels"})
     with pytest.raises(UserError, match=r"model\.channels is 320"):
-        DiffusionStage(replace(config, model=UNetConfig(heads=0, head_width=32)), 0, 1, CPU, {"model.channels"})
+        diffusion_stage(replace(config, model=UNetConfig(heads=0, head_width=32)), 0, 1, CPU, {"model.channels"})
 
 
 def test_what_agrees_passes(tiny_checkpoint: Path) -> None:
     config = DiffusionTraining(init=str(tiny_checkpoint), data=replace(DATA, size=32), loop=LOOP)
-    stage = DiffusionStage(config, 0, 1, CPU)
-    again = replace(config, model=stage.config.model, schedule=stage.config.schedule, parameterization="v")
+    stage = diffusion_stage(config, 0, 1, CPU)
+    again = replace(config, model=stage.model.config.unet, schedule=stage.model.config.schedule, parameterization="v")
     said = {"model.channels", "model.heads", "schedule.kind", "parameterization", "sigma_data"}
-    assert DiffusionStage(again, 0, 1, CPU, said).model_config() == stage.model_config()
+    assert diffusion_stage(again, 0, 1, CPU, said).model.config == stage.model.config
 
 
 def test_a_loss_written_out_goes_before_the_model_s_own_even_where_it_is_the_default(
@@ -208,10 +208,10 @@ def test_a_loss_written_out_goes_before_the_model_s_own_even_where_it_is_the_def
     own = DiffusionLossConfig(weight="min_snr")
     loop = replace(LOOP, steps=1, ema=0.0)
     config = DiffusionTraining(init=str(tiny_checkpoint), data=replace(DATA, size=32), loop=loop, loss=own)
-    run(DiffusionStage(config, 0, 1, CPU), loop, tmp_path, config)
+    run(diffusion_stage(config, 0, 1, CPU), loop, tmp_path, config)
     further = replace(config, init=str(tmp_path), loss=DiffusionLossConfig())
-    assert DiffusionStage(further, 0, 1, CPU).config.loss == own
-    assert DiffusionStage(further, 0, 1, CPU, {"loss.weight"}).config.loss == DiffusionLossConfig()
+    assert diffusion_stage(further, 0, 1, CPU).course.loss == own
+    assert diffusion_stage(further, 0, 1, CPU, {"loss.weight"}).course.loss == DiffusionLossConfig()
 
 
 # ---------------------------------------------------------------- what the end needs
@@ -243,7 +243,7 @@ def test_a_loss_written_out_goes_before_the_model_s_own_even_where_it_is_the_def
 )
 def test_what_the_end_of_a_run_needs_is_asked_for_at_its_start(change, said, pixels) -> None:  # noqa: F811
     with pytest.raises(UserError, match=said):
-        DiffusionStage(replace(pixels, **change), 0, 1, CPU)
+        diffusion_stage(replace(pixels, **change), 0, 1, CPU)
 
 
 def test_held_out_pictures_are_asked_for_at_the_start_of_every_training(tiny_checkpoint: Path) -> None:
@@ -257,17 +257,17 @@ def test_held_out_pictures_are_asked_for_at_the_start_of_every_training(tiny_che
         with pytest.raises(UserError, match=r"data\.validation: no file matches .nowhere"):
             training()
     word = EmbeddingTraining(init=str(tiny_checkpoint), data=replace(data, size=32), loop=LOOP)
-    said = "\n".join(EmbeddingStage(word, 0, 1, CPU).describe())
+    said = "\n".join(embedding_stage(word, 0, 1, CPU).describe())
     assert "data.validation is not looked at" in said
     with pytest.raises(UserError, match=r"loss\.caption_dropout would drop the word"):
-        EmbeddingStage(replace(word, loss=DiffusionLossConfig(caption_dropout=0.5)), 0, 1, CPU)
+        embedding_stage(replace(word, loss=DiffusionLossConfig(caption_dropout=0.5)), 0, 1, CPU)
 
 
 def test_prompts_that_will_not_be_drawn_or_not_to_their_end_are_told_in_the_plan(pixels) -> None:  # noqa: F811
     plain = replace(pixels, text="", model=replace(pixels.model, context_width=0), sample=SampleConfig(("a heart",)))
-    assert any("are not drawn" in line for line in DiffusionStage(plain, 0, 1, CPU).describe())
+    assert any("are not drawn" in line for line in diffusion_stage(plain, 0, 1, CPU).describe())
     long = replace(pixels, sample=SampleConfig((" ".join(["heart"] * 40),)))
-    assert any("longer than the text tower reads" in line for line in DiffusionStage(long, 0, 1, CPU).describe())
+    assert any("longer than the text tower reads" in line for line in diffusion_stage(long, 0, 1, CPU).describe())
 
 
 @pytest.mark.parametrize("name", ["file", "file/run", "link"])
@@ -324,7 +324,7 @@ def test_a_run_whose_pictures_fail_in_the_end_leaves_its_model(pixels, tmp_path:
     """Here because the disk does not take them: a folder's name is taken."""
     config = replace(pixels, loop=replace(LOOP, steps=1), sample=SampleConfig(("a heart",), steps=1))
     (tmp_path / "samples").write_text("")
-    run(DiffusionStage(config, 0, 1, CPU), config.loop, tmp_path, config)
+    run(diffusion_stage(config, 0, 1, CPU), config.loop, tmp_path, config)
     assert json.loads((tmp_path / "model.json").read_text())["format"] == "ldm-1"
     out, err = capsys.readouterr()
     assert "finished at step 1" in out and "warning: no pictures of step 1, and the run goes on: " in err

@@ -22,7 +22,7 @@ from ldm.guidance.noisy_classifier import load_noisy_classifier
 from ldm.model import CheckpointNotice
 from ldm.training.exporting import export_state
 from ldm.training.stage_one import AutoencoderStage
-from ldm.training.stage_two import DiffusionStage
+from ldm.training.stage_two import diffusion_stage
 
 from .toys import CPU, log_of, run
 
@@ -116,5 +116,5 @@ def test_a_run_of_stage_two_goes_on(written: Path, tmp_path: Path) -> None:
     config = load(DiffusionTraining, folder / "config.json", words)
     export_state(folder, tmp_path / "again", words=[*SHARDS, *parts])
     assert native.fingerprint(open_checkpoint(tmp_path / "again").tensors()).startswith(MODEL)
-    run(DiffusionStage(config, 0, 1, CPU), config.loop, folder, config)
+    run(diffusion_stage(config, 0, 1, CPU), config.loop, folder, config)
     assert [line["step"] for line in log_of(folder)][-1] == 3 and (folder / "state" / "00000003.pt").exists()

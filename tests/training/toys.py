@@ -24,7 +24,7 @@ from ldm.config import (
 from ldm.training.draws import Draws, generator
 from ldm.training.loop import train
 from ldm.training.processes import make_accelerator
-from ldm.training.stage import Player
+from ldm.training.stage import Judge, Player
 
 ICONS = Path(__file__).parents[1] / "fixtures" / "icons"
 DATA = DataConfig(
@@ -84,6 +84,7 @@ class RowBatches:
     def __init__(self, size: int) -> None:
         self.size, self.drawn = size, 0
         self.quarantined: set[str] = set()
+        self.events: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Rows]:
         while True:
@@ -104,6 +105,8 @@ class RowBatches:
 
 class ToyStage:
     """Regression on noisy rows. `before` is called with each step's number; a factor it returns spoils the loss."""
+
+    judge: Judge | None = None
 
     def __init__(
         self,
