@@ -162,6 +162,7 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()  # a picture each; empty: none
     cfg: float = 5.0  # guidance scale
     steps: Count = 30  # of ddim
+    labels: tuple[str, ...] = ()  # of a network with classes: a picture each, without prompts or with a prompt each
 
 
 @dataclass(frozen=True)

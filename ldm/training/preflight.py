@@ -72,8 +72,9 @@ def check_figures(figures: FiguresConfig, data: DataConfig, sample: SampleConfig
 def check_pictures(model: LatentDiffusion, sample: SampleConfig, seed: int) -> Sequence[str]:
     """Raise UserError unless `model` could draw the run's grids; what a reader should know of their prompts."""
     try:
-        requests = of_prompts(sample.prompts, seed=seed)
+        requests = of_prompts(sample.prompts or "", seed=seed, label=sample.labels or None)
         generate.make_sigmas(model, Settings(sample.cfg, sample.steps).plan())
+        return generate.prompt_notices(model, requests)
     except UserError as error:
-        raise UserError(f"the pictures of sample.prompts cannot be drawn: {error}") from error
-    return generate.prompt_notices(model, requests)
+        given = "sample.prompts" if sample.prompts else "sample.labels"
+        raise UserError(f"the pictures of {given} cannot be drawn: {error}") from error

@@ -114,14 +114,14 @@ class DiffusionStage:
 
     def _check_end(self) -> None:
         """Raise UserError unless the pictures and figures asked for are possible; notes what to know of them."""
-        course = self.course
-        if self.model.text is None:
-            self.notices += ["sample.prompts are not drawn, for the model takes none"] if course.sample.prompts else []
-            return
-        if course.sample.prompts:
-            self.notices += check_pictures(self.model, course.sample, course.loop.seed)
-        else:
-            self.notices.append("no pictures are drawn on the way, for sample.prompts is empty")
+        course, sample = self.course, self._sample
+        if sample != course.sample:
+            self.notices.append("sample.prompts are not drawn, for the model takes none")
+        if sample.prompts or sample.labels:
+            self.notices += check_pictures(self.model, sample, course.loop.seed)
+        elif self.model.text is not None or self.model.encoder.classes:
+            named = "sample.labels" if self.model.text is None else "sample.prompts"
+            self.notices.append(f"no pictures are drawn on the way, for {named} is empty")
         if course.figures.pictures:
             check_figures(course.figures, course.data, course.sample, self.model.device.type)
 
@@ -186,16 +186,23 @@ class DiffusionStage:
 
         return watch(self.model, self.course.figures, self.course.data, self.course.sample)
 
-    def draw(self, output: Path, step: int) -> None:
-        """One picture for each prompt of `sample`, always from the same noise."""
+    @property
+    def _sample(self) -> SampleConfig:
+        """What is drawn on the way: no prompts of a model that takes none."""
         sample = self.course.sample
-        if not sample.prompts or self.model.text is None:
+        return sample if self.model.text is not None else dataclasses.replace(sample, prompts=())
+
+    def draw(self, output: Path, step: int) -> None:
+        """One picture for each prompt and label of `sample`, always from the same noise."""
+        sample, seed = self._sample, self.course.loop.seed
+        if not sample.prompts and not sample.labels:
             return
-        seed = self.course.loop.seed
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptNotice)  # the plan has said it
-            image = self.model.txt2img(list(sample.prompts), cfg=sample.cfg, steps=sample.steps, seed=seed)
-        save_png(grid(image.cpu(), columns=min(8, len(sample.prompts))), output / "samples" / f"{step:08d}.png", {})
+            image = self.model.txt2img(
+                sample.prompts or "", label=sample.labels or None, cfg=sample.cfg, steps=sample.steps, seed=seed
+            )
+        save_png(grid(image.cpu(), columns=min(8, len(image))), output / "samples" / f"{step:08d}.png", {})
 
     def export(self, output: Path, finished: bool) -> None:
         self.trained.export(output, finished)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import ldm
 from ldm.checkpoints import native
 from ldm.conditioning.condition import Condition
-from ldm.config import DiffusionTraining, EncoderConfig, FiguresConfig, ModelConfig, TextConfig
+from ldm.config import DiffusionTraining, EncoderConfig, FiguresConfig, ModelConfig, SampleConfig, TextConfig
 from ldm.errors import UserError
 from ldm.training.draws import Draws
 from ldm.training.stage_two import DiffusionStage, diffusion_stage
@@ -254,6 +255,24 @@ def test_pictures_with_a_label_and_no_caption_train_a_network_of_labels(tmp_path
         next(iter(captioned.batches))
     with pytest.raises(UserError, match=r"data\.caption is none, and the text tower reads captions"):
         diffusion_stage(replace(pixels, data=replace(pixels.data, caption="none")), 0, 1, CPU)
+
+
+def test_classes_are_drawn_on_the_way(tmp_path):
+    sample = SampleConfig(("a cat",), steps=2, labels=("noto", "fluent-flat", "noto"))
+    config = replace(CLASSES, sample=sample, loop=replace(CLASSES.loop, sample_every=1))
+    stage = diffusion_stage(config, 0, 1, CPU)
+    assert "sample.prompts are not drawn, for the model takes none" in stage.notices
+    run(stage, config.loop, tmp_path, config)
+    with Image.open(tmp_path / "samples" / "00000001.png") as sheet:
+        assert sheet.size == (3 * 8 + 2 * 2, 8)
+    unseen = diffusion_stage(replace(CLASSES, sample=SampleConfig()), 0, 1, CPU)
+    assert "no pictures are drawn on the way, for sample.labels is empty" in unseen.notices
+    for labels, words in (
+        (("cow",), "there is no label 'cow'; this model knows noto, fluent-flat"),
+        (("",), "empty label"),
+    ):
+        with pytest.raises(UserError, match=f"the pictures of sample.labels cannot be drawn: .*{words}"):
+            diffusion_stage(replace(CLASSES, sample=SampleConfig(labels=labels)), 0, 1, CPU)
 
 
 def test_labels_that_a_network_does_not_know_are_bad_samples(caplog, tmp_path):
