@@ -93,7 +93,8 @@ class Parser(argparse.ArgumentParser):
         about, _, problem = message.partition(": ")
         commands = self._commands()
         if about == "the following arguments are required":
-            names = problem.split(", ")
+            optional = [action.metavar for action in self._actions if action.nargs in ("*", "?")]  # argparse names them
+            names = [name for name in problem.split(", ") if name not in optional]
             if commands and names[-1] in (commands.dest, commands.metavar):
                 raise UserError(f"say what to do, one of {', '.join(_named(commands))}; --help has a line on each")
             be = "is" if len(names) == 1 else "are"

@@ -128,6 +128,14 @@ def test_settings_with_dashes_are_told_how_they_are_written() -> None:
         made.parse_intermixed_args(["a=1", "--confg", "x"])
 
 
+def test_words_that_need_not_be_there_are_not_missed() -> None:
+    made = Parser()
+    made.add_argument("run")
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    with pytest.raises(UserError, match=r"^run is missing; --help"):
+        made.parse_intermixed_args([])
+
+
 def test_defaults_stand_in_the_help() -> None:
     made = Parser()
     made.add_argument("--n", type=COUNT, default=0, help="how many")
