@@ -193,7 +193,7 @@ def test_latents_for_a_network_without_captions(tiny_checkpoint, tmp_path, monke
     stage = diffusion_stage(config, 0, 1, torch.device("cpu"))
     batch = next(iter(stage.batches))
     assert batch.context.shape == (8, 0, 0) and set(batch.label) == {"noto", "fluent-flat"}
-    ((_, loss, _),) = stage.losses(batch, Draws(0, 0, batch.key), 0, {"unet": stage.unet})
+    ((_, loss, _),) = stage.losses(batch, Draws(0, 0, batch.key), 0, {"unet": stage.model.unet})
     assert bool(loss.isfinite())
     stage.export(tmp_path / "model", finished=True)
     config = DiffusionTraining(init=str(tmp_path / "model"), latents=config.latents, data=config.data, loop=config.loop)
