@@ -27,7 +27,10 @@ def printable(text: str) -> str:
 def first_line(error: BaseException, most: int = 200) -> str:
     """The first line of what an error says, `most` letters of it; the name of its type where it says nothing."""
     text = str(getattr(error, "problem", None) or error).strip()  # yaml's errors begin with what it was doing
-    return text.splitlines()[0].rstrip()[:most] if text else type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith("Error(s) in loading state_dict"):  # torch's title; then come the names
+        lines = lines[1:]
+    return lines[0][:most] if lines else type(error).__name__
 
 
 def kind_and_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from ldm.checkpoints.run_folder import saved_steps
 from ldm.config import AutoencoderTraining, ClipTraining, DiffusionTraining, EmbeddingTraining, load
-from ldm.errors import UserError
+from ldm.errors import UserError, first_line
 from ldm.plain import read_json
 from ldm.training.clip import ClipStage
 from ldm.training.embedding import embedding_stage
@@ -29,8 +29,8 @@ UNUSED = ("resume=", "loop.micro_batch=0", "loop.compile=false", "data.validatio
 KINDS: Mapping[str, tuple[Any, Any, tuple[str, ...]]] = {  # a setting that a training alone has -> what it is
     "word": (EmbeddingTraining, embedding_stage, ("sample.prompts=[]",)),
     "image_tower": (ClipTraining, ClipStage, ()),
-    "scale_samples": (AutoencoderTraining, AutoencoderStage, ("loss.perceptual=0", "loss.adversarial=0")),
-    "latents": (DiffusionTraining, diffusion_stage, ("attention=sdpa", "sample.prompts=[]", "figures.pictures=0")),
+    "scale_samples": (AutoencoderTraining, AutoencoderStage, ("loss.l1=1", "loss.perceptual=0", "loss.adversarial=0")),
+    "latents": (DiffusionTraining, diffusion_stage, ("attention=sdpa", "sample.prompts=[]", "figures={}")),
 }
 
 
@@ -61,9 +61,8 @@ def export_state(run: Path, output: Path, step: int = 0, weights: str = "auto", 
             player.module.load_state_dict({**state["modules"][name], **average})
             player.module.eval()
     except (KeyError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"the state of step {step} in {run} is not of the run that its config.json says ({reason})"
+            f"the state of step {step} in {run} is not of the run that its config.json says ({first_line(error)})"
         ) from error
     with torch.no_grad():
         stage.export(output, finished=True)
@@ -84,9 +83,8 @@ def _state(run: Path, step: int) -> tuple[int, dict[str, Any]]:
         parts = [read_part(run, step, f".{rank}of{count}", check=True) for rank in range(count)]
         return step, unpack({name: state[name] for name in ("modules", "averages")}, parts, None)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"the state of step {step} in {run} cannot be read ({reason}); choose another --step"
+            f"the state of step {step} in {run} cannot be read ({first_line(error)}); choose another --step"
         ) from error
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ldm.checkpoints.state import some
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.training.ema import EMA, local, power
@@ -143,8 +142,7 @@ class Members:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError, naming what differs, or RuntimeError for the state of other networks."""
         for name, player in self.players.items():
-            _check_same(name, player.module.state_dict(), state["modules"].get(name))
-            player.module.load_state_dict(state["modules"][name])
+            player.module.load_state_dict(_of(state, "modules", name))
             self.optimizers[name].load_state_dict(state["optimizers"][name])
         for name, average in self.averages.items():
             average.load_state_dict(_of(state, "averages", name, "loop.ema"))
@@ -164,20 +162,8 @@ class Members:
         return [*([self.averages[name]] if name in self.averages else []), *profiles]
 
 
-def _check_same(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor] | None) -> None:
-    if theirs is None:
-        raise ValueError(f"it has no {name}")
-    differ = [key for key in {**ours, **theirs} if key not in ours or key not in theirs]
-    told = f"only one of the two has {some(differ, 3)}"
-    if not differ:
-        differ = [key for key, value in ours.items() if value.shape != theirs[key].shape]
-        told = ", ".join(f"{key} is {tuple(theirs[key].shape)}, not {tuple(ours[key].shape)}" for key in differ[:3])
-    if differ:
-        raise ValueError(f"of {name}, {told}")
-
-
-def _of(state: Mapping[str, Any], kind: str, name: str, setting: str) -> Any:
-    """An average in a state; raises ValueError if it was made without."""
+def _of(state: Mapping[str, Any], kind: str, name: str, setting: str = "") -> Any:
+    """A network, or an average, in a state; raises ValueError if it was made without."""
     if name not in state[kind]:
-        raise ValueError(f"it has no average {name}, for {setting} was another one")
+        raise ValueError(f"it has no average {name}, for {setting} was another one" if setting else f"it has no {name}")
     return state[kind][name]

@@ -106,7 +106,15 @@ def test_the_shards_of_pictures_may_be_gone(unfinished: Path, tmp_path: Path, te
     """And what else it named is found where the words say: a run of a cluster is exported on a laptop."""
     moved = shutil.copytree(text, tmp_path / "moved")
     change(unfinished, text="/cluster/text", **{"data.shards": "/cluster/*.tar", "data.validation": "/cluster/v.tar"})
-    change(unfinished, **{"latents": "/cluster/latents", "sample.prompts": ["a"], "figures.pictures": 64})
+    change(
+        unfinished,
+        **{
+            "latents": "/cluster/latents",
+            "sample.prompts": ["a"],
+            "figures.pictures": 64,
+            "figures.reference": "a.tar",
+        },
+    )
     with pytest.raises(UserError, match="there is no model '/cluster/text'"):
         export_state(unfinished, tmp_path / "model")
     export_state(unfinished, tmp_path / "model", words=[f"text={moved}"])
@@ -155,7 +163,7 @@ def change(folder: Path, **settings: Any) -> None:
 def test_an_autoencoder_has_its_scale_measured(tmp_path: Path):
     """Of its own latents at that step; the discriminator and the perceptual network are not needed."""
     folder = trained(AutoencoderStage, replace(AUTOENCODER, loop=STOPPED), tmp_path / "run")
-    change(folder, **{"loss.perceptual_net": "lpips", "loss.perceptual": 1.0, "loop.micro_batch": 4})
+    change(folder, **{"loss.perceptual_net": "lpips", "loss.perceptual": 1.0, "loss.l1": 0.0, "loop.micro_batch": 4})
     export_state(folder, tmp_path / "model")
     assert same(tmp_path / "model", folder)
     export_state(folder, tmp_path / "earlier", 2)
