@@ -104,3 +104,23 @@ def test_words_and_options_may_come_in_any_order(monkeypatch):
     assert found.settings == load(ClipTraining, recipe, ["output=a", "loop.steps=7", "data.size=64", "resume=auto"])
     assert {"output", "resume", "loop.steps", "data.size", "model.width"} <= found.said
     assert "data.flip" not in found.said and "model" not in found.said
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "clip", "diffusion", "embedding"])
+def test_help_and_what_is_wrong_come_before_torch(stage, tmp_path):
+    """All settings with their comments, and a value outside its range, in the time of a script without torch."""
+    code = """import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+    for words, status, said in (
+        (["--help"], 0, "  optimizer.rate="),
+        (["optimizer.rate=nan"], 1, "error: the arguments: optimizer.rate must be above 0, not nan"),
+    ):
+        command = [sys.executable, "-c", code, ROOT / "scripts" / f"train_{stage}.py", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == status and said in done.stdout + done.stderr
+        assert done.stderr.endswith("False\n")
