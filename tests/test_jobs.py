@@ -143,7 +143,7 @@ def test_a_text_with_the_other_delimiters_stays_whole(tmp_path: Path) -> None:
         ("p.jsonl", '{"label": "\\ud800"}', "not Unicode text"),
         ("p.jsonl", '{"prompt": "a", "seed": 1.5}', "not a whole number"),
         ("p.jsonl", '{"prompt": "a", "seed": true}', "not a whole number"),
-        ("p.jsonl", '{"prompt": "a", "seed": -1}', "out of range"),
+        ("p.jsonl", '{"prompt": "a", "seed": -1}', "p.jsonl, line 1: seed -1 is out of range"),
         ("p.jsonl", '{"prompt": "a \\ud800"}', "not Unicode text"),
         ("p.jsonl", '{"prompt": ' + "[" * 100_000, "line 1 is not valid JSON"),
         ("p.csv", "prompt,seed\na cat, sitting,3\n", "line 2 has more cells"),
@@ -253,6 +253,10 @@ def test_what_has_no_effect_without_guidance_is_said() -> None:
     (said,) = Settings(cfg=1, cfg_interval=(0.1, 5)).without_effect(negative)
     assert "of the negative prompt and cfg_interval" in said
     assert "the guide model" in Settings(cfg=1, guide_model="x").without_effect(plain)[0]
+    for cfg in (1, 7.5):
+        assert Settings(cfg=cfg, perp_negative=1.0).without_effect(plain) == [
+            "there is no negative prompt, so there is no effect of perp_negative"
+        ]
     assert Settings(cfg=1, perp_negative=1.0).without_effect(negative) == [], "which is pushed away from all the same"
 
 

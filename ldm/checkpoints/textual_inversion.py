@@ -105,7 +105,9 @@ def _vectors(tensors: Tensors, name: str, path: Path) -> Tensor:
     """(n, D)"""
     vectors = tensors[name]
     vectors = vectors[None] if vectors.ndim == 1 else vectors
-    if vectors.ndim != 2 or not vectors.is_floating_point() or len(vectors) > MAX_VECTORS:
+    if vectors.ndim == 2 and not 0 < len(vectors) <= MAX_VECTORS:
+        raise UserError(f"{path}: {name[:100]} is {len(vectors)} vectors; a word has between 1 and {MAX_VECTORS}")
+    if vectors.ndim != 2 or not vectors.is_floating_point():
         raise UserError(f"{path} is no file of textual inversion: {name[:100]} is not a list of vectors")
     return vectors
 

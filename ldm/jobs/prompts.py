@@ -63,6 +63,10 @@ def _request(row: Mapping[str, Any], where: str, usual: Mapping[str, Any]) -> Re
     try:
         if isinstance(value, (bool, float)):
             raise ValueError
-        return Request(prompt.strip(), negative.strip(), int(value), label)
+        seed = int(value)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: the seed is {value!r}, which is not a whole number") from error
+    try:
+        return Request(prompt.strip(), negative.strip(), seed, label).check()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

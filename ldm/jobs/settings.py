@@ -109,7 +109,9 @@ class Settings:
         return Plan(**values, spacing=checked.spacing or "trailing", guide=guide, wraps=tuple(wraps))
 
     def without_effect(self, requests: Sequence[Request]) -> list[str]:
-        """A sentence on what is asked for and does nothing, where guidance is none."""
+        """A sentence on what is asked for and does nothing."""
+        if self.perp_negative is not None and not any(request.negative for request in requests):
+            return ["there is no negative prompt, so there is no effect of perp_negative"]
         if self.cfg != 1 or self.perp_negative is not None:
             return []
         asked = {

@@ -37,6 +37,7 @@ from ldm.training.processes import (
     divide,
     from_all,
     make_accelerator,
+    open_trackers,
     precision_here,
     writing_alone,
 )
@@ -110,11 +111,11 @@ class _Run:
         self.step = self.saver.restore()
         check_order(batches, accelerator)
         self.lost: set[str] = set()  # shards in quarantine of which the log knows
+        if loop.trackers:
+            open_trackers(accelerator, loop, _flat(everything))
         if self.main:
             atomic_write_text(output / "config.json", json.dumps(settings.to_dict(everything), indent=1) + "\n")
             _print_plan(stage, loop, self.division, accelerator, self.step)
-        if loop.trackers:
-            accelerator.init_trackers("ldm", _flat(everything))
         self.report = Report(output, self.step, loop.steps) if self.main else None
         if self.report is not None and not self.step:
             for event in batches.events:

@@ -9,7 +9,15 @@ from typing import Any
 
 from ldm import generate, ranges
 from ldm.api import LatentDiffusion
-from ldm.config import DataConfig, FiguresConfig, SampleConfig
+from ldm.config import (
+    DataConfig,
+    DiffusionLossConfig,
+    FiguresConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SampleConfig,
+)
 from ldm.data.feed import check_division
 from ldm.data.loader import validation_batches
 from ldm.errors import UserError
@@ -57,6 +65,28 @@ def check_validation(data: DataConfig, labels: Collection[str] = ()) -> None:
     """Raise UserError unless held-out samples, if named, are available; `labels` as `validation_batches`'."""
     if data.validation.strip() and next(validation_batches(data, 1, labels), None) is None:
         raise UserError(f"data.validation ({data.validation}) has no picture that can be decoded; name other shards")
+
+
+def without_effect(
+    config: ModelConfig, data: DataConfig, optimizer: OptimizerConfig, loop: LoopConfig, loss: DiffusionLossConfig
+) -> list[str]:
+    """A sentence on each setting that was changed and that others leave without effect."""
+    unread = {
+        f"sigma_data has no effect, for the parameterization is {config.parameterization}": (
+            config.parameterization != "edm" and config.sigma_data != ModelConfig.sigma_data
+        ),
+        f"loss.min_snr_gamma has no effect, for loss.weight is {loss.weight}": (
+            loss.weight != "min_snr" and loss.min_snr_gamma != DiffusionLossConfig.min_snr_gamma
+        ),
+        "data.bucket_aspect has no effect, for data.buckets is 0": (
+            not data.buckets and data.bucket_aspect != DataConfig.bucket_aspect
+        ),
+        "optimizer.final_rate has no effect, for optimizer.law is constant": (
+            optimizer.law == "constant" and optimizer.final_rate > 0
+        ),
+        "optimizer.rate is not reached, for optimizer.warmup is longer than the run": optimizer.warmup > loop.steps,
+    }
+    return [sentence for sentence, so in unread.items() if so]
 
 
 def check_figures(figures: FiguresConfig, data: DataConfig, sample: SampleConfig, device: str) -> None:

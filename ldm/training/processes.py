@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ldm import ranges
 from ldm.config import LoopConfig
-from ldm.errors import UserError
+from ldm.errors import UserError, kind_and_line
 from ldm.locks import held
 from ldm.training.rendezvous import PATIENCE, join
 from ldm.training.stage import Batches
@@ -85,6 +85,17 @@ def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(loop.threads or max(1, _cores() // local))
     return accelerator
+
+
+def open_trackers(accelerator: Accelerator, loop: LoopConfig, said: Mapping[str, Any]) -> None:
+    """Begin the run of these settings in `loop.trackers`. Raises UserError where one asks for what is not there."""
+    try:
+        accelerator.init_trackers("ldm", dict(said))
+    except Exception as error:  # each has its own: no login, no network, a folder that cannot be written
+        raise UserError(
+            f"loop.trackers={','.join(loop.trackers)} cannot be opened ({kind_and_line(error)}); set that up, or leave "
+            "loop.trackers out"
+        ) from error
 
 
 def precision_here(precision: str) -> str:

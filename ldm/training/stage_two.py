@@ -47,7 +47,7 @@ from ldm.training.fitting import check_fits
 from ldm.training.inputs import Inputs
 from ldm.training.meters import EACH_LOSS
 from ldm.training.objectives import Nets, Objective, output_of, regress, relative_error
-from ldm.training.preflight import check_figures, check_pictures, check_settings, check_validation
+from ldm.training.preflight import check_figures, check_pictures, check_settings, check_validation, without_effect
 from ldm.training.stage import Batches, Judge, Player
 from ldm.unet import unet
 from ldm.unet.attention import check_backend
@@ -115,6 +115,7 @@ class DiffusionStage:
     def _check_end(self) -> None:
         """Raise UserError unless the pictures and figures asked for are possible; notes what to know of them."""
         course, sample = self.course, self._sample
+        self.notices += without_effect(self.model.config, course.data, self.trained.optimizer, course.loop, course.loss)
         if sample != course.sample:
             self.notices.append("sample.prompts are not drawn, for the model takes none")
         if sample.prompts or sample.labels:

@@ -246,7 +246,8 @@ def check(config: UNetConfig, name: str = "unet") -> None:
     attends = {*config.attention_levels, *([last] if _middle_attends(config) else [])}
     if attends and bool(config.heads) == bool(config.head_width):
         raise UserError(
-            f"{name}.heads is {config.heads} and {name}.head_width {config.head_width}; one of the two has to be 0"
+            f"{name}.heads is {config.heads} and {name}.head_width {config.head_width}; set one of the two, and leave "
+            "the other at 0"
         )
     divided, divisor = ("heads", config.heads) if config.heads else ("head_width", config.head_width)
     for width in (config.channels * config.multipliers[level] for level in sorted(attends)):

@@ -168,7 +168,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for tensors, said in (
         ({"<cat>": torch.ones(2, 2, 2)}, "not a list of vectors"),
         ({"<cat>": torch.ones(2, 32).long()}, "not a list of vectors"),
-        ({"<cat>": torch.ones(2000, 1)}, "not a list of vectors"),
+        ({"<cat>": torch.ones(2000, 1)}, "<cat> is 2000 vectors; a word has between 1 and"),
+        ({"<cat>": torch.ones(0, 32)}, "<cat> is 0 vectors; a word has between 1 and"),
         ({"conv.weight": torch.ones(2, 32), "conv.bias": torch.ones(2)}, "neither a word"),
         ({"a.lora_up.weight": torch.ones(2, 32), "a.lora_down.weight": torch.ones(2, 2)}, "looks like a LoRA"),
         ({"emp_params_out": torch.ones(2, 32)}, "what the text tower gives, which is not supported"),

@@ -110,6 +110,13 @@ def test_the_layer_that_a_text_tower_was_trained_for():
         assert config.text is not None and config.text.layer == layer
 
 
+def test_the_layer_before_the_last_is_the_last_of_a_tower_stored_without_that():
+    shapes = {name: shape for name, shape in BARE["v2"].items() if ".resblocks.23." not in name}
+    for words in ({"modelspec.encoder_layer": "2"}, {"ss_clip_skip": "1"}):
+        text = opened(shapes, words=words).config.text
+        assert text is not None and (text.layers, text.layer) == (23, "last")
+
+
 def test_a_tuning_on_some_levels_is_told():
     checkpoint = opened(BARE["v1"], words={"modelspec.timestep_range": "500,999"})
     assert any("500 to 999 alone" in notice for notice in checkpoint.notices)

@@ -109,6 +109,16 @@ def test_a_tracker_that_is_not_installed_is_an_error_and_not_silence(tmp_path, m
         make_accelerator(replace(LOOP, trackers=("wandb",)), tmp_path)
 
 
+def test_a_tracker_that_does_not_open_is_a_sentence_before_the_run_begins(tmp_path, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("no API key configured")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    with pytest.raises(UserError, match=r"loop\.trackers=tensorboard cannot be opened \(ValueError: no API key conf"):
+        run(ToyStage(), replace(LOOP, trackers=("tensorboard",)), tmp_path)
+    assert prepare_output(str(tmp_path), "") is not None
+
+
 def test_tensorboard_gets_the_log_and_the_settings(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -20,6 +20,7 @@ from ldm.config import (
     FiguresConfig,
     ImageTowerConfig,
     LoraConfig,
+    OptimizerConfig,
     SampleConfig,
     ScheduleConfig,
     TextConfig,
@@ -95,8 +96,8 @@ def unet(**changes: Any) -> dict[str, Any]:
     [
         (unet(channels=33), r"model\.channels is 33; choose an even number"),
         (unet(heads=7), r"model\.heads 7 does not divide the width 32 of a level"),
-        (unet(heads=0), r"model\.heads is 0 and model\.head_width 0; one of the two has to be 0"),
-        (unet(heads=2, head_width=16), r"model\.heads is 2 and model\.head_width 16; one of the two"),
+        (unet(heads=0), r"model\.heads is 0 and model\.head_width 0; set one of the two, and leave the other at 0"),
+        (unet(heads=2, head_width=16), r"model\.heads is 2 and model\.head_width 16; set one of the two"),
         (unet(attention_levels=(2,)), r"model\.attention_levels has 2; there are levels 0 to 1"),
         (unet(attention_levels=(-1,)), r"model\.attention_levels must be at least 0, not -1"),
         (unet(multipliers=()), r"model\.multipliers must be a list with an entry"),
@@ -261,6 +262,30 @@ def test_held_out_pictures_are_asked_for_at_the_start_of_every_training(tiny_che
     assert "data.validation is not looked at" in said
     with pytest.raises(UserError, match=r"loss\.caption_dropout would drop the word"):
         embedding_stage(replace(word, loss=DiffusionLossConfig(caption_dropout=0.5)), 0, 1, CPU)
+
+
+def test_settings_that_others_leave_without_effect_are_told_in_the_plan(pixels) -> None:  # noqa: F811
+    changes = [
+        ({"sigma_data": 2.0}, "sigma_data has no effect, for the parameterization is v"),
+        (
+            {"loss": DiffusionLossConfig(min_snr_gamma=3.0)},
+            "loss.min_snr_gamma has no effect, for loss.weight is uniform",
+        ),
+        ({"data": replace(pixels.data, bucket_aspect=3.0)}, "data.bucket_aspect has no effect, for data.buckets is 0"),
+        ({"optimizer": OptimizerConfig(final_rate=1e-5)}, "optimizer.final_rate has no effect, for optimizer.law is"),
+        ({"optimizer": OptimizerConfig(warmup=10**6)}, "optimizer.rate is not reached, for optimizer.warmup is longer"),
+    ]
+    for change, said in changes:
+        notices = diffusion_stage(replace(pixels, **change), 0, 1, CPU).notices
+        assert [notice for notice in notices if said in notice], (said, notices)
+    read = {
+        "parameterization": "edm",
+        "sigma_data": 2.0,
+        "loss": DiffusionLossConfig("min_snr", min_snr_gamma=3.0),
+        "optimizer": OptimizerConfig(law="cosine", final_rate=1e-5),
+    }
+    told = " ".join(diffusion_stage(replace(pixels, **read), 0, 1, CPU).notices)
+    assert "no effect" not in told and "not reached" not in told
 
 
 def test_prompts_that_will_not_be_drawn_or_not_to_their_end_are_told_in_the_plan(pixels) -> None:  # noqa: F811
