@@ -16,6 +16,7 @@ from ldm.helpers import NONE, Helpers, open_helpers
 from ldm.jobs import Plan, Request, Settings, of_prompts
 from ldm.jobs.adapters import Adapter
 from ldm.jobs.request import Labels
+from ldm.jobs.values import real
 from ldm.loading import load_model
 from ldm.model import CheckpointNotice, Model
 from ldm.model import assemble as assemble_model
@@ -158,9 +159,13 @@ class LatentDiffusion(Model):
         return generate.decode(self, step, tile)
 
     def adapted(
-        self, loras: Mapping[str | Path, float] | None = None, embeddings: Sequence[str | Path] = ()
+        self,
+        loras: Mapping[str | Path, float] | Sequence[str | Path] | str | Path | None = None,
+        embeddings: Sequence[str | Path] | str | Path = (),
     ) -> LatentDiffusion:
         """This model with LoRAs (file -> scale) merged into its networks, and the words of textual inversions.
+
+        One file may be given without a list, and LoRAs without scales, which are then 1.
 
         This one stays as it is, and shares with the new one all weights that no LoRA changes. A CheckpointNotice says
         which words were loaded, and which file was made for another model. UserError for files that cannot be read or
@@ -168,11 +173,16 @@ class LatentDiffusion(Model):
         """
         from ldm.adapters import use
 
-        files = [Adapter("lora", str(path), scale) for path, scale in (loras or {}).items()]
-        made = use.apply(self, files + [Adapter("embedding", str(path)) for path in embeddings])
+        scales = loras if isinstance(loras, Mapping) else dict.fromkeys(_files(loras or ()), 1.0)
+        files = [Adapter("lora", str(path), real(scale, f"the scale of {path}")) for path, scale in scales.items()]
+        made = use.apply(self, files + [Adapter("embedding", str(path)) for path in _files(embeddings)])
         for notice in made.told[len(self.told) :]:
             warnings.warn(notice, CheckpointNotice, stacklevel=2)
         return made
+
+
+def _files(given: Sequence[str | Path] | str | Path) -> Sequence[str | Path]:
+    return [given] if isinstance(given, str | Path) else given
 
 
 def load(

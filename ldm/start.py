@@ -87,7 +87,10 @@ class Picture:
     def shape(self, model: Model, plan: Plan, count: int) -> tuple[int, int, int]:
         """That of its latent. Raises UserError unless there is one for each request, of the size that is asked for."""
         if len(self.image) != count:
-            raise UserError(f"{len(self.image)} pictures to begin from were given for {count} requests; match them")
+            raise UserError(
+                f"{len(self.image)} pictures to begin from were given for {count} prompts; give as many of both, or "
+                "one of either"
+            )
         height, width = self.image.shape[2:]
         for name, asked, side in (("width", plan.width, width), ("height", plan.height, height)):
             if asked not in (None, side):

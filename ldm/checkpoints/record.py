@@ -16,6 +16,7 @@ from ldm.checkpoints import networks
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.state import Names, Source, Together, Translated, fingerprint, some
 from ldm.config import AutoencoderConfig, ModelConfig, from_dict, to_dict
+from ldm.diffusion.schedule import check_used
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class Checkpoint:
     def with_settings(self, settings: Mapping[str, Any]) -> Checkpoint:
         """The same with some settings of its config replaced: {"parameterization": "v", "text.padding": "eot"}.
 
-        Raises UserError for one that does not exist, or a value of the wrong type.
+        Raises UserError for one that does not exist or is not read, or a value of the wrong type.
         """
         plain = to_dict(self.config)
         for key, value in settings.items():
@@ -163,6 +164,8 @@ class Checkpoint:
                 inner, (place, *rest) = inner[place], rest
             inner[place] = list(value) if isinstance(value, tuple) else value
         config = check_size(from_dict(ModelConfig, plain, "--set"), "--set")  # a picture's recipe has some too
+        if config.schedule is not None:  # of what was set; what the model had of another kind may stand there
+            check_used(config.schedule, {key.removeprefix("schedule.") for key in settings})
         assumed = tuple(key for key in self.assumed if key not in settings)
         return replace(self, config=config, assumed=assumed)
 

@@ -12,7 +12,7 @@ chains are tables of T levels, made here of their betas; laws in continuous time
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -218,12 +218,13 @@ OWN = {  # which kinds read what of a schedule's settings
 }
 
 
-def check_used(config: ScheduleConfig) -> None:
-    """Raise UserError for a setting that was changed and that a schedule of this kind does not read."""
+def check_used(config: ScheduleConfig, among: Collection[str] | None = None) -> None:
+    """Raise UserError for a setting (of those in `among`, where that is given) that was changed and that a schedule of
+    this kind does not read."""
     usual = ScheduleConfig()
     for kinds, names in OWN.items():
         for name in names if config.kind not in kinds else ():
-            if getattr(config, name) != getattr(usual, name):
+            if getattr(config, name) != getattr(usual, name) and (among is None or name in among):
                 raise UserError(
                     f"schedule.{name} is {getattr(config, name):g}, and schedule.kind={config.kind} has no use for it, "
                     f"but {' and '.join(kinds)}; leave it out, or set the kind"

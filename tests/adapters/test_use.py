@@ -86,6 +86,21 @@ def test_two_models_of_one_draw_at_the_same_time(tiny_checkpoint: Path, files: P
     assert not torch.equal(alone[0], alone[1]) and not torch.equal(alone[1], alone[2])
 
 
+def test_a_file_may_be_given_alone_and_a_lora_without_its_scale(tiny_checkpoint: Path, files: Path) -> None:
+    model = ldm.load(tiny_checkpoint, device="cpu")
+    lora, word = files / "a.safetensors", files / "word.safetensors"
+    for loras in (lora, str(lora), [lora], {lora: np.float32(1)}):
+        with pytest.warns(CheckpointNotice, match="brings the word '<new>'"):
+            found = model.adapted(loras, str(word)).adapters
+        assert [(one.kind, one.path, one.scale) for one in found] == [
+            ("lora", str(lora), 1.0),
+            ("embedding", str(word), 1.0),
+        ]
+    for scale in ("1", None):
+        with pytest.raises(UserError, match=rf"the scale of {lora} is .*, which is not a number"):
+            model.adapted({lora: scale})  # type: ignore[dict-item]
+
+
 def test_what_cannot_be_read(tiny_checkpoint: Path, files: Path, tmp_path: Path) -> None:
     model = ldm.load(tiny_checkpoint, device="cpu")
     save_file({"x": torch.ones(2, 2)}, tmp_path / "x.safetensors")

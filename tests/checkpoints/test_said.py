@@ -198,6 +198,12 @@ def test_what_is_set_of_a_schedule_leaves_the_rest_as_the_table_has_it():
     assert rescaled.config.schedule == replace(linear, zero_terminal_snr=True)
     named = opened(LISTS["v1"], tensors=original.tables(linear), decided=("schedule.kind",))
     assert named.config.schedule == linear
+    with pytest.raises(
+        UserError, match=r"schedule\.sigma_max is 5, and schedule\.kind=linear has no use for it, but ve"
+    ):
+        named.with_settings({"schedule.sigma_max": 5.0})
+    flow = named.with_settings({"schedule.kind": "flow"}).config.schedule
+    assert flow == replace(linear, kind="flow"), "what the table said may stand there"
 
 
 def test_a_scale_that_was_cast():
