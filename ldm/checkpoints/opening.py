@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints import diffusers, native, original_file
+from ldm.checkpoints import diffusers, lora_names, native, original_file
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.reading import Tensors, read_tensors
 from ldm.checkpoints.record import Checkpoint
 from ldm.checkpoints.state import some
+from ldm.checkpoints.textual_inversion import CONTAINERS
 from ldm.errors import UserError
 from ldm.find import WEIGHTS, find
 
@@ -37,9 +38,7 @@ STRANGERS = {  # a tensor's name -> whose it is: said by name, since these are w
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint",
     "double_blocks.": "a Flux checkpoint",
     "control_model.": "a ControlNet",
-    "lora_unet_": "a LoRA, which goes over a model",
     "modules.": "what a training goes on from (tools/export_state.py makes a model of its folder)",
-    "string_to_param": "a textual-inversion embedding, which goes over a model",
     "down_blocks.0.resnets.": "a U-Net of diffusers without its folder",
 }
 
@@ -103,6 +102,10 @@ def _unknown(path: Path, tensors: Tensors | None) -> UserError:
             f"{path} has no model.json, model_index.json or config.json, so it is not a checkpoint; name the directory "
             "a training wrote, or that diffusers' save_pretrained wrote"
         )
+    if any(lora_names.split(name) for name in tensors):
+        return UserError(f"{path} is a LoRA, which goes over a model; say --lora {path} beside the model")
+    if any(name in CONTAINERS or name.startswith("string_to_param") for name in tensors):
+        return UserError(f"{path} is an embedding, which goes over a model; say --embedding {path} beside the model")
     for start, whose in STRANGERS.items():
         if any(name.startswith(start) for name in tensors):
             return UserError(f"{path} is {whose}, which is not read as a model here")

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ldm.checkpoints import export, native
 from ldm.checkpoints.opening import LAYOUTS, open_checkpoint
@@ -58,6 +60,23 @@ def test_no_layout_recognises_another_file(written: Path, tmp_path: Path) -> Non
     for path, words in ((loose, "a U-Net of diffusers without its folder"), (tmp_path, "has no model.json")):
         with pytest.raises(UserError, match=words):
             open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lora_unet_conv_in.lora_down.weight", "is a LoRA, which goes over a model; say --lora "),
+        ("unet.conv_in.lora_A.weight", "is a LoRA, which goes over a model; say --lora "),
+        ("base_model.model.conv_in.hada_w1_a", "is a LoRA, which goes over a model; say --lora "),
+        ("emb_params", "is an embedding, which goes over a model; say --embedding "),
+        ("string_to_param.*", "is an embedding, which goes over a model; say --embedding "),
+    ],
+)
+def test_what_goes_over_a_model_is_said_to(name: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({name: torch.ones(2, 2)}, file)
+    with pytest.raises(UserError, match=f"{said}{file} beside the model"):
+        open_checkpoint(file)
 
 
 def test_weights_are_chosen_only_where_there_are_two_sets(written: Path) -> None:

@@ -120,6 +120,8 @@ def test_the_layer_before_the_last_is_the_last_of_a_tower_stored_without_that():
 def test_a_tuning_on_some_levels_is_told():
     checkpoint = opened(BARE["v1"], words={"modelspec.timestep_range": "500,999"})
     assert any("500 to 999 alone" in notice for notice in checkpoint.notices)
+    (remark,) = opened(BARE["v1"], words={"modelspec.timestep_range": "0,500"}).remarks
+    assert "0 to 500 alone" in remark
     assert not opened(BARE["v1"], words={"modelspec.timestep_range": "0,1000"}).remarks
 
 

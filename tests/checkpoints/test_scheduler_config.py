@@ -130,6 +130,8 @@ def test_other_laws_are_refused_by_name(read: Read, folder: Path, kind: str, fie
 def test_an_index_that_names_another_family_is_refused_with_both_named(read: Read):
     with pytest.raises(UserError, match=r"FlowMatchEulerDiscreteScheduler, model_index\.json a PNDMScheduler"):
         read("FlowMatchEulerDiscrete", index="PNDMScheduler")
+    with pytest.raises(UserError, match=r"names a DDIMScheduler, model_index\.json a EDMEulerScheduler"):
+        read("DDIM", index="EDMEulerScheduler")  # of no family that is known
     assert law(read("DDIM", index="PNDMScheduler", **SD)) == ("eps", ScheduleConfig())  # the same family
 
 
