@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.errors import UserError
 from ldm.helpers import NONE, Helpers, open_helpers
 from ldm.jobs import Plan, Request, Settings, of_prompts
 from ldm.jobs.adapters import Adapter
@@ -83,7 +84,7 @@ class LatentDiffusion(Model):
         """
         from ldm import generate
 
-        requests, plan = of_prompts(prompt, negative, seed, n, label), settings.but(cfg, steps, sampler).plan()
+        requests, plan = of_prompts(prompt, negative, seed, n, label), _plan(settings, cfg, steps, sampler)
         helpers = self._helpers(plan)
         self._tell(requests, helpers)
         return generate.draw(self, requests, plan, helpers, batch_size)
@@ -124,7 +125,7 @@ class LatentDiffusion(Model):
         masks = None if mask is None else as_masks(mask, images)
         depths = None if depth is None else as_depths(depth, len(images))
         picture = start.Picture(images, strength, masks, depths)
-        plan = settings.but(cfg, steps, sampler).plan()
+        plan = _plan(settings, cfg, steps, sampler)
         helpers = self._helpers(plan)
         self._tell(requests, helpers)
         return generate.draw(self, requests, plan, helpers, batch_size, picture)
@@ -145,7 +146,7 @@ class LatentDiffusion(Model):
         """What `txt2img` does, in one batch, step by step; `decode` shows one. Raises UserError, at the first step."""
         from ldm import generate
 
-        requests, plan = of_prompts(prompt, negative, seed, n, label), settings.but(cfg, steps, sampler).plan()
+        requests, plan = of_prompts(prompt, negative, seed, n, label), _plan(settings, cfg, steps, sampler)
         helpers = self._helpers(plan)
         self._tell(requests, helpers)
         yield from generate.sample(self, requests, plan, helpers)
@@ -225,3 +226,9 @@ def assemble(
 ) -> LatentDiffusion:
     """`model.assemble`, able to draw."""
     return LatentDiffusion.of(assemble_model(config, codec, text, unet, name, path))
+
+
+def _plan(settings: Settings, cfg: float | None, steps: int | None, sampler: str | None) -> Plan:
+    if not isinstance(settings, Settings):
+        raise UserError(f"settings is {settings!r:.60}; give a ldm.jobs.Settings, or leave it out")
+    return settings.but(cfg, steps, sampler).plan()

@@ -18,6 +18,8 @@ def find(model: str | Path) -> Path:
 
     Raises UserError for what is not there, and for what a training wrote that is not a model, or not yet.
     """
+    if not isinstance(model, str | Path) or not str(model).strip():
+        raise UserError(f"a model is named by a text or a path, not by {model!r:.60}; such as {', '.join(SHIPPED)}")
     if model in SHIPPED:
         return SHIPPED[str(model)]
     if str(model).startswith("hf:"):

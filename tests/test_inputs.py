@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ldm import generate, pictures
-from ldm.api import LatentDiffusion
+from ldm.api import LatentDiffusion, load
 from ldm.errors import UserError
 from ldm.inputs import as_depths, as_images, as_masks
 from ldm.jobs import Request, Settings, of_prompts
@@ -305,3 +305,12 @@ def test_settings_become_plain() -> None:
     assert given.sigmas == (3.0, 1.0, 0.0) and {type(given.cfg), type(given.sigmas[0])} == {float}
     assert given.check() == given
     assert Settings(sigmas=torch.tensor([3.0, 0.0])).check().sigmas == (3.0, 0.0)  # type: ignore[arg-type]
+
+
+def test_what_is_no_settings_and_no_model_is_told(tiny_model: LatentDiffusion) -> None:
+    for settings in (None, {}, {"cfg": 3}):
+        with pytest.raises(UserError, match="give a ldm.jobs.Settings, or leave it out"):
+            tiny_model.txt2img("a cat", settings=settings)  # type: ignore[arg-type]
+    for model in (None, 5, "", " "):
+        with pytest.raises(UserError, match="a model is named by a text or a path"):
+            load(model)  # type: ignore[arg-type]
