@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ldm.checkpoints.diffusers import unet_names
+from ldm.conditioning.condition import Condition
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.config import UNetConfig
 from ldm.unet import UNet
@@ -68,7 +69,7 @@ def test_equals_diffusers(change: dict, size: tuple[int, int]):
     t = torch.tensor([3.25, 981.0])
     classes = torch.tensor([1, 5]) if config.classes else None
     with torch.no_grad():
-        out = unet(x, t, context, classes=classes)
+        out = unet(x, t, Condition(context, label=classes))
         expected = other(x, t, context, class_labels=classes).sample
     assert out.dtype == torch.float64
     assert relative(out, expected) < 1e-9
