@@ -130,8 +130,7 @@ class Store:
     def _copy(self, source: str, path: Path) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            number = int(hashlib.sha256(source.encode()).hexdigest()[:8], 16) % LOCKS
-            with _locked(self.folder / f".lock-{number:02d}"):
+            with _locked(self.folder / f".lock-{lock_of(source):02d}"):
                 if path.exists():
                     return  # another process made it while this one waited
                 part = path.with_name(f".{path.name}.part")
@@ -183,6 +182,11 @@ class Store:
         if taken + least > self.limit:
             _warn_once(self.folder)
         return max(least, min(wish, self.limit - taken))
+
+
+def lock_of(source: str) -> int:
+    """The number of the lock under which a source is copied; a few sources share each."""
+    return int(hashlib.sha256(source.encode()).hexdigest()[:8], 16) % LOCKS
 
 
 def _home() -> str:
