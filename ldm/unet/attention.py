@@ -3,6 +3,9 @@
 Shapes are written with these letters:
     B batch    H heads    Q queries    L keys and values    D width of a head    W = H * D, width of the features
     C width of the context
+
+How a layer attends is its attribute `attends`, an `Attend`: whoever wants to see the weights, or other ones, puts a
+function of its own there.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +22,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(q (B, H, Q, D), k and v (B, H, L, D), mask (B, L) or None) -> (B, H, Q, D)."""
 
 PLAIN_KEYS = 256  # on a CPU, up to so many keys, softmax and two matrix products beat SDPA's fused kernel
 
@@ -41,7 +48,7 @@ def check_backend(backend: str, device: str = "cuda") -> None:
         )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "sdpa") -> Tensor:
     """softmax(q k^T / sqrt(D)) v, without dropout; where the mask (B, L) is False a key is not looked at.
 
     q is (B, H, Q, D), k and v are (B, H, L, D); gives (B, H, Q, D). Raises UserError for a backend that is not there.
@@ -81,7 +88,7 @@ class _Attention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.backend = "sdpa"
+        self.attends: Attend = attention
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(context_width, width, bias=False)
         self.value = nn.Linear(context_width, width, bias=False)
@@ -91,7 +98,7 @@ class _Attention(nn.Module):
         return rearrange(x, "b l (h d) -> b h l d", h=self.heads)
 
     def _attend(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        y = attention(self._split(self.query(x)), k, v, self.backend, mask)
+        y = self.attends(self._split(self.query(x)), k, v, mask)
         return self.out(rearrange(y, "b h q d -> b q (h d)"))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -23,7 +24,7 @@ from ldm import ranges
 from ldm.conditioning.condition import Condition
 from ldm.config import UNetConfig
 from ldm.errors import UserError
-from ldm.unet.attention import ContextKV, CrossAttention, SelfAttention, check_backend
+from ldm.unet.attention import ContextKV, CrossAttention, SelfAttention, attention, check_backend
 from ldm.unet.blocks import Downsample, GroupNorm, ResidualBlock, SpatialTransformer, Upsample, zeroed
 from ldm.unet.embedding import FEATURES, EmbeddingMLP
 
@@ -91,8 +92,8 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(width)
         self.conv_out = zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
 
-        for layer, attention in enumerate(self._cross_attentions()):
-            attention.layer = layer
+        for number, layer in enumerate(self._cross_attentions()):
+            layer.layer = number
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,7 +106,7 @@ class UNet(nn.Module):
         self.attention_backend = backend
         for module in self.modules():
             if isinstance(module, SelfAttention | CrossAttention):
-                module.backend = backend
+                module.attends = partial(attention, backend=backend)
 
     def prepare(self, told: Condition | None) -> Prepared:
         """What of `told` does not depend on x and t; `forward` takes it in its place, so a trajectory computes it once.
@@ -132,7 +133,7 @@ class UNet(nn.Module):
         if context.ndim != 3 or context.shape[-1] != self.config.context_width:
             raise ValueError(f"context is {tuple(context.shape)}, not (B, L, {self.config.context_width})")
         context = context.to(self.dtype)
-        return ContextKV(tuple(attention.project(context) for attention in self._cross_attentions()), mask)
+        return ContextKV(tuple(layer.project(context) for layer in self._cross_attentions()), mask)
 
     def forward(self, x: Tensor, t: Tensor, told: Condition | Prepared | Tensor | None = None) -> Tensor:
         """One evaluation, in the parameters' precision.

@@ -5,12 +5,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.unet import attention as room
-from ldm.unet.attention import attention, available_backends
+from ldm.unet.attention import CrossAttention, attention, available_backends
 
-from .small import relative, small_unet
+from .small import inputs, relative, small_unet
 
 
 @pytest.mark.parametrize("keys", [1, 7, room.PLAIN_KEYS, room.PLAIN_KEYS + 1])
@@ -52,8 +53,28 @@ def test_the_backend_of_a_network_is_set_in_every_layer(monkeypatch: pytest.Monk
     monkeypatch.setattr(room, "available_backends", lambda: ("sdpa", "xformers"))
     unet = small_unet()
     unet.set_attention_backend("xformers")
-    backends = [module.backend for module in unet.modules() if hasattr(module, "backend")]
+    backends = [module.attends.keywords["backend"] for module in unet.modules() if hasattr(module, "attends")]
     assert backends == ["xformers"] * 8
+
+
+def test_how_a_layer_attends_can_be_replaced():
+    unet, (x, t, context) = small_unet(), inputs()
+    usual = unet(x, t, context)
+    layers = [module for module in unet.modules() if isinstance(module, CrossAttention)]
+    seen: list[tuple[torch.Size, torch.Size]] = []
+
+    def blind(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        seen.append((q.shape, k.shape))
+        return torch.zeros_like(q)
+
+    for layer in layers:
+        layer.attends = blind
+    unet(x, t, context)
+    torch.testing.assert_close(unet(x, t, 2 * context), unet(x, t, context), rtol=0, atol=0)  # the context is unread
+    assert set(seen) == {(torch.Size((2, 4, 16, 16)), torch.Size((2, 4, 5, 16)))}
+    for layer in layers:
+        layer.attends = attention
+    torch.testing.assert_close(unet(x, t, context), usual, rtol=0, atol=0)
 
 
 @pytest.mark.gpu
