@@ -13,6 +13,7 @@ from ldm.model_config import (  # noqa: F401 (what a model is, for those who rea
     AutoencoderConfig,
     DiffusionLossConfig,
     EncoderConfig,
+    MMDiTConfig,
     ModelConfig,
     ScheduleConfig,
     TextConfig,

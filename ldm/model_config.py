@@ -25,6 +25,7 @@ class AutoencoderConfig:
     latent_channels: Count = 4  # of the latent
     patch: Count = 1  # side of the pixel-unshuffle before the first convolution; 1 is none
     norm_groups: Whole = 0  # of each normalization; 0: 32, and fewer where a level has fewer than 128 channels
+    latent_convs: bool = True  # 1x1 convolutions behind the encoder and before the decoder; SD 3 has none
     shift: Annotated[tuple[float, ...], Filled()] = (0.0,)  # one, or one for each channel
     scale: Annotated[tuple[Positive, ...], Filled()] = (0.18215,)  # latent = (posterior sample - shift) * scale
 
@@ -79,6 +80,27 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
+class MMDiTConfig:
+    """Noisy latent, t, context -> prediction, by a transformer. The defaults are Stable Diffusion 3 medium's."""
+
+    kind: str = "mmdit"
+    in_channels: Count = 16  # those of the latent
+    out_channels: Count = 16  # the same
+    patch: Count = 2  # side of a patch of the latent, which is one token
+    width: Count = 1536  # of a token
+    depth: Count = 24  # blocks
+    heads: Count = 24  # of each attention, a divisor of the width
+    streams: Count = 2  # 2: the context has weights of its own in each block; 1: it shares the image's
+    context_width: Whole = 4096  # of the encoded text; 0: no context
+    vector_width: Whole = 2048  # > 0: takes a vector (B, vector_width) beside t
+    classes: Whole = 0  # > 0: class-conditional, embedding table of classes + 1 rows (the last is the null class)
+    qk_norm: bool = False  # RMSNorm of queries and keys (3.5)
+    second_attention: Whole = 0  # the first so many blocks have one over the image alone (3.5 medium: 13)
+    grid: Count = 192  # side of the table of positions, in patches: the largest picture
+    side: Count = 64  # patches along a side of the pictures trained on
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     """What a network is told beside the caption."""
 
@@ -101,6 +123,7 @@ class ScheduleConfig:
     time_min: Positive = 1e-3  # vp: the first trained time
     sigma_min: Positive = 0.002  # ve: its ends (Karras et al. 2022; Song et al. 2021 have 0.01 and 50)
     sigma_max: Positive = 80.0  # ve
+    shift: Positive = 1.0  # flow: times every sigma of a grid and of the level draw (SD 3: 3.0 at 1024 pixels)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from ldm import ranges
 from ldm.autoencoder.blocks import Decoder, Encoder, check_widths
 from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.config import AutoencoderConfig
 from ldm.errors import UserError
-from ldm.model_config import AutoencoderConfig
 
 
 class AutoencoderKL(nn.Module):
@@ -28,8 +28,8 @@ class AutoencoderKL(nn.Module):
         moments, latent = 2 * config.latent_channels, config.latent_channels
         shared = (widths, config.blocks, attention, config.middle_attention, config.patch, config.norm_groups)
         self.encoder = Encoder(config.in_channels, moments, *shared)
-        self.to_moments = nn.Conv2d(moments, moments, 1)
-        self.from_latent = nn.Conv2d(latent, latent, 1)
+        self.to_moments = nn.Conv2d(moments, moments, 1) if config.latent_convs else nn.Identity()
+        self.from_latent = nn.Conv2d(latent, latent, 1) if config.latent_convs else nn.Identity()
         self.decoder = Decoder(latent, config.in_channels, *shared)
 
     def encode(self, image: Tensor) -> DiagonalGaussian:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 
 from ldm.autoencoder.blocks import said_groups
 from ldm.checkpoints.state import Names, Rules, Shape, rename
+from ldm.config import AutoencoderConfig
 from ldm.errors import UserError
-from ldm.model_config import AutoencoderConfig
 
 GROUPS = 32  # of every norm, in all of these networks, where no config.json says another number
 
@@ -75,7 +75,8 @@ def autoencoder_of_shapes(
             blocks=next(count for count in itertools.count() if block.format(0, count) not in shapes),
             attention_levels=tuple(level for level in levels if attention.format(level) in shapes),
             middle_attention=middle in shapes,
-            latent_channels=shapes["post_quant_conv.weight"][0],
+            latent_channels=shapes["decoder.conv_in.weight"][1],
+            latent_convs="post_quant_conv.weight" in shapes,
             norm_groups=said_groups(widths, GROUPS),
         )
     except (LookupError, ValueError, ZeroDivisionError) as error:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ldm.autoencoder.blocks import said_groups
+from ldm.config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 from ldm.errors import UserError
-from ldm.model_config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 
 Plain = Mapping[str, Any]
 T = TypeVar("T", int, float, tuple[int, ...])
@@ -54,8 +54,6 @@ AUTOENCODER_FIXED: Plain = {
     "act_fn": "silu",
     "latents_mean": None,
     "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
 }
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULER = "DPMSolverMultistepScheduler"
@@ -67,7 +65,7 @@ BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v
 
 def read_unet(plain: Plain, where: str) -> UNetConfig:
     """unet/config.json; raises UserError for a network that is not Stable Diffusion's."""
-    _refuse_others(plain, UNET_FIXED, where)
+    refuse_others(plain, UNET_FIXED, where)
     widths = value(plain, "block_out_channels", (320, 640, 1280, 1280), where)
     default_down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     default_up = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
@@ -101,11 +99,14 @@ def read_unet(plain: Plain, where: str) -> UNetConfig:
 
 def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
     """vae/config.json; raises UserError for a network that is not Stable Diffusion's."""
-    _refuse_others(plain, AUTOENCODER_FIXED, where)
+    refuse_others(plain, AUTOENCODER_FIXED, where)
     widths = value(plain, "block_out_channels", (64,), where)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if any(block != kind for block in _words(plain, name, (kind,))):
             raise UserError(f"{where}: {name} has blocks that are not {kind}, which alone are read")
+    convs = bool(plain.get("use_quant_conv", True))
+    if bool(plain.get("use_post_quant_conv", True)) != convs:
+        raise UserError(f"{where}: use_quant_conv and use_post_quant_conv differ, and only networks of both are read")
     groups = value(plain, "norm_num_groups", 32, where)
     if groups < 1:
         raise UserError(f"{where}: norm_num_groups is {groups} and should be at least 1")
@@ -115,6 +116,7 @@ def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
         multipliers=_multipliers(widths, where),
         blocks=value(plain, "layers_per_block", 1, where),
         middle_attention=bool(plain.get("mid_block_add_attention", True)),
+        latent_convs=convs,
         latent_channels=value(plain, "latent_channels", 4, where),
         norm_groups=said_groups(widths, groups),
         shift=(value(plain, "shift_factor", 0.0, where),),
@@ -127,7 +129,7 @@ def read_text(plain: Plain, padding: str, where: str) -> TextConfig:
     width = value(plain, "hidden_size", 512, where)
     activation = plain.get("hidden_act", "quick_gelu")
     fixed = {"intermediate_size": 4 * width, "layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
-    _refuse_others(plain, fixed, where)
+    refuse_others(plain, fixed, where)
     if activation not in ("quick_gelu", "gelu"):
         raise UserError(f"{where}: hidden_act is '{activation}', and only quick_gelu and gelu are read")
     return TextConfig(
@@ -181,6 +183,8 @@ def write_autoencoder(config: AutoencoderConfig, groups: int) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "layers_per_block": config.blocks,
         "latent_channels": config.latent_channels,
+        "use_quant_conv": config.latent_convs,
+        "use_post_quant_conv": config.latent_convs,
         "norm_num_groups": groups,
         "mid_block_add_attention": config.middle_attention,
         "sample_size": 32 * config.factor,
@@ -244,7 +248,7 @@ def _block_types(levels: int, attention: Sequence[int]) -> tuple[tuple[str, ...]
     return tuple(f"{kind}DownBlock2D" for kind in kinds), tuple(f"{kind}UpBlock2D" for kind in reversed(kinds))
 
 
-def _refuse_others(plain: Plain, fixed: Plain, where: str) -> None:
+def refuse_others(plain: Plain, fixed: Plain, where: str) -> None:
     for name, value in {"quantization_config": None, **fixed}.items():
         if name in plain and plain[name] != value:
             found = str(plain[name])[:60]

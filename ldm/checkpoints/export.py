@@ -21,9 +21,9 @@ from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
 from ldm.checkpoints.state import exported
 from ldm.checkpoints.writing import write_tensors
 from ldm.conditioning.clip import VOCABULARY
+from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, UNetConfig
 from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_text
-from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig, UNetConfig
 
 States = Mapping[str, Mapping[str, Tensor]]
 """Part ("autoencoder", "text", "unet") -> its tensors."""
@@ -120,6 +120,8 @@ def _unsayable(config: AutoencoderConfig, to: str, whole: bool) -> bool:
     """Whether format `to` has no word for shift and scale, or one that its readers pass over: the original layout's
     take any whole model's scale for 0.18215, and no pipeline of diffusers' Stable Diffusion looks at a shift.
     """
+    if not config.latent_convs:  # of Stable Diffusion 3's kind, which does have them
+        return False
     other = to == "original" and whole and config.scale[0] != OUTER_SCALE
     return len(set(config.scale)) > 1 or any(config.shift) or other
 
@@ -199,6 +201,13 @@ def reasons(config: ModelConfig, parts: Collection[str], to: str) -> list[str]:
         for name in ("kind", "patch", *(("attention_levels",) if to == "diffusers" else ())):
             if getattr(config.autoencoder, name) != getattr(plain, name):
                 found.append(f"autoencoder.{name}={getattr(config.autoencoder, name)}")
+        if not config.autoencoder.latent_convs and ("unet" in parts or to == "original"):
+            found.append("autoencoder.latent_convs=False")
+        elif (
+            not config.autoencoder.latent_convs
+            and max(map(len, (config.autoencoder.shift, config.autoencoder.scale))) > 1
+        ):
+            found.append("a shift or scale for each channel, without the convolutions that could take them in")
         groups = _norm_groups(config.autoencoder)
         if len(groups) > 1 or (to == "original" and groups != {32}):
             found.append(

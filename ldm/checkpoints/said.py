@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.config import ModelConfig, ScheduleConfig, TextConfig
 from ldm.errors import UserError
-from ldm.model_config import ModelConfig, ScheduleConfig, TextConfig
 
 ZERO_SNR = "schedule.zero_terminal_snr"
 FLOW = ScheduleConfig("flow")
@@ -169,12 +169,15 @@ def follow(config: ModelConfig, answers: Mapping[str, Any]) -> ModelConfig:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, ScheduleConfig) and isinstance(b, ScheduleConfig):
         ends = ((a.beta_start, b.beta_start), (a.beta_end, b.beta_end))
-        return (a.kind, a.steps) == (b.kind, b.steps) and all(math.isclose(*pair, rel_tol=1e-3) for pair in ends)
+        return (a.kind, a.steps, a.shift) == (b.kind, b.steps, b.shift) and all(
+            math.isclose(*pair, rel_tol=1e-3) for pair in ends
+        )
     return a == b
 
 
 def _show(value: Any) -> str:
     if isinstance(value, ScheduleConfig):
         ends = f" {value.beta_start:g} to {value.beta_end:g}" if "linear" in value.kind else ""
+        ends += f" with shift {value.shift:g}" if value.shift != 1 else ""
         return f"{value.kind}{ends} over {value.steps} steps"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -6,13 +6,15 @@ say how its pipeline draws, which is the user's choice here. Only classes that a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ldm.checkpoints.diffusers_configs import BETAS, PREDICTIONS, value
 from ldm.checkpoints.said import FLOW, ZERO_SNR, Said
-from ldm.model_config import ScheduleConfig
+from ldm.config import ScheduleConfig
+from ldm.errors import UserError
 
 Plain = Mapping[str, Any]
 
@@ -66,7 +68,7 @@ def read_scheduler(plain: Plain, named: str, where: str) -> tuple[list[Said], tu
 
 
 def _flow(plain: Plain, kind: str, where: str) -> tuple[list[Said], tuple[str, ...]]:
-    """Rectified flow. Its network is told 1000 tau, as ours is; a shift of the grid is no part of the law."""
+    """Rectified flow. Its network is told 1000 tau, as ours is."""
     prediction = str(plain.get("prediction_type", "epsilon" if kind in FLOWS else ""))
     # A flow's own classes have no such field; epsilon stands there where another scheduler's settings were taken over.
     takes = ("epsilon", "flow", "flow_prediction") if kind in FLOWS else ("flow_prediction",)
@@ -79,11 +81,12 @@ def _flow(plain: Plain, kind: str, where: str) -> tuple[list[Said], tuple[str, .
     if steps != 1000 or plain.get("invert_sigmas"):
         return _unknown(f"{words} with num_train_timesteps {steps}, invert_sigmas {plain.get('invert_sigmas')}"), ()
     shift = value(plain, "shift" if kind in FLOWS else "flow_shift", 1.0, where)
-    said = [Said("parameterization", "flow", words), Said("schedule", FLOW, words)]
-    if shift == 1 and not plain.get("use_dynamic_shifting"):
+    if not 0 < shift < math.inf:
+        raise UserError(f"{where}: shift is {shift:g} and should be positive")
+    said = [Said("parameterization", "flow", words), Said("schedule", replace(FLOW, shift=shift), words)]
+    if not plain.get("use_dynamic_shifting"):
         return said, ()
-    how = "by the picture's size" if plain.get("use_dynamic_shifting") else f"by {shift:g}"
-    return said, (f"{where} shifts the steps of its grid {how}; the grids here have no shift",)
+    return said, (f"{where} shifts the steps of its grid by the picture's size; here they are shifted by {shift:g}",)
 
 
 def _schedule_of(betas: Any) -> ScheduleConfig | None:

@@ -5,8 +5,8 @@
     ve     sigma = sigma_min (sigma_max / sigma_min)^tau (Song et al. 2021, appendix C)
     flow   sigma = tau / (1 - tau), of z = (1 - tau) x0 + tau n (Liu et al. 2023; Lipman et al. 2023)
 
-A flow's "shift" (Esser et al. 2024, equation 23) multiplies every sigma of a grid, or of the level draw, by one
-number; the law itself, and so the time of a sigma, stays. There is no such setting here.
+A flow's "shift" a (Esser et al. 2024, equation 23), t' = a t / (1 + (a - 1) t), multiplies sigma = t / (1 - t) by a. It
+moves every level of a grid and of the level draw (`Schedule.shifted`); the law, and so the time of a sigma, stays.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.config import ScheduleConfig
 from ldm.errors import UserError
-from ldm.model_config import ScheduleConfig
 
 
 @dataclass(frozen=True)

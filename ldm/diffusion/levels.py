@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldm.config import DiffusionLossConfig
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.model_config import DiffusionLossConfig
 
 
 def uniform_levels(config: DiffusionLossConfig, schedule: Schedule, uniform: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ LEVELS: dict[str, Callable[[DiffusionLossConfig, Schedule, Tensor], Tensor]] = {
 def draw_levels(config: DiffusionLossConfig, schedule: Schedule, uniform: Tensor) -> Tensor:
     """sigma (B,), float64 on the CPU, of `uniform` (B,) in [0, 1) there, which the caller draws with a generator.
 
-    Stratified draws are the caller's choice of uniforms (training/draws.py). Raises UserError for an unknown
-    `config.levels`.
+    A flow's shift moves them, whatever their law. Stratified draws are the caller's choice of uniforms
+    (training/draws.py). Raises UserError for an unknown `config.levels`.
     """
     if config.levels not in LEVELS:
         raise UserError(f"loss.levels is '{config.levels}'; choose one of {', '.join(LEVELS)}")
-    return LEVELS[config.levels](config, schedule, uniform.cpu().double())
+    return schedule.shifted(LEVELS[config.levels](config, schedule, uniform.cpu().double()))

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.config import ScheduleConfig
 from ldm.diffusion.continuous import CLOCKS, Clock
 from ldm.errors import UserError
-from ldm.model_config import ScheduleConfig
 
 SIGMA_CUT = 1e6
 """Where a law that ends at infinite sigma is cut: alpha there is 1e-6, less than float32 resolves beside the noise."""
@@ -69,12 +69,14 @@ class Schedule:
     `clock`: time in closed form. None for a chain, whose time is the index of a level: `t` is then in [0, T - 1],
         linear in log sigma between levels. With a clock `t` is 1000 tau, in (0, 1000] whatever T is, and the T levels
         are evenly spaced in it.
+    `shift`: what grids and level draws multiply a flow's levels by; 1 for other laws.
     """
 
     sigmas: Tensor
     pure_noise_end: bool = False
     scaling: Scaling = PRESERVING
     clock: Clock | None = None
+    shift: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -131,6 +133,10 @@ class Schedule:
         on straight paths. Where it explodes, alpha is 1 and the noise is all there is: sigma.
         """
         return self.scaling.start(sigma)
+
+    def shifted(self, sigma: Tensor) -> Tensor:
+        """Levels (any shape) moved as the model's resolution asks (Esser et al. 2024, section 5.3.2)."""
+        return (sigma * self.shift).clamp(max=self.sigma_max)
 
     def t(self, sigma: Tensor) -> Tensor:
         """The network's time of `sigma` (any shape), on sigma's device and in its dtype.
@@ -215,6 +221,7 @@ OWN = {  # which kinds read what of a schedule's settings
     ("linear", "scaled_linear"): ("beta_start", "beta_end"),
     ("vp",): ("beta_min", "beta_max", "time_min"),
     ("ve",): ("sigma_min", "sigma_max"),
+    ("flow",): ("shift",),
 }
 
 
@@ -269,7 +276,8 @@ def _continuous(config: ScheduleConfig) -> Schedule:
         )
     clock, times = CLOCKS[config.kind](config)
     sigmas = clock.sigma(times).clamp(max=SIGMA_CUT)
-    return Schedule(sigmas, config.kind == "flow", SCALINGS[config.kind], clock)
+    flow = config.kind == "flow"
+    return Schedule(sigmas, flow, SCALINGS[config.kind], clock, config.shift if flow else 1.0)
 
 
 def zero_terminal_snr(alphas_bar: Tensor) -> Tensor:

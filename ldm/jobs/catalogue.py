@@ -81,6 +81,7 @@ GRIDS: dict[str, str] = {
     "karras": "even in sigma^(1/7) (Karras 2022)",
     "exponential": "even in log sigma, then 0",
     "logsnr": "even in log sigma, ending at the smallest level",
+    "uniform": "even in t between the ends, trained or not: Stable Diffusion 3's own",
 }
 
 _SPELLINGS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,14 @@ def test_betas_given_one_by_one(read: Read, config: ScheduleConfig):
     ],
 )
 def test_flows(read: Read, folder: Path, kind: str, fields: dict[str, Any]):
-    assert law(read(kind, **fields)) == ("flow", FLOW)
-    shifted = any("by 3" in notice for notice in open_checkpoint(folder).notices)
-    assert shifted == (3.0 in fields.values())
+    shift = 3.0 if 3.0 in fields.values() else 1.0
+    assert law(read(kind, **fields)) == ("flow", replace(FLOW, shift=shift))
+    assert open_checkpoint(folder).notices == ()
+
+
+def test_a_shift_by_the_pictures_size_is_told(read: Read, folder: Path):
+    read("FlowMatchEulerDiscrete", shift=3.0, use_dynamic_shifting=True)
+    assert any("by the picture's size" in notice for notice in open_checkpoint(folder).notices)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ldm.checkpoints.said import Said, follow, settle
 from ldm.checkpoints.scheduler_config import CHAINS, FLOWS, read_scheduler
-from ldm.config import ModelConfig
+from ldm.config import ModelConfig, ScheduleConfig
 from ldm.diffusion import make_law, make_schedule, precondition
-from ldm.sampling import NoiseStream, euler, start
+from ldm.sampling import NoiseStream, euler, make_grid, start
 
 diffusers = pytest.importorskip("diffusers", reason="a peer to compare with, extra `peers`")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -72,3 +72,15 @@ def test_a_flows_steps(kind: str, options: dict[str, Any]):
         torch.testing.assert_close(
             step.x / (1 + step.sigma_next), expected, rtol=0, atol=1e-5 if kind in FLOWS else 1e-3
         )
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 10, 28, 50])
+def test_a_flows_grid(shift: float, steps: int):
+    """Their levels in t, to their float32; the first is cut here at sigma 1e6, where t is 1 - 1e-6."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    config = read(dict(scheduler.config) | {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert config.schedule == ScheduleConfig("flow", shift=shift)
+    scheduler.set_timesteps(steps)
+    sigmas = make_grid(make_schedule(config.schedule), steps, "uniform")
+    torch.testing.assert_close((sigmas / (1 + sigmas)).float(), scheduler.sigmas, rtol=0, atol=1.1e-6)
