@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ldm.config import ModelConfig
     from ldm.inputs import Picture
     from ldm.sampling import Step
+    from ldm.unet.maps import Maps
     from ldm.unet.unet import UNet
 
 
@@ -158,6 +160,36 @@ class LatentDiffusion(Model):
         from ldm import generate
 
         return generate.decode(self, step, tile)
+
+    def attention_maps(self, size: int = 32) -> AbstractContextManager[Maps]:
+        """`with model.attention_maps() as maps:` keeps what the U-Net looks at of the prompt, in all that is drawn
+        inside, by layer, evaluation and token, in layers of at most `size` x `size` positions. No bit of a
+        picture changes.
+
+        Raises UserError for a network without cross-attention.
+        """
+        from ldm.unet.maps import attention_maps
+
+        return attention_maps(self.unet, self.text, size)
+
+    def prompt_to_prompt(
+        self,
+        source: str,
+        target: str,
+        weights: Mapping[str, float] | None = None,
+        cross: float = 0.8,
+        itself: float = 0.4,
+    ) -> AbstractContextManager[None]:
+        """`with model.prompt_to_prompt(source, target):` draws [source, target], in one batch and from one seed, so
+        that the second is the first one with other words.
+
+        `weights`: of words of the target, 2 is twice as much. `cross`, `itself`: the shares of the time, from the
+        start, in which attention to the prompt and to the picture is the source's (ldm/unet/prompt_to_prompt.py).
+        Raises UserError.
+        """
+        from ldm.unet.prompt_to_prompt import prompt_to_prompt
+
+        return prompt_to_prompt(self.unet, self.text, source, target, weights, cross, itself)
 
     def adapted(
         self,
