@@ -227,6 +227,7 @@ def load(
     weights: str = "auto",
     settings: Mapping[str, Any] | None = None,
     attention: str = "sdpa",
+    backend: str = "auto",
 ) -> LatentDiffusion:
     """The model of a shipped name, a checkpoint directory or file, or a Hugging Face id, ready to draw.
 
@@ -241,12 +242,23 @@ def load(
         weights: of a file with two sets of U-Net weights: ema (the average), raw, or auto (the average, and says so).
         settings: what goes before all that files and rules say: {"parameterization": "v", "text.padding": "eot"}.
         attention: of the U-Net: sdpa, torch's own, or xformers, where that is installed and the device is CUDA's.
+        backend: what runs the networks (ldm/backends): auto, the fastest that needs no preparation; torch, layer by
+            layer as it trains; compile, the U-Net by torch.compile. What is drawn is the same to rounding.
 
     Raises:
         UserError: what is not there, damaged, of another architecture, or not a text-to-picture model.
     """
     made = LatentDiffusion.of(
-        load_model(model, device, precision, vae=vae, weights=weights, settings=settings, attention=attention)
+        load_model(
+            model,
+            device,
+            precision,
+            vae=vae,
+            weights=weights,
+            settings=settings,
+            attention=attention,
+            backend=backend,
+        )
     )
     for notice in made.notices:
         warnings.warn(notice, CheckpointNotice, stacklevel=2)

@@ -85,7 +85,7 @@ def _open_model(model: Model, name: str) -> Model:
     from ldm.guidance.latents import latent_probe, same_latents
     from ldm.loading import load_model
 
-    worse = load_model(name, model.device.type, precision_name(model.precision))
+    worse = load_model(name, model.device.type, precision_name(model.precision), backend=model.backend)
     if worse.codec.factor != model.codec.factor or not same_latents(
         latent_probe(model.codec), latent_probe(worse.codec)
     ):

@@ -20,12 +20,15 @@ def load_model(
     weights: str = "auto",
     settings: Mapping[str, Any] | None = None,
     attention: str = "sdpa",
+    backend: str = "auto",
 ) -> Model:
     """The record of what `api.load` opens, which has the arguments' meaning. Raises UserError."""
+    from ldm import backends
     from ldm.checkpoints.opening import open_checkpoint
     from ldm.device import choose_device, choose_precision
     from ldm.unet.attention import check_backend
 
+    backends.check(backend)
     path = find(model)
     other = None if vae is None else find(vae)
     where = choose_device(device)
@@ -36,6 +39,9 @@ def load_model(
     text = checkpoint.load("text", where, dtype) if checkpoint.config.takes_text else None
     unet = checkpoint.load("unet", where, dtype)
     unet.set_attention_backend(attention)
+    for network in (codec.autoencoder, text, unet):
+        if network is not None:
+            backends.run_by(backend, network, main=network is unet)
     made = assemble(checkpoint.config, codec, text, unet, name=str(model), path=path)
     named = None if vae is None else str(vae)
-    return replace(made, checkpoint=checkpoint, vae=named, settings=dict(settings or {}))
+    return replace(made, checkpoint=checkpoint, vae=named, settings=dict(settings or {}), backend=backend)

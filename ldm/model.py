@@ -52,6 +52,7 @@ class Model:
     told: tuple[str, ...] = ()
     vae: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "torch"  # that runs its networks (ldm/backends)
 
     @property
     def notices(self) -> tuple[str, ...]:

@@ -96,6 +96,7 @@ def surroundings(model: Model) -> dict[str, Any]:
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "precision": precision_name(model.precision),
         "attention": model.unet.attention_backend,
+        "backend": model.backend,
         "torch": str(torch.__version__),
         "ldm": ldm.__version__,
     }
@@ -150,7 +151,7 @@ def differences(recipe: Recipe, model: Model, guides: Mapping[str, str] | None =
         if recipe.guides.get(name) != digest:
             found.append(f"the {name.replace('_', ' ')} is not the one that the picture was made with")
     now = surroundings(model)
-    then = {"attention": "sdpa"} | dict(recipe.made_on)  # what there was before a picture said it
+    then = {"attention": "sdpa", "backend": "torch"} | dict(recipe.made_on)  # what there was before a picture said it
     changed = [f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]]
     if changed:
         found.append(f"the picture may differ in its last bits: {'; '.join(changed)}")

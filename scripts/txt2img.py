@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm import image_io, jobs, provenance
 from ldm.arguments import Parser, add_fields, add_machine, taken
+from ldm.backends import BACKENDS
 from ldm.errors import UserError
 from ldm.find import SHIPPED, find
 from ldm.helpers import check_paths, open_helpers
@@ -42,7 +43,9 @@ def main() -> None:
     if recipe is not None:
         named = {"guide_model"} if recipe.settings.guide_model else set()  # where the same one lies here
         taken = sorted(
-            set(given) - {"reproduce", "model", "vae", "set", "device", "precision", "attention", "out"} - named
+            set(given)
+            - {"reproduce", "model", "vae", "set", "device", "precision", "attention", "backend", "out"}
+            - named
         )
         if taken:
             raise UserError(f"--{taken[0].replace('_', '-')} does not go with --reproduce, which reads it in the file")
@@ -79,6 +82,7 @@ def main() -> None:
         given.get("precision", before.get("precision", "auto")),
         vae=vae,
         attention=given.get("attention", before.get("attention", "sdpa")),
+        backend=given.get("backend", before.get("backend", "torch") if recipe else "auto"),
         settings=parse_settings(given["set"]) if "set" in given else recipe.model_settings if recipe else {},
     )
     if adapters:
@@ -180,6 +184,7 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add("--embedding", action="append", metavar="FILE", help="a textual inversion, whose word prompts may then use")
     add_machine(add, None, None)
     add("--attention", choices=("sdpa", "xformers"), help="[sdpa], torch's own; xformers: the extra, CUDA alone")
+    add("--backend", choices=BACKENDS, help="[auto], the fastest from the first picture on; compile: torch.compile")
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once [4]")
     add("--out", metavar="FOLDER", help="numbered on from what is there [outputs]")
     add("--grid", action="store_const", const=True, help="write all pictures on one sheet too")

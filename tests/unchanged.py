@@ -24,6 +24,7 @@ import torch
 from checkpoints.small_models import SMALL, random_states
 
 import ldm
+from ldm.backends import packed
 from ldm.files import atomic_write
 from ldm.jobs import Settings, catalogue
 
@@ -40,6 +41,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    packed.available = lambda dtype: False  # layers as torch has them, of guide models too: their last bits are told
     with tempfile.TemporaryDirectory() as folder:
         found = pictures(Path(folder)) if arguments.what == "pictures" else training(Path(folder))
     if arguments.keep:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.changes import Change
+from ldm.backends.packed import dense
 from ldm.errors import UserError
 
 
@@ -56,7 +57,7 @@ def merged(networks: Mapping[str, nn.Module], loras: Sequence[tuple[Lora, float]
                 found.setdefault((part, rows.name), []).append((rows, change, scale))
     values: dict[str, dict[str, Tensor]] = {}
     for (part, name), changes in found.items():
-        values.setdefault(part, {})[name] = _changed(parameters[part][name].detach(), changes)
+        values.setdefault(part, {})[name] = _changed(dense(parameters[part][name]), changes)
     return {part: sharing(module, values[part]) if part in values else module for part, module in networks.items()}
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.adapters.lora import Lora, merged
 from ldm.adapters.textual_inversion import Embedding, TowerWithWords
+from ldm.backends import run_by
 from ldm.checkpoints.adapter_words import other_base
 from ldm.checkpoints.lora import read_lora
 from ldm.checkpoints.reading import read_metadata
@@ -50,6 +51,8 @@ def apply(model: M, adapters: Sequence[Adapter]) -> M:
         raise UserError("a word goes into a text tower, and this model has none; leave the embedding out")
     own = {"unet": model.unet} | ({} if model.text is None else {"text": model.text})
     networks: dict[str, Any] = merged(own, loras)
+    if networks["unet"] is not model.unet:
+        run_by(model.backend, networks["unet"], main=True)
     text = TowerWithWords(networks["text"], words).eval() if words else networks.get("text")
     encoder = model.encoder.with_text(text)
     adapters = (*model.adapters, *read)

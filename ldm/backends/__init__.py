@@ -1,0 +1,38 @@
+"""NETWORK -> NETWORK: the same function, run in another way, before it is bound to what it is told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    M = TypeVar("M", bound=nn.Module)
+
+BACKENDS = ("auto", "torch", "compile")
+
+
+def check(backend: str) -> None:
+    """Raises UserError for a backend that does not exist."""
+    if backend not in BACKENDS:
+        raise UserError(f"there is no backend '{backend}'; choose one of {', '.join(BACKENDS)}")
+
+
+def run_by(backend: str, network: M, main: bool = False) -> M:
+    """`network`, itself, run by one of BACKENDS: a frozen network, on the device where it stays.
+
+    auto: on a CPU by oneDNN with packed weights (packed.py), elsewhere as torch runs it. torch: as torch runs it,
+    layer by layer. compile: what torch.compile makes of the `main` network, the one that is run at every step; it takes
+    minutes to begin with, and again when a picture of another size is drawn.
+    """
+    check(backend)
+    if backend == "compile":
+        if main:
+            network.compile(fullgraph=True)
+    elif backend == "auto" and all(parameter.device.type == "cpu" for parameter in network.parameters()):
+        from ldm.backends.packed import packed
+
+        return packed(network)
+    return network
