@@ -18,13 +18,14 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True)
 class Decoded:
-    """A sample's picture and caption, before it is in a batch; `size`, `crop` and `label` as in Batch."""
+    """A sample's picture and caption, before it is in a batch; the rest as in Batch."""
 
     image: Tensor  # (3, H, W) float32 in [-1, 1]
     caption: str
     size: tuple[int, int]
     crop: tuple[int, int]
-    label: str | None = None
+    label: str | None
+    depth: Tensor
 
 
 Decode = Decoder[Decoded]
@@ -37,7 +38,8 @@ class Batch:
     `label`: what the samples' json says in the field `data.label`; None where none is named.
 
     `size` int64 (B, 2) is the height and width of the pictures as they lie in the shards, `crop` int64 (B, 2) the top
-    and left of what is seen of them, in pixels after the resize: what Podell et al. 2023 condition on.
+    and left of what is seen of them, in pixels after the resize: what Podell et al. 2023 condition on. `depth` float32
+    (B, 1, H, W) in [-1, 1]: the depth maps, (B, 0, H, W) where `data.depth` names no member.
     """
 
     image: Tensor
@@ -47,6 +49,7 @@ class Batch:
     size: Tensor
     crop: Tensor
     label: list[str | None]
+    depth: Tensor
 
     def __len__(self) -> int:
         return len(self.key)
@@ -62,9 +65,10 @@ class PictureDecode:
     def __call__(self, record: Record, rng: random.Random) -> Decoded:
         sample = samples.decode(record, self.config.caption, rng)
         size = record.bucket or self.config.size
-        made = transforms.prepare(sample.picture, size, self.config.crop, self.config.flip, rng)
+        depth = samples.decode_depth(record, self.config.depth)
+        made = transforms.prepare(sample.picture, size, self.config.crop, self.config.flip, rng, depth)
         label = samples.label(sample.meta, self.config.label, self.labels)
-        return Decoded(made.image, sample.caption, made.size, made.crop, label)
+        return Decoded(made.image, sample.caption, made.size, made.crop, label, made.depth)
 
 
 class Loader(Feed[Decoded, Batch]):

@@ -75,6 +75,18 @@ def decode_picture(content: bytes) -> Image.Image:
         raise BadSample(str(error)) from error
 
 
+def decode_depth(record: Record, member: str) -> Image.Image | None:
+    """The grey picture in a sample's `member`, its depth map in 8 bits; None where none is named. Raises BadSample."""
+    if not member:
+        return None
+    if not record.fields.get(member):
+        raise BadSample(f"no depth map: it has no member .{member}")
+    try:
+        return pictures.rgb(pictures.decode(record.fields[member])).convert("L")
+    except pictures.BadPicture as error:
+        raise BadSample(f"the depth map: {error}") from error
+
+
 def picture_size(reader: ShardReader, shard: int, number: int) -> tuple[int, int]:
     """Height and width of a sample's picture, upright, from its header. Raises BadSample.
 

@@ -24,10 +24,18 @@ class Prepared:
     size: tuple[int, int]
     crop: tuple[int, int]
     crop_other_way: tuple[int, int]  # of the same part in the mirror image
+    depth: Tensor  # float32 (1, H, W) in [-1, 1], the same part of the depth map; (0, H, W) where there is none
 
 
-def prepare(picture: Image.Image, size: int | tuple[int, int], crop: str, flip: bool, rng: random.Random) -> Prepared:
-    """RGB picture -> one of `size` (height, width), or of size x size pixels.
+def prepare(
+    picture: Image.Image,
+    size: int | tuple[int, int],
+    crop: str,
+    flip: bool,
+    rng: random.Random,
+    depth: Image.Image | None = None,
+) -> Prepared:
+    """RGB picture -> one of `size` (height, width), or of size x size pixels; so its `depth`, grey and of any size.
 
     The largest part of that shape (in the middle, or at a random place along the side that has too much) is resized
     with an antialiased bicubic filter; that is the picture resized until it covers `size` and then cropped, without
@@ -41,11 +49,13 @@ def prepare(picture: Image.Image, size: int | tuple[int, int], crop: str, flip: 
     scale = height / (bottom - top)
     corner = round(top * scale), round(left * scale)
     other = corner[0], round((original[1] - right) * scale)
-    picture = _cut(picture, height, width, (left, top, right, bottom))
+    made = [picture] if depth is None else [picture, depth.resize(picture.size, Image.Resampling.BICUBIC)]
+    made = [_cut(each, height, width, (left, top, right, bottom)) for each in made]
     if flip and mirror < 0.5:
-        picture = ImageOps.mirror(picture)
+        made = [ImageOps.mirror(each) for each in made]
         corner, other = other, corner
-    return Prepared(to_tensor(picture), original, corner, other)
+    planes = to_tensor(made[1]) if depth is not None else torch.empty(0, height, width)
+    return Prepared(to_tensor(made[0]), original, corner, other, planes)
 
 
 def square(picture: Image.Image, size: int, place: float = 0.5) -> Image.Image:
@@ -71,8 +81,8 @@ def _cut(picture: Image.Image, height: int, width: int, box: Box) -> Image.Image
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) float32 in [-1, 1]; 0 becomes -1, 255 becomes 1."""
-    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
+    """RGB picture -> (3, H, W) float32 in [-1, 1], a grey one (1, H, W); 0 becomes -1, 255 becomes 1."""
+    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).reshape(picture.height, picture.width, -1)
     return pixels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
 
 

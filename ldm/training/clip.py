@@ -35,7 +35,7 @@ from ldm.data.records import BadSample, Tally
 from ldm.data.shards import ShardReader, check_share, open_data
 from ldm.errors import UserError
 from ldm.training.draws import Draws
-from ldm.training.preflight import check_no_label, check_settings, check_validation
+from ldm.training.preflight import check_settings, check_untold, check_validation
 from ldm.training.processes import divide
 from ldm.training.stage import Batches, Judge, Player
 
@@ -78,7 +78,7 @@ class ClipStage:
         self, config: ClipTraining, rank: int, world: int, device: torch.device, said: Collection[str] = ()
     ) -> None:
         check_settings(config, world)
-        check_no_label(config.data)
+        check_untold(config.data)
         if config.data.caption == "none":
             raise UserError("CLIP is trained on captions; set data.caption to txt or variants")
         if config.image_tower.size != config.data.size:

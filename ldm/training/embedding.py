@@ -74,7 +74,7 @@ def embedding_stage(
     batches = partial(Loader, data, *share, PictureDecode(data, model.encoder.rows))
     unread = ("data.validation is not looked at: no caption there has the word",) if config.data.validation else ()
     course = Course(batches, data, config.loop, loss, sample, notices=(*began.notices, *unread))
-    inputs = Inputs(model.codec, model.encoder, config.data.size, device, captions, masked=takes == "mask")
+    inputs = Inputs(model.codec, model.encoder, config.data.size, device, captions, takes=takes)
     vectors = tower.token_embedding.extra
     trained = Trained(
         "word",

@@ -7,12 +7,14 @@ from ldm.conditioning.planes import kind_of_planes
 from ldm.config import DataConfig, FiguresConfig
 from ldm.errors import UserError
 from ldm.training.begin import Beginning
-from ldm.training.preflight import check_no_label, check_sides
+from ldm.training.preflight import check_no_depth, check_no_label, check_sides
 
 
 def check_fits(began: Beginning, data: DataConfig, latents: str = "", figures: FiguresConfig = FiguresConfig()) -> str:
-    """The planes that the network takes, "mask" (with the masked picture) or "" for none. Raises UserError, with the
-    setting that mends it, unless all fits."""
+    """The planes that the network takes: "mask" (with the masked picture), "depth" or "" for none.
+
+    Raises UserError, with the setting that mends it, unless all fits.
+    """
     if not figures.pictures and figures != FiguresConfig():
         raise UserError("figures.pictures is 0, which measures nothing; set it, or leave out the rest of figures")
     model = began.config.unet
@@ -34,6 +36,19 @@ def check_fits(began: Beginning, data: DataConfig, latents: str = "", figures: F
     if latents and encoder.config.pooled:
         raise UserError("cached latents have no pooled text, which encoder.pooled asks for; leave out latents=")
     takes = _check_channels(began, latents)
+    if takes == "depth" and not data.depth:
+        raise UserError(
+            f"the U-Net has {model.in_channels} input channels, one more than the latent, for a depth map, and "
+            "data.depth is not set; say data.depth=MEMBER, the name's end of the samples' depth maps, or set "
+            f"model.in_channels={model.in_channels - 1}"
+        )
+    if takes == "depth" and figures.pictures:
+        raise UserError(
+            "figures.pictures asks for pictures of captions, and this network draws after a depth map; "
+            "set figures.pictures=0"
+        )
+    if takes != "depth":
+        check_no_depth(data)
     if began.text is None and figures.pictures:
         raise UserError(
             "figures.pictures asks for pictures of captions, and a model without a text tower draws none; "
@@ -55,16 +70,12 @@ def _check_channels(began: Beginning, latents: str) -> str:
         raise UserError(
             f"the U-Net has {model.in_channels} input and {model.out_channels} output channels but latents have "
             f"{channels}{why}; set model.in_channels={channels} model.out_channels={wanted}"
-            f" (or model.in_channels={2 * channels + 1} for one that inpaints)"
-        )
-    if takes == "depth":
-        raise UserError(
-            f"the U-Net has {model.in_channels} input channels, one more than the latent, for a depth map, and depth "
-            f"networks are not trained here; set model.in_channels={channels}"
+            f" (or model.in_channels={2 * channels + 1} for one that inpaints, {channels + 1} for one told a depth map)"
         )
     if takes and latents:
+        given = "masked pictures" if takes == "mask" else "depth maps"
         raise UserError(
-            f"the U-Net has {model.in_channels} input channels for an inpainting network, which is trained on masked "
-            f"pictures, and cached latents have none; leave out latents=, or set model.in_channels={channels}"
+            f"the U-Net has {model.in_channels} input channels for a network that is trained on {given}, and cached "
+            f"latents have none; leave out latents=, or set model.in_channels={channels}"
         )
     return takes

@@ -2,7 +2,8 @@
 
 Latents and contexts come from pictures and captions on the fly, or from the shards of tools/precompute_latents.py.
 Some rows are told nothing, which is what guidance subtracts. An inpainting network is also given a mask, drawn anew for
-each sample and step, and the latent of the picture without what lies under it (Rombach et al. 2022, section 4.5).
+each sample and step, and the latent of the picture without what lies under it (Rombach et al. 2022, section 4.5); a
+depth network the sample's depth map, at the latent's size.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ldm.autoencoder.codec import Codec
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.conditioning.condition import Condition, drop
 from ldm.conditioning.encoder import Encoder, Texts
-from ldm.conditioning.planes import inpainting_planes
+from ldm.conditioning.planes import depth_plane, inpainting_planes
 from ldm.data.latents import LatentBatch
 from ldm.data.loader import Batch
 from ldm.jobs import Ask
@@ -42,7 +43,7 @@ class Inputs:
     size: int
     device: torch.device
     captions: tuple[str, ...] = ()
-    masked: bool = False  # the network takes mask and masked picture; no cached latents then, which have no picture
+    takes: str = ""  # "mask" (and masked picture), "depth": planes that the network takes; no cached latents then
 
     def __call__(
         self,
@@ -65,7 +66,7 @@ class Inputs:
         if dropout:
             keep = draws.uniform("caption dropout") >= dropout
             told = drop(told, self.encoder.null(asks, self._empty), keep)
-        if self.masked:
+        if self.takes:
             told = dataclasses.replace(told, planes=self._planes(batch, draws))
         return self._latent(batch, draws), told
 
@@ -93,6 +94,9 @@ class Inputs:
     @torch.no_grad()
     def _planes(self, batch: Batch | LatentBatch, draws: Draws) -> Tensor:
         assert isinstance(batch, Batch)  # the other kind is refused at the start
+        if self.takes == "depth":
+            depth = batch.depth.to(self.device)
+            return depth_plane(depth, self.codec.latent_shape(*depth.shape[2:])[1:])
         image = batch.image.to(self.device)
         return inpainting_planes(self.codec, image, draw_masks(draws, *image.shape[2:]).to(image))
 

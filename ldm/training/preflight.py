@@ -52,6 +52,21 @@ def check_sides(data: DataConfig, factor: int) -> None:
             )
 
 
+def check_untold(data: DataConfig) -> None:
+    """Raise UserError for a label or a depth map, in the training of a network that takes none."""
+    check_no_depth(data)
+    check_no_label(data)
+
+
+def check_no_depth(data: DataConfig) -> None:
+    """Raise UserError for a depth map, in the training of a network that takes none."""
+    if data.depth:
+        raise UserError(
+            f"data.depth={data.depth} is for a network that is given a depth map, and this one is not; give the "
+            "diffusion model's model.in_channels one more, or leave data.depth out"
+        )
+
+
 def check_no_label(data: DataConfig) -> None:
     """Raise UserError for a label, in the training of a network that takes none."""
     if data.label:

@@ -30,7 +30,7 @@ from ldm.metrics.quality import psnr, ssim
 from ldm.training.draws import Draws
 from ldm.training.guard import Guard
 from ldm.training.meters import EACH_LOSS
-from ldm.training.preflight import check_no_label, check_settings, check_sides, check_validation
+from ldm.training.preflight import check_settings, check_sides, check_untold, check_validation
 from ldm.training.stage import Batches, Player
 
 SHOWN = 16  # pictures in a reconstruction grid
@@ -54,7 +54,7 @@ class AutoencoderStage:
 
     def __init__(self, config: AutoencoderTraining, rank: int, world: int, device: torch.device):
         check_settings(config, world)
-        check_no_label(config.data)
+        check_untold(config.data)
         if config.model.kind == "identity":
             raise UserError(
                 "the identity codec has nothing to train; train_diffusion.py without autoencoder= makes a pixel model"

@@ -117,10 +117,11 @@ class DiffusionStage:
         course, sample = self.course, self._sample
         self.notices += without_effect(self.model.config, course.data, self.trained.optimizer, course.loop, course.loss)
         if sample != course.sample:
-            self.notices.append("sample.prompts are not drawn, for the model takes none")
+            why = "it draws after a depth map alone" if self.inputs.takes == "depth" else "the model takes none"
+            self.notices.append(f"sample.prompts are not drawn, for {why}")
         if sample.prompts or sample.labels:
             self.notices += check_pictures(self.model, sample, course.loop.seed)
-        elif self.model.text is not None or self.model.encoder.classes:
+        elif sample == course.sample and (self.model.text is not None or self.model.encoder.classes):
             named = "sample.labels" if self.model.text is None else "sample.prompts"
             self.notices.append(f"no pictures are drawn on the way, for {named} is empty")
         if course.figures.pictures:
@@ -132,9 +133,10 @@ class DiffusionStage:
         target = law.parameterization.name + (" with learned variance" if law.learned_variance else "")
         levels = ("stratified " if course.loss.stratified else "") + course.loss.levels
         assert self.model.config.schedule is not None
-        masked = ", beside it a mask and the masked picture's latent" if self.inputs.masked else ""
+        beside = {"mask": ", beside it a mask and the masked picture's latent", "depth": ", beside it a depth map"}
         return [
-            f"latent      {c} x {h} x {w}, {'precomputed' if course.latents else 'encoded on the fly'}{masked}",
+            f"latent      {c} x {h} x {w}, {'precomputed' if course.latents else 'encoded on the fly'}"
+            + beside.get(self.inputs.takes, ""),
             f"noise       {self.model.config.schedule.kind}, sigma {law.schedule.sigma_min:.4g} to "
             f"{law.schedule.sigma_max:.4g}; levels {levels}, weight {course.loss.weight}, {target}; "
             f"caption dropout {course.loss.caption_dropout:g}",
@@ -189,8 +191,10 @@ class DiffusionStage:
 
     @property
     def _sample(self) -> SampleConfig:
-        """What is drawn on the way: no prompts of a model that takes none."""
+        """What is drawn on the way: no prompts of a model that takes none, and nothing that would need a depth map."""
         sample = self.course.sample
+        if self.inputs.takes == "depth":
+            return dataclasses.replace(sample, prompts=(), labels=())
         return sample if self.model.text is not None else dataclasses.replace(sample, prompts=())
 
     def draw(self, output: Path, step: int) -> None:
@@ -249,7 +253,7 @@ def diffusion_stage(
         config.latents,
         began.notices,
     )
-    inputs = Inputs(model.codec, model.encoder, config.data.size, device, masked=takes == "mask")
+    inputs = Inputs(model.codec, model.encoder, config.data.size, device, takes=takes)
     trained = _lora_of(model, config, began) if config.lora.rank else _network_of(model, config.optimizer)
     return DiffusionStage(model, inputs, regress(model.law, made.loss), trained, course, check=rank == 0)
 

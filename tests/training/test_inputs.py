@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from data.shard_maker import picture, write_tar
 
 import ldm
-from ldm.config import AutoencoderConfig, DiffusionTraining, EncoderConfig, ModelConfig, SampleConfig
+from ldm.conditioning.planes import depth_plane
+from ldm.config import AutoencoderConfig, DiffusionTraining, EncoderConfig, FiguresConfig, ModelConfig, SampleConfig
 from ldm.errors import UserError
 from ldm.training.draws import Draws
 from ldm.training.inputs import draw_masks
@@ -21,6 +23,10 @@ from .toys import CPU, LOOP, log_of, run
 
 KEYS = [f"sample{i}" for i in range(400)]
 MASKED = replace(PLAIN, model=replace(PLAIN.model, in_channels=7))  # 3 of the pixels, 1 of the mask, 3 of what is left
+
+DEEP = replace(  # 3 channels of the pixels, 1 of the depth map
+    PLAIN, model=replace(PLAIN.model, in_channels=4), data=replace(PLAIN.data, depth="depth", validation="")
+)
 
 
 def test_masks_are_drawn_for_each_sample() -> None:
@@ -51,7 +57,16 @@ def test_an_inpainting_network_is_given_the_mask_and_what_it_leaves() -> None:
     ("change", "words"),
     [
         ({"latents": "nowhere"}, r"trained on masked pictures, and cached latents have none; leave out latents="),
-        ({"model": replace(PLAIN.model, in_channels=4)}, r"for a depth map, and depth networks are not trained here"),
+        ({"model": DEEP.model}, r"for a depth map, and data\.depth is not set; say data\.depth="),
+        (
+            {"model": DEEP.model, "data": DEEP.data, "latents": "no"},
+            r"trained on depth maps, and cached latents have none; leave out latents=",
+        ),
+        (
+            {"model": DEEP.model, "data": DEEP.data, "figures": FiguresConfig(4)},
+            r"this network draws after a depth map; set figures\.pictures=0",
+        ),
+        ({"data": replace(PLAIN.data, depth="depth")}, r"data\.depth=depth is for a network that is given a depth map"),
         (
             {"model": replace(PLAIN.model, in_channels=9)},
             r"set model\.in_channels=3 .*or model\.in_channels=7 for one that inpaints",
@@ -61,6 +76,28 @@ def test_an_inpainting_network_is_given_the_mask_and_what_it_leaves() -> None:
 def test_what_is_not_trained_is_refused_in_a_sentence(change: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         diffusion_stage(replace(MASKED, **change), 0, 1, CPU)  # type: ignore[arg-type]
+
+
+def test_a_depth_network_is_given_the_map_cropped_and_mirrored_with_its_picture(tmp_path: Path) -> None:
+    """Where the map is the picture itself, so is the plane, each spanning [-1, 1]; it learns, and draws after a map."""
+    grey = [picture(i, (12, 8), mode="L") for i in range(8)]
+    members = [(f"{i}.{name}", content) for i, content in enumerate(grey) for name in ("png", "depth")]
+    bad = [("8.png", grey[0]), ("9.png", grey[0]), ("9.depth", b"no picture")]
+    data = replace(DEEP.data, shards=str(write_tar(tmp_path / "x.tar", [*members, *bad])), bad_limit=0.5)
+    data = replace(data, caption="none", size=8, crop="random", flip=True)
+    stage = diffusion_stage(replace(DEEP, data=data, sample=SampleConfig(("a cat",))), 0, 1, CPU)
+    assert any("beside it a depth map" in line for line in stage.describe())
+    assert "sample.prompts are not drawn, for it draws after a depth map alone" in stage.notices
+    for _, batch in zip(range(4), stage.batches, strict=False):
+        _, told = stage.inputs(batch, Draws(0, 0, batch.key))
+        assert told.planes is not None and set(batch.key) <= {f"x/{i}" for i in range(8)}
+        assert torch.equal(told.planes, depth_plane(batch.image[:, :1], (8, 8)))
+    run(stage, replace(LOOP, steps=3), tmp_path / "run", replace(DEEP, data=data))
+    model, image = ldm.load(tmp_path / "run", device="cpu"), torch.zeros(1, 3, 8, 8)
+    one, other = (
+        model.img2img(image, depth=depth, strength=1.0, steps=2) for depth in torch.eye(8).view(2, 1, 1, 4, 8)
+    )
+    assert one.shape == (1, 3, 8, 8) and not torch.equal(one, other)
 
 
 def test_cached_latents_have_no_pooled_text(pixels: DiffusionTraining) -> None:  # noqa: F811
