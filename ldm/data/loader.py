@@ -6,6 +6,7 @@ import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ldm.config import DataConfig
@@ -24,8 +25,8 @@ class Decoded:
     caption: str
     size: tuple[int, int]
     crop: tuple[int, int]
-    label: str | None
-    depth: Tensor
+    label: str | None = None
+    depth: Tensor = torch.empty(0)
 
 
 Decode = Decoder[Decoded]
