@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.config import ModelConfig, ScheduleConfig, changed
 from ldm.errors import UserError
+from ldm.model_config import ModelConfig, ScheduleConfig
+from ldm.settings import changed
 
 if TYPE_CHECKING:
     import torch

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.config import from_dict
 from ldm.errors import UserError
 from ldm.image_io import read_metadata
 from ldm.jobs import Request, Settings
 from ldm.jobs.adapters import Adapter, from_record
 from ldm.jobs.adapters import differences as adapter_differences
 from ldm.jobs.request import as_label
+from ldm.settings import from_dict
 
 if TYPE_CHECKING:
     from ldm.model import Model

@@ -11,8 +11,8 @@ from torch import Tensor
 from ldm.autoencoder.kl import AutoencoderKL
 from ldm.autoencoder.posterior import LOGVAR_RANGE, DiagonalGaussian
 from ldm.autoencoder.tiling import map_tiles
-from ldm.config import AutoencoderConfig
 from ldm.errors import UserError
+from ldm.model_config import AutoencoderConfig
 
 
 class Codec:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from ldm import ranges
 from ldm.autoencoder.blocks import Decoder, Encoder, check_widths
 from ldm.autoencoder.posterior import DiagonalGaussian
-from ldm.config import AutoencoderConfig
 from ldm.errors import UserError
+from ldm.model_config import AutoencoderConfig
 
 
 class AutoencoderKL(nn.Module):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
 
 CLIP_L = TextConfig(
     width=768, heads=12, layers=12, embed_dim=0, quick_gelu=True, layer="last", padding="eot", cleaning="plain"

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 
 from ldm.autoencoder.blocks import said_groups
 from ldm.checkpoints.state import Names, Rules, Shape, rename
-from ldm.config import AutoencoderConfig
 from ldm.errors import UserError
+from ldm.model_config import AutoencoderConfig
 
 GROUPS = 32  # of every norm, in all of these networks, where no config.json says another number
 

@@ -28,8 +28,8 @@ from ldm.checkpoints.said import Said, by_tensors, follow, marker, settle
 from ldm.checkpoints.scaled import unscaled
 from ldm.checkpoints.scheduler_config import read_scheduler
 from ldm.checkpoints.state import Joined, Names, Rules, Source, names_by, rename, some
-from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig
 from ldm.errors import UserError
+from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig
 from ldm.plain import read_json
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ldm.autoencoder.blocks import said_groups
-from ldm.config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 from ldm.errors import UserError
+from ldm.model_config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 
 Plain = Mapping[str, Any]
 T = TypeVar("T", int, float, tuple[int, ...])

@@ -6,8 +6,8 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from ldm.config import TextConfig
 from ldm.files import atomic_write_text
+from ldm.model_config import TextConfig
 
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's words, theirs
 

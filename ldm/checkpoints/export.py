@@ -21,9 +21,9 @@ from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
 from ldm.checkpoints.state import exported
 from ldm.checkpoints.writing import write_tensors
 from ldm.conditioning.clip import VOCABULARY
-from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, UNetConfig
 from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_text
+from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig, UNetConfig
 
 States = Mapping[str, Mapping[str, Tensor]]
 """Part ("autoencoder", "text", "unet") -> its tensors."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ldm.config import ModelConfig
 from ldm.errors import UserError
+from ldm.model_config import ModelConfig
 
 MAX_BLOCKS = 1024  # of one network, counted level by level; Stable Diffusion XL's U-Net has 90
 MAX_CONTEXT = 4096  # tokens; the causal mask is square

@@ -26,10 +26,11 @@ from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.run_folder import gone_on
 from ldm.checkpoints.state import fingerprint as fingerprint_of
 from ldm.checkpoints.writing import write_tensors
-from ldm.config import ModelConfig, from_dict, to_dict
 from ldm.errors import UserError
 from ldm.files import atomic_write
+from ldm.model_config import ModelConfig
 from ldm.plain import parse_json, read_json
+from ldm.settings import from_dict, to_dict
 
 FORMAT = "ldm-1"
 PARTS = ("autoencoder", "text", "unet")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.config import ModelConfig
 from ldm.errors import UserError, first_line
+from ldm.model_config import ModelConfig
 
 
 def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:

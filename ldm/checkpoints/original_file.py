@@ -37,10 +37,11 @@ from ldm.checkpoints.said import (
 from ldm.checkpoints.scaled import Scaled, unscaled
 from ldm.checkpoints.state import Names, Shape, exported
 from ldm.checkpoints.writing import write_tensors
-from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, from_dict, to_dict
 from ldm.errors import UserError
 from ldm.files import atomic_write
+from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig
 from ldm.plain import parse_json
+from ldm.settings import from_dict, to_dict
 
 CONFIG = "ldm.config"  # the metadata's key of our own config, in files that we wrote
 PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample"}  # ours -> those of the metadata's common words

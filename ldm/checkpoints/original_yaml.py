@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints.said import ZERO_SNR, Said, text_layer
-from ldm.config import ModelConfig, ScheduleConfig, TextConfig
 from ldm.errors import UserError
+from ldm.model_config import ModelConfig, ScheduleConfig, TextConfig
 from ldm.plain import read_yaml_text
 
 BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}  # their names -> ours

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ldm.checkpoints import networks
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.state import Names, Source, Together, Translated, fingerprint, some
-from ldm.config import AutoencoderConfig, ModelConfig, from_dict, to_dict
 from ldm.diffusion.schedule import check_used
 from ldm.errors import UserError
+from ldm.model_config import AutoencoderConfig, ModelConfig
+from ldm.settings import from_dict, to_dict
 
 if TYPE_CHECKING:
     from ldm.autoencoder.codec import Codec

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.config import ModelConfig, ScheduleConfig, TextConfig
 from ldm.errors import UserError
+from ldm.model_config import ModelConfig, ScheduleConfig, TextConfig
 
 ZERO_SNR = "schedule.zero_terminal_snr"
 FLOW = ScheduleConfig("flow")

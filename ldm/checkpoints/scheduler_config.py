@@ -13,8 +13,8 @@ from typing import Any
 
 from ldm.checkpoints.diffusers_configs import BETAS, PREDICTIONS, value
 from ldm.checkpoints.said import FLOW, ZERO_SNR, Said
-from ldm.config import ScheduleConfig
 from ldm.errors import UserError
+from ldm.model_config import ScheduleConfig
 
 Plain = Mapping[str, Any]
 

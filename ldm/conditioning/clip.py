@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ldm.conditioning.plain_tokenizer import PlainTokenizer
 from ldm.conditioning.torchvision_ops import declare_missing_operators
-from ldm.config import TextConfig
 from ldm.errors import UserError, nearest
+from ldm.model_config import TextConfig
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer

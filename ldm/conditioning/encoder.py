@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ldm.conditioning.clip import TextTower
 from ldm.conditioning.condition import Condition
-from ldm.config import EncoderConfig
 from ldm.errors import UserError, printable
 from ldm.jobs import Ask
+from ldm.model_config import EncoderConfig
 
 SHOWN_WORDS = 12  # of those unknown to a tower, in a notice
 SHOWN_LABELS = 20

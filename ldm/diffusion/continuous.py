@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.config import ScheduleConfig
 from ldm.errors import UserError
+from ldm.model_config import ScheduleConfig
 
 
 @dataclass(frozen=True)

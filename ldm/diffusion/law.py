@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.config import ScheduleConfig
 from ldm.diffusion.parameterization import Parameterization, check, make_parameterization, per_picture
 from ldm.diffusion.schedule import TIME_UNIT, Schedule, make_schedule
+from ldm.model_config import ScheduleConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.config import DiffusionLossConfig
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
+from ldm.model_config import DiffusionLossConfig
 
 
 def uniform_levels(config: DiffusionLossConfig, schedule: Schedule, uniform: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ldm import ranges
-from ldm.config import DiffusionLossConfig
 from ldm.diffusion.law import Law
 from ldm.diffusion.learned_variance import split, variance_bound
 from ldm.diffusion.levels import LEVELS
 from ldm.diffusion.parameterization import per_picture
 from ldm.diffusion.schedule import TIME_UNIT, Schedule
 from ldm.errors import UserError
+from ldm.model_config import DiffusionLossConfig
 
 
 def elbo(schedule: Schedule, sigma: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.checkpoints.small import load_network, save_network
-from ldm.config import from_dict, to_dict
 from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
 from ldm.guidance.gradient import LogProbability
+from ldm.settings import from_dict, to_dict
 from ldm.unet.blocks import Downsample, ResidualBlock
 from ldm.unet.embedding import FOURIER_UNIT, EmbeddingMLP, FourierFeatures
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.checkpoints.small import load_network, save_network
-from ldm.config import from_dict, to_dict
+from ldm.settings import from_dict, to_dict
 
 NAME = "classifier"
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.config import DiffusionLossConfig
 from ldm.diffusion import Law, diffusion_loss, draw_levels
 from ldm.errors import UserError
+from ldm.model_config import DiffusionLossConfig
 from ldm.plane.energy import Chains, Energy, energy_score, likelihood_loss
 from ldm.plane.score_matching import (
     Score,

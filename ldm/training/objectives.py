@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.condition import Condition
-from ldm.config import DiffusionLossConfig
 from ldm.diffusion import Law, check_loss, diffusion_loss, draw_levels
 from ldm.diffusion.parameterization import per_picture
 from ldm.model import Model
+from ldm.model_config import DiffusionLossConfig
 from ldm.training.draws import Draws
 from ldm.training.meters import EACH_SIGMA
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ldm import generate, ranges
-from ldm.api import LatentDiffusion
+from ldm import ranges
 from ldm.config import (
     DataConfig,
     DiffusionLossConfig,
-    FiguresConfig,
     LoopConfig,
     ModelConfig,
     OptimizerConfig,
-    SampleConfig,
 )
 from ldm.data.feed import check_division
 from ldm.data.loader import validation_batches
 from ldm.errors import UserError
-from ldm.jobs import Settings, of_prompts
 from ldm.training.processes import divide
 
 
@@ -102,24 +98,3 @@ def without_effect(
         "optimizer.rate is not reached, for optimizer.warmup is longer than the run": optimizer.warmup > loop.steps,
     }
     return [sentence for sentence, so in unread.items() if so]
-
-
-def check_figures(figures: FiguresConfig, data: DataConfig, sample: SampleConfig, device: str) -> None:
-    """Raise UserError unless the figures that are asked for could be measured."""
-    from ldm.metrics.watch import ready
-
-    try:
-        ready(figures, data, sample, device)
-    except UserError as error:
-        raise UserError(f"the figures of figures.pictures={figures.pictures} cannot be told: {error}") from error
-
-
-def check_pictures(model: LatentDiffusion, sample: SampleConfig, seed: int) -> Sequence[str]:
-    """Raise UserError unless `model` could draw the run's grids; what a reader should know of their prompts."""
-    try:
-        requests = of_prompts(sample.prompts or "", seed=seed, label=sample.labels or None)
-        generate.make_sigmas(model, Settings(sample.cfg, sample.steps).plan())
-        return generate.prompt_notices(model, requests)
-    except UserError as error:
-        given = "sample.prompts" if sample.prompts else "sample.labels"
-        raise UserError(f"the pictures of {given} cannot be drawn: {error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm import generate
 from ldm.adapters.low_rank import AdaptedUNet
 from ldm.api import LatentDiffusion, PromptNotice, assemble
 from ldm.checkpoints import native
@@ -40,6 +41,7 @@ from ldm.diffusion.parameterization import per_picture
 from ldm.diffusion.schedule import check_used
 from ldm.errors import UserError
 from ldm.image_io import grid, save_png
+from ldm.jobs import Settings, of_prompts
 from ldm.model import Model
 from ldm.training.begin import Beginning, begin
 from ldm.training.draws import Draws
@@ -47,7 +49,7 @@ from ldm.training.fitting import check_fits
 from ldm.training.inputs import Inputs
 from ldm.training.meters import EACH_LOSS
 from ldm.training.objectives import Nets, Objective, output_of, regress, relative_error
-from ldm.training.preflight import check_figures, check_pictures, check_settings, check_validation, without_effect
+from ldm.training.preflight import check_settings, check_validation, without_effect
 from ldm.training.stage import Batches, Judge, Player
 from ldm.unet import unet
 from ldm.unet.attention import check_backend
@@ -120,12 +122,12 @@ class DiffusionStage:
             why = "it draws after a depth map alone" if self.inputs.takes == "depth" else "the model takes none"
             self.notices.append(f"sample.prompts are not drawn, for {why}")
         if sample.prompts or sample.labels:
-            self.notices += check_pictures(self.model, sample, course.loop.seed)
+            self.notices += _check_pictures(self.model, sample, course.loop.seed)
         elif sample == course.sample and (self.model.text is not None or self.model.encoder.classes):
             named = "sample.labels" if self.model.text is None else "sample.prompts"
             self.notices.append(f"no pictures are drawn on the way, for {named} is empty")
         if course.figures.pictures:
-            check_figures(course.figures, course.data, course.sample, self.model.device.type)
+            _check_figures(course, self.model.device.type)
 
     def describe(self) -> list[str]:
         course, law = self.course, self.model.law
@@ -290,3 +292,24 @@ def _lora_of(model: Model, config: DiffusionTraining, began: Beginning) -> Train
         save_lora(output / "lora.safetensors", adapted.lora(), model.unet, None, words=words)
 
     return Trained("unet", adapted, config.optimizer, export)
+
+
+def _check_figures(course: Course, device: str) -> None:
+    """Raise UserError unless the figures that are asked for could be measured."""
+    from ldm.metrics.watch import ready
+
+    try:
+        ready(course.figures, course.data, course.sample, device)
+    except UserError as error:
+        raise UserError(f"the figures of figures.pictures={course.figures.pictures} cannot be told: {error}") from error
+
+
+def _check_pictures(model: Model, sample: SampleConfig, seed: int) -> Sequence[str]:
+    """Raise UserError unless `model` could draw the run's grids; what a reader should know of their prompts."""
+    try:
+        requests = of_prompts(sample.prompts or "", seed=seed, label=sample.labels or None)
+        generate.make_sigmas(model, Settings(sample.cfg, sample.steps).plan())
+        return generate.prompt_notices(model, requests)
+    except UserError as error:
+        given = "sample.prompts" if sample.prompts else "sample.labels"
+        raise UserError(f"the pictures of {given} cannot be drawn: {error}") from error

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm import ranges
 from ldm.conditioning.condition import Condition
-from ldm.config import UNetConfig
 from ldm.errors import UserError
+from ldm.model_config import UNetConfig
 from ldm.unet.attention import ContextKV, CrossAttention, SelfAttention, attention, check_backend
 from ldm.unet.blocks import Downsample, GroupNorm, ResidualBlock, SpatialTransformer, Upsample, zeroed
 from ldm.unet.embedding import FEATURES, EmbeddingMLP
