@@ -39,6 +39,10 @@ class PromptNotice(UserWarning):
     """A prompt has words that the text tower does not read or does not know; the message names them."""
 
 
+class PictureNotice(UserWarning):
+    """A picture is not drawn just as it was given; the message says how."""
+
+
 @dataclass(frozen=True, eq=False)
 class LatentDiffusion(Model):
     """A text-to-picture model, ready to draw. What a plan names beside it is opened once and kept."""
@@ -56,9 +60,11 @@ class LatentDiffusion(Model):
         self._opened["last"] = helpers = open_helpers(self, plan, self._opened["last"])
         return helpers
 
-    def _tell(self, requests: Sequence[Request], helpers: Helpers) -> None:
+    def _tell(self, requests: Sequence[Request], helpers: Helpers, of_start: Sequence[str] = ()) -> None:
         from ldm import generate
 
+        for notice in of_start:
+            warnings.warn(notice, PictureNotice, stacklevel=3)
         for reader in (self, *helpers.models.values()):
             for notice in generate.prompt_notices(reader, requests):
                 warnings.warn(notice, PromptNotice, stacklevel=3)
@@ -112,7 +118,8 @@ class LatentDiffusion(Model):
 
         `image` and `mask` may be tensors, (B, 3, H, W) in [-1, 1] and (B, 1, H, W) in [0, 1], paths, Pillow's pictures,
         arrays of uint8, or lists of these (ldm/inputs.py). One prompt serves all pictures, one picture all prompts.
-        `strength`: in (0, 1], the share of the steps that are walked: 0.75 keeps the composition, 1 hardly anything.
+        `strength`: in [0, 1], how far back in time it begins, in all of the steps: 0 is the autoencoder's round trip,
+        0.75 keeps the composition, 1 begins from noise alone.
         `mask`: draw anew where it is 1 (white); where it is 0 the pixels stay as they are. One serves all pictures.
         `depth`: (B, 1, H', W') of any scale, larger is nearer, or what a mask may be; for networks that take it.
         """
@@ -129,7 +136,7 @@ class LatentDiffusion(Model):
         picture = start.Picture(images, strength, masks, depths)
         plan = _plan(settings, cfg, steps, sampler)
         helpers = self._helpers(plan)
-        self._tell(requests, helpers)
+        self._tell(requests, helpers, picture.notices(self))
         return generate.draw(self, requests, plan, helpers, batch_size, picture)
 
     def sample(

@@ -86,18 +86,15 @@ def sample(
         planes = start.planes(model, shape, count)
         denoiser, fraction = make_denoiser(model, requests, plan, helpers, shape, planes)
         sampler = make_sampler(model, plan, fraction)
-        steps = sampler(*_order(start.place(model, plan, sigmas, noise, denoiser, planes)), noise)
+        x, sigmas, denoiser = start.place(model, plan, sigmas, noise, denoiser, planes)
+        # From a single level there is nowhere to go: the state is what comes out.
+        steps = sampler(denoiser, x, sigmas, noise) if len(sigmas) > 1 else iter([Step(0, 1, 0.0, 0.0, x, x)])
     while True:
         with torch.no_grad(), _memory_told(count):  # not across the yield: the mode is the caller's own
             step = next(steps, None)
         if step is None:
             return
         yield step
-
-
-def _order(placed: tuple[Tensor, Tensor, Denoiser]) -> tuple[Denoiser, Tensor, Tensor]:
-    x, sigmas, denoiser = placed
-    return denoiser, x, sigmas
 
 
 def make_denoiser(

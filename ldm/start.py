@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from ldm.conditioning.planes import depth_plane, inpainting_planes, kind_of_planes
 from ldm.diffusion import Denoiser
 from ldm.errors import UserError
-from ldm.guidance import keep
+from ldm.guidance import keep, windows
 from ldm.inputs import check_depths, check_images, check_masks
 from ldm.jobs import Plan
 from ldm.jobs.values import real
-from ldm.sampling import BrownianPath, NoiseStream, start, tail
+from ldm.sampling import BrownianPath, NoiseStream, start, weakened
 from ldm.sampling.step import solver_state
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class Noise:
         side = model.config.image_size
         return model.codec.latent_shape(plan.height or side, plan.width or side)
 
+    def notices(self, model: Model) -> tuple[str, ...]:
+        """What a user should know of the start."""
+        return ()
+
     def planes(self, model: Model, shape: tuple[int, int, int], count: int) -> Tensor | None:
         """What the network takes beside `count` latents of `shape`; None for most networks.
 
@@ -56,13 +60,16 @@ class Noise:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture, noised to where the last `strength` of the steps begin.
+    """A picture, noised to the level that `strength` means, and drawn from there in all of the plan's steps.
 
-    `image`: (B, 3, H, W) in [-1, 1], one for each request, H and W divisible by f.
-    `strength`: in (0, 1], the share of the grid's steps that are walked.
+    `image`: (B, 3, H, W) in [-1, 1], one for each request; H and W of any size that the U-Net can halve.
+    `strength`: in [0, 1], see sampling.weakened. At 0 nothing but the autoencoder touches the picture; at 1 it begins
+        from noise alone, and without a mask that is `Noise`, bit for bit.
     `mask`: (B, 1, H, W) in [0, 1], 1 where the picture is drawn anew and 0 where it stays; None draws all of it.
     `depth`: (B, 1, H', W') of any scale, larger is nearer, for networks that take it.
+    `window`: pixels; the network sees so much at a time, in windows that overlap by a quarter. None: all of it at once.
 
+    Where f does not divide a side the picture is continued by its reflection, and `paste` takes that off again.
     Raises UserError for anything else; `inputs` makes these of all that may be given.
     """
 
@@ -70,6 +77,7 @@ class Picture:
     strength: float = 0.75
     mask: Tensor | None = None
     depth: Tensor | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         real(self.strength, "the strength")
@@ -82,7 +90,7 @@ class Picture:
     def rows(self, rows: slice) -> Picture:
         """Those of some of the pictures."""
         mask, depth = (None if part is None else part[rows] for part in (self.mask, self.depth))
-        return Picture(self.image[rows], self.strength, mask, depth)
+        return replace(self, image=self.image[rows], mask=mask, depth=depth)
 
     def shape(self, model: Model, plan: Plan, count: int) -> tuple[int, int, int]:
         """That of its latent. Raises UserError unless there is one for each request, of the size that is asked for."""
@@ -98,7 +106,28 @@ class Picture:
                     f"settings.{name} is {asked}, and the picture to begin from is {width} x {height} pixels, which is "
                     "the size of what is drawn; leave it out, or resize the picture"
                 )
-        return model.codec.latent_shape(height, width)
+        f, least = model.codec.factor, model.codec.factor * 2 ** (len(model.unet.config.multipliers) - 1)
+        if min(height, width) < least:  # which the U-Net's deepest level sees as one pixel
+            raise UserError(f"the picture is {width} x {height} pixels; begin from one of {least} or more either way")
+        if self.window is not None:
+            model.codec.overlap(self.window)
+            if model.extra_channels:
+                raise UserError(
+                    f"the U-Net of {model.name or 'this model'} takes {model.extra_channels} channels beside the "
+                    "latent, which is not drawn in windows; use a model without them"
+                )
+        return model.codec.latent_shape(*_multiples(height, width, f))
+
+    def notices(self, model: Model) -> tuple[str, ...]:
+        """What a user should know of how the picture is taken."""
+        height, width = self.image.shape[2:]
+        drawn_height, drawn_width = _multiples(height, width, model.codec.factor)
+        if (drawn_height, drawn_width) == (height, width):
+            return ()
+        return (
+            f"the picture is {width} x {height} pixels, and sides are multiples of {model.codec.factor}: it is drawn "
+            f"at {drawn_width} x {drawn_height}, continued by its reflection, and cropped back",
+        )
 
     def planes(self, model: Model, shape: tuple[int, int, int], count: int) -> Tensor | None:
         """As `Noise.planes`: an inpainting network is given the picture and its mask, a depth network the depth."""
@@ -106,27 +135,39 @@ class Picture:
         if self.depth is not None and takes != "depth":
             raise UserError(f"the U-Net of {model.name or 'this model'} takes no depth map; leave it out")
         if takes == "mask":
-            image = self.image.to(model.device)
-            mask = torch.ones_like(image[:, :1]) if self.mask is None else self.mask.to(image)
+            image = _continued(self.image, model)
+            mask = torch.ones_like(image[:, :1]) if self.mask is None else _continued(self.mask, model)
             return inpainting_planes(model.codec, image, mask)
         if takes == "depth" and self.depth is not None:
-            return depth_plane(self.depth.to(model.device), shape[1:])
+            same = self.depth.shape[2:] == self.image.shape[2:]
+            return depth_plane(_continued(self.depth, model) if same else self.depth.to(model.device), shape[1:])
         return _no_planes(model)
 
     def place(
         self, model: Model, plan: Plan, sigmas: Tensor, noise: Draws, denoiser: Denoiser, planes: Tensor | None
     ) -> Placed:
-        sigmas, image = tail(sigmas, self.strength), self.image.to(model.device)
+        codec, strength = model.codec, float(self.strength)
+        sigmas = weakened(model.law.schedule, sigmas, strength)
+        if self.window is not None:
+            overlap = codec.overlap(self.window)
+            denoiser = windows(denoiser, self.window // codec.factor, overlap // codec.factor)
+        kept = self.mask is not None and planes is None
+        if strength == 1 and not kept:
+            return start(noise.initial(), model.law.schedule, sigmas), sigmas, denoiser
+        image = _continued(self.image, model)
         if plan.tile is None:
-            latent = model.codec.encode(image)
+            latent = codec.encode(image)
         else:
-            latent = model.codec.encode_tiled(image, plan.tile, model.codec.overlap(plan.tile))
-        if self.mask is not None and planes is None:  # what a mask touches at all is drawn
-            denoiser = keep(denoiser, latent, F.max_pool2d(self.mask.to(latent), model.codec.factor))
+            latent = codec.encode_tiled(image, plan.tile, codec.overlap(plan.tile))
+        if kept and self.mask is not None:  # what a mask touches at all is drawn
+            denoiser = keep(denoiser, latent, F.max_pool2d(_continued(self.mask, model), codec.factor))
+        if strength == 1:
+            return start(noise.initial(), model.law.schedule, sigmas), sigmas, denoiser
         return solver_state(latent) + float(sigmas[0]) * noise.initial(), sigmas, denoiser
 
     def paste(self, drawn: Tensor) -> Tensor:
-        """`drawn` (B, 3, H, W) with the picture's own pixels outside the mask, untouched by the autoencoder."""
+        """`drawn` at the picture's own size (B, 3, H, W), with its own pixels outside the mask, as they were given."""
+        drawn = drawn[..., : self.image.shape[2], : self.image.shape[3]]
         if self.mask is None:
             return drawn
         mask = self.mask.cpu()
@@ -134,6 +175,18 @@ class Picture:
 
 
 Start = Noise | Picture
+
+
+def _multiples(height: int, width: int, factor: int) -> tuple[int, int]:
+    """The sides, each at the next multiple of `factor`."""
+    return -(-height // factor) * factor, -(-width // factor) * factor
+
+
+def _continued(plane: Tensor, model: Model) -> Tensor:
+    """(B, C, H, W) on the model's device, continued by its reflection to multiples of f."""
+    height, width = plane.shape[2:]
+    down, across = _multiples(height, width, model.codec.factor)
+    return F.pad(plane.to(model.device), (0, across - width, 0, down - height), mode="reflect")
 
 
 def _takes(model: Model) -> str:

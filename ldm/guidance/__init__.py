@@ -2,7 +2,7 @@
 
     Branches -> Denoiser    compare a network's predictions: cfg, autoguidance, perpendicular_negative, conjunction
     Denoiser -> Denoiser    change one prediction: classifier_guidance, clip_guidance, static_ and dynamic_threshold,
-                            keep (inpainting)
+                            keep (inpainting), windows (large pictures)
 
 All work on x0 in the coordinates x = x0 + sigma n, whatever the network predicts, and compose:
 dynamic_threshold(classifier_guidance(cfg(branches, 3.0), log_probability, 1.0), bound=4.0).
@@ -14,6 +14,7 @@ from ldm.guidance.gradient import LogProbability, Similarity, classifier_guidanc
 from ldm.guidance.keep import keep
 from ldm.guidance.several import conjunction, perpendicular_negative
 from ldm.guidance.threshold import dynamic_threshold, static_threshold
+from ldm.guidance.windows import windows
 
 __all__ = [
     "LogProbability",
@@ -28,4 +29,5 @@ __all__ = [
     "keep",
     "perpendicular_negative",
     "static_threshold",
+    "windows",
 ]

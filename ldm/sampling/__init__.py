@@ -15,7 +15,7 @@ from ldm.sampling.consistency import lcm
 from ldm.sampling.ddim import ddim
 from ldm.sampling.ddpm import ddpm
 from ldm.sampling.dpm_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
-from ldm.sampling.grid import GRIDS, listed, make_grid, tail
+from ldm.sampling.grid import GRIDS, listed, make_grid, weakened
 from ldm.sampling.langevin import langevin, pc
 from ldm.sampling.multistep import dpmpp_2m, plms, unipc
 from ldm.sampling.noise import BrownianPath, NoiseStream
@@ -73,6 +73,6 @@ __all__ = [
     "pc",
     "plms",
     "start",
-    "tail",
     "unipc",
+    "weakened",
 ]

@@ -29,7 +29,7 @@ Between the levels at which anything is to be seen, that is. A law that begins b
 flow, the cosine law) would have these three spend most of their steps in pure noise, where nothing happens. They are
 spaced from `HIGHEST` down, and their first level alone is then moved up to where the law begins.
 
-`listed` checks levels written out, and `tail` is the part of a grid that changes a given picture.
+`listed` checks levels written out, and `weakened` brings a grid down to where a given picture is taken up.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ RHO = 7.0
 
 HIGHEST = 160.0
 """The SNR of unit-variance data is 4e-5 there. Just above the continuous variance-preserving law's end, 152."""
+
+WEAKEST = 0.001
+"""The least strength but 0: of a thousand trained levels that is one."""
 
 
 def trailing(schedule: Schedule, steps: int) -> Tensor:
@@ -132,22 +135,25 @@ def listed(schedule: Schedule, sigmas: Sequence[float]) -> Tensor:
     return levels
 
 
-def tail(sigmas: Tensor, strength: float) -> Tensor:
-    """The last floor(strength N) of a grid's N steps: where a given picture, noised to their first level, is taken up.
+def weakened(schedule: Schedule, sigmas: Tensor, strength: float) -> Tensor:
+    """(N + 1,) as many steps from a lower level: where a given picture, noised to the first level, is taken up.
 
-    Strength 1 is the whole grid. The floor is the field's convention: 30 steps at strength 0.75 are 22. It counts
-    steps, not noise, so the level that a strength means depends on the spacing. Raises UserError for a strength
-    outside (0, 1] and for one that leaves no step.
+    Each level's time is brought nearer to the schedule's first, t <- t_min + strength (t - t_min), so the level that a
+    strength means depends neither on the number of steps nor on the spacing, and lies between trained levels where need
+    be. Strength 1 is the grid itself; strength 0 the level 0 alone, from which there is no step to take; what is below
+    the schedule's levels stays. Raises UserError for a strength outside [0, 1], and for one so small that its levels
+    could not be told apart.
     """
-    if not 0 < strength <= 1:
-        raise UserError(f"the strength is {strength:g}; choose it above 0 (hardly changed) and at most 1 (drawn anew)")
-    total = len(sigmas) - 1
-    run = math.floor(strength * total + 1e-9)  # 0.29 of 100 steps is 29, though 0.29 * 100 < 29
-    if run < 1:
-        raise UserError(
-            f"strength {strength:g} of {total} steps is less than one step; use {1 / total:.2g} or more, or more steps"
-        )
-    return sigmas[total - run :].clone()
+    if not 0 <= strength <= 1:
+        raise UserError(f"the strength is {strength:g}; choose it from 0 (as it is) to 1 (drawn anew)")
+    if strength == 0:
+        return torch.zeros(1, dtype=torch.float64)
+    if strength == 1:
+        return sigmas.clone()
+    if strength < WEAKEST:
+        raise UserError(f"the strength is {strength:g}, which changes nothing; choose 0, or {WEAKEST} to 1")
+    lower = schedule.sigma(schedule.t_min + strength * (schedule.t(sigmas) - schedule.t_min))
+    return torch.where(sigmas > schedule.sigma_min, lower, sigmas)
 
 
 def _trained(schedule: Schedule, times: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ldm.config import ScheduleConfig
 from ldm.diffusion import Schedule, make_schedule
 from ldm.errors import UserError
-from ldm.sampling import GRIDS, listed, make_grid, tail
-from ldm.sampling.grid import HIGHEST, TRAINED_GRIDS
+from ldm.sampling import GRIDS, listed, make_grid, weakened
+from ldm.sampling.grid import HIGHEST, TRAINED_GRIDS, WEAKEST
 
 SCHEDULE = make_schedule(ScheduleConfig())
 PURE_NOISE = make_schedule(ScheduleConfig(zero_terminal_snr=True))
@@ -120,18 +120,35 @@ def test_levels_that_are_no_grid_are_refused(levels: list[float], reason: str) -
         listed(SCHEDULE, levels)
 
 
-@given(steps=st.integers(1, 200), percent=st.integers(1, 100))
-def test_a_strength_runs_that_part_of_the_steps_rounded_down(steps: int, percent: int) -> None:
-    sigmas = torch.linspace(10, 0, steps + 1, dtype=torch.float64)
-    run = steps * percent // 100
-    if run == 0:
-        with pytest.raises(UserError, match="less than one step"):
-            tail(sigmas, percent / 100)
-    else:
-        assert torch.equal(tail(sigmas, percent / 100), sigmas[-run - 1 :])
+@given(steps=st.integers(1, 200), strength=st.floats(WEAKEST, 1.0), spacing=st.sampled_from(sorted(GRIDS)))
+@settings(deadline=None)
+def test_a_strength_is_a_level_whatever_the_steps_and_all_steps_are_run(
+    steps: int, strength: float, spacing: str
+) -> None:
+    sigmas = make_grid(SCHEDULE, steps, spacing)
+    lower = weakened(SCHEDULE, sigmas, strength)
+    assert len(lower) == steps + 1 and bool((lower.diff() < 0).all()), "a grid like any other"
+    assert float(lower[-1]) == float(sigmas[-1]), "and it ends where it ended"
+    assert float(SCHEDULE.t(lower[0])) == pytest.approx(strength * float(SCHEDULE.t(sigmas[0])), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["scaled_linear", "cosine", "flow", "ve", "vp"])
+def test_the_ends_of_strength(kind: str) -> None:
+    schedule = make_schedule(ScheduleConfig(kind=kind))
+    sigmas = make_grid(schedule, 10)
+    assert torch.equal(weakened(schedule, sigmas, 1.0), sigmas)
+    assert weakened(schedule, sigmas, 0.0).tolist() == [0.0]
+    torch.testing.assert_close(weakened(schedule, sigmas, 1 - 1e-9)[1:], sigmas[1:], rtol=1e-4, atol=0)
+    assert float(weakened(schedule, sigmas, WEAKEST)[0]) < 3 * schedule.sigma_min
+
+
+def test_levels_below_the_trained_ones_stay() -> None:
+    low = SCHEDULE.sigma_min / 2
+    lower = weakened(SCHEDULE, listed(SCHEDULE, [14.0, 1.0, low, 0.0]), 0.5)
+    assert lower[2:].tolist() == [low, 0.0] and float(lower[0]) < 2 and bool((lower.diff() < 0).all())
 
 
 def test_strengths_that_mean_nothing_are_refused() -> None:
-    for strength in (0.0, -0.1, 1.01, math.nan):
+    for strength in (-0.1, 1.01, math.nan, 1e-9):
         with pytest.raises(UserError, match="strength"):
-            tail(make_grid(SCHEDULE, 10), strength)
+            weakened(SCHEDULE, make_grid(SCHEDULE, 10), strength)
