@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm.checkpoints.diffusers_configs import Plain, refuse_others, value
 from ldm.checkpoints.state import Names, Rules, Shape, Source, names_by, rename
-from ldm.config import MMDiTConfig
 from ldm.errors import UserError
+from ldm.model_config import MMDiTConfig
 
 HEAD = 64  # width of a head in all published ones
 

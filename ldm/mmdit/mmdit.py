@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm import ranges
 from ldm.conditioning.condition import Condition
-from ldm.config import MMDiTConfig
 from ldm.errors import UserError
 from ldm.mmdit.blocks import Block, Projections, modulated
+from ldm.model_config import MMDiTConfig
 from ldm.unet.attention import attention, check_backend
 from ldm.unet.blocks import zeroed
 from ldm.unet.embedding import LONGEST_PERIOD, EmbeddingMLP, Sinusoid
