@@ -60,13 +60,13 @@ class LatentDiffusion(Model):
         self._opened["last"] = helpers = open_helpers(self, plan, self._opened["last"])
         return helpers
 
-    def _tell(self, requests: Sequence[Request], helpers: Helpers, of_start: Sequence[str] = ()) -> None:
+    def _tell(self, requests: Sequence[Request], plan: Plan, helpers: Helpers, of_start: Sequence[str] = ()) -> None:
         from ldm import generate
 
         for notice in of_start:
             warnings.warn(notice, PictureNotice, stacklevel=3)
         for reader in (self, *helpers.models.values()):
-            for notice in generate.prompt_notices(reader, requests):
+            for notice in generate.prompt_notices(reader, requests, plan.weighted):
                 warnings.warn(notice, PromptNotice, stacklevel=3)
 
     def txt2img(
@@ -94,7 +94,7 @@ class LatentDiffusion(Model):
 
         requests, plan = of_prompts(prompt, negative, seed, n, label), _plan(settings, cfg, steps, sampler)
         helpers = self._helpers(plan)
-        self._tell(requests, helpers)
+        self._tell(requests, plan, helpers)
         return generate.draw(self, requests, plan, helpers, batch_size)
 
     def img2img(
@@ -136,7 +136,7 @@ class LatentDiffusion(Model):
         picture = start.Picture(images, strength, masks, depths)
         plan = _plan(settings, cfg, steps, sampler)
         helpers = self._helpers(plan)
-        self._tell(requests, helpers, picture.notices(self))
+        self._tell(requests, plan, helpers, picture.notices(self))
         return generate.draw(self, requests, plan, helpers, batch_size, picture)
 
     def sample(
@@ -157,7 +157,7 @@ class LatentDiffusion(Model):
 
         requests, plan = of_prompts(prompt, negative, seed, n, label), _plan(settings, cfg, steps, sampler)
         helpers = self._helpers(plan)
-        self._tell(requests, helpers)
+        self._tell(requests, plan, helpers)
         yield from generate.sample(self, requests, plan, helpers)
 
     def decode(self, step: Step, tile: int | None = None) -> Tensor:

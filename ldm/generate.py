@@ -26,9 +26,10 @@ from ldm.guidance import (
     dynamic_threshold,
     perpendicular_negative,
     static_threshold,
+    together,
 )
 from ldm.helpers import NONE, Helpers
-from ldm.jobs import Ask, Plan, Request, batches, catalogue
+from ldm.jobs import Ask, Plan, Request, batches, catalogue, grammar
 from ldm.jobs.plan import Auto, Classifier, Guide, PerpNegative, Wrap
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid
 from ldm.start import Draws, Noise, Picture, Start
@@ -108,15 +109,16 @@ def make_denoiser(
     """The model on what `requests` ask for, guided: what is compared first, then each wrap in order.
 
     And, of a model that learned its variance, what it says of that for the prompts themselves. Latents have `shape`;
-    `planes` are what stands beside them. Raises UserError for negative prompts beside a guide model, which stands in
-    their place.
+    `planes` are what stands beside them. Raises UserError for prompts that the plan's guide does not take.
     """
     f = model.codec.factor
-    asks, others = zip(*(request.asks(shape[1] * f, shape[2] * f) for request in requests), strict=True)
-    branches = branches_of(model, plan.guide.asks(asks, others), planes)
+    pairs = [request.asks(shape[1] * f, shape[2] * f, plan.weighted) for request in requests]
+    asks, others = zip(*pairs, strict=True)
+    clauses, weights = grammar.conjunction(asks)
+    told = plan.guide.asks(clauses, others)
+    own = branches_of(model, told, planes)
+    branches = together(own, weights, len(told) + 1 - len(clauses)) if len(clauses) > 1 else own
     if isinstance(plan.guide, Auto):
-        if any(ask.text for ask in others):
-            raise UserError("a guide model stands in the negative prompt's place; leave one of the two out")
         worse = branches_of(helpers.models[plan.guide.model], [asks], planes)
         denoiser = autoguidance(branches, worse, *_how(plan.guide))
     elif isinstance(plan.guide, PerpNegative):
@@ -125,7 +127,7 @@ def make_denoiser(
         denoiser = cfg(branches, *_how(plan.guide))
     for wrap in plan.wraps:
         denoiser = _wrapped(denoiser, wrap, model, helpers, len(requests))
-    return denoiser, branches.fraction if isinstance(branches, LearnedVariance) else None
+    return denoiser, own.fraction if isinstance(own, LearnedVariance) else None
 
 
 def _how(guide: Guide) -> tuple[float, float, tuple[float, float] | None]:
@@ -158,13 +160,18 @@ def conditions(model: Model, asks: Sequence[Ask]) -> Condition:
     return cat([read[ask] for ask in asks]).to(model.device)
 
 
-def prompt_notices(model: Model, requests: Sequence[Request]) -> tuple[str, ...]:
-    """What a user should know of how the prompts and negative prompts are read: `Encoder.notices`; and that a model of
-    classes alone is told none. Raises UserError for a label that the model does not know."""
+def prompt_notices(model: Model, requests: Sequence[Request], weighted: bool = False) -> tuple[str, ...]:
+    """What a user should know of how the prompts and negative prompts are read, as `plan.weighted` says they are:
+    `Encoder.notices`; and that a model of classes alone is told none. Raises UserError for a label that the model does
+    not know."""
     encoder, labels = model.encoder, dict.fromkeys(request.label for request in requests)
     for label in labels:
         encoder.number(label)
-    found = encoder.notices([text for request in requests for text in (request.prompt, request.negative)])
+    texts: list[str] = []
+    for request in requests:
+        prompts = [clause.text for clause in grammar.clauses(request.prompt)] if weighted else [request.prompt]
+        texts += [*prompts, request.negative]
+    found = encoder.notices(texts, weighted)
     if encoder.text is None and encoder.classes and None in labels:
         found += (f"no label was given, so any class may be drawn; this model knows {encoder.known}",)
     return found

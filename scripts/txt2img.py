@@ -93,7 +93,7 @@ def main() -> None:
     notices = [*model.notices, *helpers.notices]
     notices += settings.without_effect([request for batch in batches for request in batch])
     for reader in (model, *helpers.models.values()):
-        notices += generate.prompt_notices(reader, [request for batch in batches for request in batch])
+        notices += generate.prompt_notices(reader, [request for batch in batches for request in batch], plan.weighted)
     notices += provenance.differences(recipe, model, helpers.hashes) if recipe else []
     for notice in dict.fromkeys(notices):
         print(f"warning: {notice}", file=sys.stderr)
@@ -135,7 +135,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
             raise UserError(f"--option takes NAME=VALUE, as --option rtol=1e-6, and got '{' '.join(given['options'])}'")
         given = {**given, "options": {name: value for name, _, value in pairs}}
     names = [field.name for field in dataclasses.fields(Settings) if field.name in given]
-    return Settings(**{name: given[name] for name in names}).check()
+    return Settings(**{"prompt_syntax": "weighted"} | {name: given[name] for name in names}).check()
 
 
 def requests_of(given: Mapping[str, Any]) -> list[Request]:

@@ -10,6 +10,7 @@ Shapes: B captions, L context length, D width, E width of the joint picture-text
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ START, END = 49406, 49407
 PADDING = {"zero": 0, "eot": END}
 LAYERS = ("last", "penultimate")
 CLEANING = ("open_clip", "plain")
+LONGEST_WORD = 2000  # letters: cutting a word into pieces takes time with the square of its length
 
 # What an open_clip text configuration may say for this adapter to represent it. The others have another tokenizer,
 # extra class tokens or another pooling, and are refused rather than built wrong.
@@ -97,7 +99,7 @@ class TextTower(nn.Module):
         tokens = torch.full((len(prompts), length), PADDING[self.config.padding], dtype=torch.long)
         dropped = []
         for row, prompt in zip(tokens, prompts, strict=True):
-            pieces = tokenizer.encode(prompt)
+            pieces = tokenizer.encode(bounded(prompt))
             dropped.append(_words_beyond(tokenizer, prompt, length - 2) if len(pieces) > length - 2 else "")
             kept = [START, *pieces[: length - 2], END]
             row[: len(kept)] = torch.tensor(kept)
@@ -159,6 +161,11 @@ def tokenizer_for(config: TextConfig) -> SimpleTokenizer | PlainTokenizer:
     return PlainTokenizer(clip_tokenizer(), {"!": 0} if config.padding == "zero" else {})
 
 
+def bounded(text: str) -> str:
+    """`text` without what is beyond `LONGEST_WORD` of a word: no text of a stranger's takes minutes to read."""
+    return re.sub(r"\S+", lambda word: word[0][:LONGEST_WORD], text)
+
+
 def _words_beyond(tokenizer: SimpleTokenizer | PlainTokenizer, prompt: str, room: int) -> str:
     """The words of `prompt`, as the tokenizer reads them (cleaned, lower case), not wholly in its first `room` pieces.
 
@@ -167,7 +174,7 @@ def _words_beyond(tokenizer: SimpleTokenizer | PlainTokenizer, prompt: str, room
     words = tokenizer.clean_fn(prompt).split()
     used = 0
     for i, word in enumerate(words):
-        used += len(tokenizer.encode(word))
+        used += len(tokenizer.encode(bounded(word)))
         if used > room:
             return " ".join(words[i:])
     return ""

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning import chunks
 from ldm.conditioning.clip import TextTower
-from ldm.conditioning.condition import Condition
+from ldm.conditioning.condition import Condition, cat
 from ldm.errors import UserError, printable
-from ldm.jobs import Ask
+from ldm.jobs import Ask, grammar
 from ldm.model_config import EncoderConfig
 
 SHOWN_WORDS = 12  # of those unknown to a tower, in a notice
@@ -81,6 +82,8 @@ class Encoder(nn.Module):
 
     def forward(self, asks: Sequence[Ask]) -> Condition:
         """The conditions (B rows) of the asks. Raises UserError for a label or size that is unknown or missing."""
+        if any(ask.weighted for ask in asks):
+            return cat([self.of_texts([ask], self._read(ask)) for ask in asks])
         return self.of_texts(asks, self.texts([ask.text for ask in asks]))
 
     def texts(self, texts: Sequence[str]) -> Texts:
@@ -88,6 +91,15 @@ class Encoder(nn.Module):
         if self.text is None:
             return Texts()
         return Texts(*self.of_tokens(self.tokens(texts)))
+
+    def _read(self, ask: Ask) -> Texts:
+        """The text of an ask, encoded by the grammar of prompts if it asks for that; pooled is its first chunk."""
+        if self.text is None or not ask.weighted:
+            return self.texts([ask.text])
+        read = chunks.read(self.text, ask.text)
+        first = read.tokens[:1].to(self.text.positional_embedding.device)
+        pooled = self.text.features(first).float() if self.config.pooled else None
+        return Texts(chunks.encode(self.text, read), pooled)
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """(B, L) long, where the text tower is, which there must be."""
@@ -99,15 +111,21 @@ class Encoder(nn.Module):
         assert self.text is not None
         return self.text(tokens), self.text.features(tokens).float() if self.config.pooled else None
 
-    def notices(self, texts: Sequence[str]) -> tuple[str, ...]:
+    def notices(self, texts: Sequence[str], weighted: bool = False) -> tuple[str, ...]:
         """A sentence for each different text that would not be read to its end, and one for all words that the tower
-        does not know, or that there is none; nothing is encoded for it."""
+        does not know, or that there is none; nothing is encoded for it. `weighted`: as an ask's."""
         if self.text is None:
             some = next(filter(None, texts), "")
             said = f"this model takes no text, so nothing comes of '{some[:40]}'"
             return (printable(said),) if some else ()
         different, found = list(dict.fromkeys(texts)), []
-        tokens, dropped = self.text.tokenize(different)
+        if weighted:
+            read = [chunks.read(self.text, text) for text in different]
+            tokens = [row for each in read for row in each.tokens]
+            dropped = [f"its last {each.dropped} tokens" if each.dropped else "" for each in read]
+            found = [notice for text in different for notice in grammar.notices(text)]
+        else:
+            tokens, dropped = self.text.tokenize(different)
         for text, words in zip(different, dropped, strict=True):
             if words:
                 shown = text if len(text) <= 40 else f"{text[:39]}…"

@@ -12,7 +12,7 @@ from ldm.guidance.classifier_free import autoguidance, cfg
 from ldm.guidance.clip import cosine_similarity
 from ldm.guidance.gradient import LogProbability, Similarity, classifier_guidance, clip_guidance
 from ldm.guidance.keep import keep
-from ldm.guidance.several import conjunction, perpendicular_negative
+from ldm.guidance.several import conjunction, perpendicular_negative, together
 from ldm.guidance.threshold import dynamic_threshold, static_threshold
 from ldm.guidance.windows import windows
 
@@ -29,5 +29,6 @@ __all__ = [
     "keep",
     "perpendicular_negative",
     "static_threshold",
+    "together",
     "windows",
 ]

@@ -1,4 +1,4 @@
-"""Rules of more than two conditionings: perpendicular negative prompts, and the conjunction of prompts."""
+"""What takes more than two conditionings: perpendicular negative prompts, and the conjunction of prompts."""
 
 from __future__ import annotations
 
@@ -51,12 +51,26 @@ def conjunction(branches: Branches, scales: Sequence[float]) -> Denoiser:
 
     Raises UserError if `scales` is empty.
     """
-    if not scales:
+    both = together(branches, [(scale,) for scale in scales])
+    return lambda x, sigma: both(x, sigma, 1)[0]
+
+
+def together(branches: Branches, weights: Sequence[Sequence[float]], kept: int = 2) -> Branches:
+    """`kept` branches, whose first is a conjunction: u + sum_k weights[k] (c_k - u), and u the second.
+
+    So a rule of guidance acts on it as on one prompt: `cfg` of it is u + scale sum_k weights[k] (c_k - u). The prompts
+    are branch 0 and those from `kept` on; between them is what else a rule looks at.
+
+    `weights`: K rows, of one number or of one for each of B pictures. Raises UserError for no row.
+    """
+    if not weights:
         raise UserError("a conjunction needs a guidance scale for each prompt; give at least one prompt")
 
-    def rule(predictions: Tensor) -> Tensor:
-        prompts, unconditional = [predictions[0], *predictions[2:]], predictions[1]
-        terms = [scale * (prompt - unconditional) for scale, prompt in zip(scales, prompts, strict=True)]
-        return unconditional + torch.stack(terms).sum(dim=0)
+    def joined(x: Tensor, sigma: Tensor, count: int | None = None) -> Tensor:
+        found = branches(x, sigma, kept + len(weights) - 1)
+        prompts, others = torch.cat([found[:1], found[kept:]]), found[1:kept]
+        shares = torch.tensor(weights).to(found)[..., None, None, None]
+        first = others[0] + (shares * (prompts - others[0])).sum(dim=0)
+        return torch.cat([first[None], others])[:count]
 
-    return guided(branches, len(scales) + 1, rule)
+    return joined

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ldm.errors import UserError
 from ldm.jobs.request import Ask
 
 Interval = tuple[float, float] | None
@@ -20,9 +21,13 @@ class Cfg:
     rescale: float = 0.0
     interval: Interval = None
 
-    def asks(self, asks: Sequence[Ask], others: Sequence[Ask]) -> list[Sequence[Ask]]:
-        """What the model is told, branch by branch: at scale 1 nothing looks at the others."""
-        return [asks] if self.scale == 1 else [asks, others]
+    def asks(self, clauses: Sequence[Sequence[Ask]], others: Sequence[Ask]) -> list[Sequence[Ask]]:
+        """What the model is told, branch by branch; `clauses` are those of prompts that AND joins, else one list.
+
+        At scale 1 nothing looks at the others, unless prompts are joined: that goes from where the others are.
+        """
+        first, *more = clauses
+        return [first] if self.scale == 1 and not more else [first, others, *more]
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ class PerpNegative:
     rescale: float = 0.0
     interval: Interval = None
 
-    def asks(self, asks: Sequence[Ask], others: Sequence[Ask]) -> list[Sequence[Ask]]:
-        return [asks, [replace(other, text="") for other in others], others]
+    def asks(self, clauses: Sequence[Sequence[Ask]], others: Sequence[Ask]) -> list[Sequence[Ask]]:
+        return [clauses[0], [replace(other, text="") for other in others], others, *clauses[1:]]
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,12 @@ class Auto:
     rescale: float = 0.0
     interval: Interval = None
 
-    def asks(self, asks: Sequence[Ask], others: Sequence[Ask]) -> list[Sequence[Ask]]:
-        return [asks]
+    def asks(self, clauses: Sequence[Sequence[Ask]], others: Sequence[Ask]) -> list[Sequence[Ask]]:
+        if len(clauses) > 1:
+            raise UserError("prompts joined by AND do not go with a guide model; leave one of the two out")
+        if any(other.text for other in others):
+            raise UserError("a guide model stands in the negative prompt's place; leave one of the two out")
+        return [clauses[0]]
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class Plan:
     width: int | None = None
     height: int | None = None
     tile: int | None = None
+    weighted: bool = False  # how prompts are read: an Ask's
     guide: Guide = Cfg()
     wraps: tuple[Wrap, ...] = ()
 

@@ -23,6 +23,7 @@ class Ask:
     size: tuple[int, int] | None = None  # height and width of the picture before it was resized, pixels
     crop: tuple[int, int] = (0, 0)  # top and left of what is seen of it, pixels after the resize
     target: tuple[int, int] | None = None  # height and width of what is seen
+    weighted: bool = False  # whether the text is read by grammar.py, or each letter as it stands
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Request:
     seed: int = 0
     label: str | int | None = None  # of a class-conditional model
 
-    def asks(self, height: int, width: int) -> tuple[Ask, Ask]:
+    def asks(self, height: int, width: int, weighted: bool = False) -> tuple[Ask, Ask]:
         """What the picture is to be, and what it is guided away from, at the size in pixels that is drawn."""
         whole = (height, width)
-        return Ask(self.prompt, self.label, size=whole, target=whole), Ask(self.negative, size=whole, target=whole)
+        to = Ask(self.prompt, self.label, size=whole, target=whole, weighted=weighted)
+        return to, dataclasses.replace(to, text=self.negative, label=None)
 
     @property
     def title(self) -> str:

@@ -16,6 +16,7 @@ from ldm.jobs.values import real, reals, shown, table, whole, word
 from ldm.ranges import MAX_SIDE, Level
 
 THRESHOLDS = ("static", "dynamic")
+SYNTAXES = ("plain", "weighted")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Settings:
     classifier_scale: float = 1.0  # how strongly
     threshold: str | None = None  # static or dynamic: keep x0 in the data's range at large guidance
     threshold_bound: float | None = None  # that range, either way; None: 1 for pixel models, 4 deviations of latents
+    prompt_syntax: str | None = None  # weighted: (word:1.3), BREAK, AND, any length; plain; None: weighted in commands
     tile: int | None = None  # pixels of a tile's side: decode (and encode) piece by piece; None: the whole at once
 
     def check(self) -> Settings:
@@ -73,6 +75,9 @@ class Settings:
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and not 1 <= side <= MAX_SIDE:
                 raise UserError(f"the {name} is {side} pixels; choose between 1 and {MAX_SIDE}")
+        syntax = self.prompt_syntax or "plain"
+        if syntax not in SYNTAXES:
+            raise UserError(catalogue.unknown("prompt syntax", syntax, SYNTAXES))
         if self.tile is not None and self.tile < 1:
             raise UserError(f"a tile of {self.tile} pixels was asked for; choose at least one pixel of the latent")
         if not 0 <= self.cfg_rescale <= 1:
@@ -86,6 +91,7 @@ class Settings:
             sampler=sampler,
             spacing=spacing,
             eta=None,
+            prompt_syntax=syntax,
             options=catalogue.check_options(sampler, options),
             steps=len(self.sigmas) - 1 if self.sigmas else self.steps,
         )
@@ -106,7 +112,13 @@ class Settings:
             wraps.append(Threshold(checked.threshold, checked.threshold_bound))
         same = ("sampler", "options", "steps", "sigmas", "width", "height", "tile")
         values = {name: getattr(checked, name) for name in same}
-        return Plan(**values, spacing=checked.spacing or "trailing", guide=guide, wraps=tuple(wraps))
+        return Plan(
+            **values,
+            spacing=checked.spacing or "trailing",
+            weighted=checked.prompt_syntax == "weighted",
+            guide=guide,
+            wraps=tuple(wraps),
+        )
 
     def without_effect(self, requests: Sequence[Request]) -> list[str]:
         """A sentence on what is asked for and does nothing."""

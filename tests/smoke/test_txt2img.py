@@ -213,7 +213,7 @@ def test_a_long_prompt_and_another_model(
 ) -> None:
     """Said once each on standard error, on a terminal beside the bar; the picture is drawn."""
     prompt = "a b c d e f g h i j k l m n o p"
-    run = ("--out", tmp_path, "--device", "cpu")
+    run = ("--out", tmp_path, "--device", "cpu", "--prompt-syntax", "plain")
     code, out, err = cli(
         "--prompt", prompt, "--n", 3, "--batch-size", 1, "--steps", 2, "--model", tiny_checkpoint, *run
     )
@@ -228,8 +228,25 @@ def test_a_long_prompt_and_another_model(
     settings = json.loads((other / "model.json").read_text())
     (other / "model.json").write_text(json.dumps({**settings, "parameterization": "eps"}))
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True, raising=False)
+    run = run[:-2]
     code, out, err = cli("--reproduce", tmp_path / "00000.png", "--model", other, *run)
     assert code == 0 and "the model differs" in err and "2/2" in err
+
+
+def test_weights_chunks_and_joined_prompts(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """On for the command, kept in the picture, and off by a word."""
+    prompt = "a (cat:1.4) b c d e f g h i j k l m n o p AND a dog :0.5"
+    run = ("--steps", 2, "--model", tiny_checkpoint, "--device", "cpu")
+    code, _, err = cli("--prompt", prompt, *run, "--out", tmp_path / "a")
+    assert (code, err) == (0, "")
+    assert image_io.read_metadata(tmp_path / "a" / "00000.png")["prompt_syntax"] == "weighted"
+    code, _, err = cli("--reproduce", tmp_path / "a" / "00000.png", *run[2:], "--out", tmp_path / "b")
+    first = pixels(tmp_path / "a" / "00000.png")
+    assert (code, err) == (0, "") and (first == pixels(tmp_path / "b" / "00000.png")).all()
+    code, _, err = cli("--prompt", prompt, "--prompt-syntax", "plain", *run, "--out", tmp_path / "c")
+    assert code == 0 and "dropped" in err and (first != pixels(tmp_path / "c" / "00000.png")).any()
+    code, _, err = cli("--prompt", "a [cat:dog:0.5]", *run, "--out", tmp_path / "c")
+    assert code == 0 and err.startswith("warning: '[cat:dog:0.5]' does not change")
 
 
 def test_what_the_model_was_given_beside_its_name_comes_back(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
