@@ -273,10 +273,15 @@ def load(
 
 
 def assemble(
-    config: ModelConfig, codec: Codec, text: TextTower | None, unet: UNet, name: str = "", path: Path | None = None
+    config: ModelConfig,
+    codec: Codec,
+    towers: Mapping[str, TextTower],
+    unet: UNet,
+    name: str = "",
+    path: Path | None = None,
 ) -> LatentDiffusion:
     """`model.assemble`, able to draw."""
-    return LatentDiffusion.of(assemble_model(config, codec, text, unet, name, path))
+    return LatentDiffusion.of(assemble_model(config, codec, towers, unet, name, path))
 
 
 def _plan(settings: Settings, cfg: float | None, steps: int | None, sampler: str | None) -> Plan:

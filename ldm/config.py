@@ -195,7 +195,8 @@ class DiffusionTraining:
     init_set: tuple[str, ...] = ()  # what it does not say of itself, as --set of txt2img: [parameterization=eps]
     lora: LoraConfig = LoraConfig()
     autoencoder: str = ""  # a model whose autoencoder is taken, as of train_autoencoder.py; empty: the identity codec
-    text: str = ""  # a model whose text tower is taken, as of train_clip.py
+    text: str = ""  # a model whose text towers are taken, as of train_clip.py
+    text_2: str = ""  # another one, whose text tower stands beside that of `text`
     latents: str = ""  # shards that tools/precompute_latents.py wrote; empty: encode data.shards on the fly
     model: UNetConfig = UNetConfig()
     encoder: EncoderConfig = EncoderConfig()  # what the network is told beside the caption

@@ -36,12 +36,12 @@ def load_model(
     check_backend(attention, where.type)
     checkpoint = open_checkpoint(path, weights, settings, other)
     codec = checkpoint.load("autoencoder", where, dtype)
-    text = checkpoint.load("text", where, dtype) if checkpoint.config.takes_text else None
+    towers = checkpoint.load_towers(where, dtype)
     unet = checkpoint.load("unet", where, dtype)
     unet.set_attention_backend(attention)
-    for network in (codec.autoencoder, text, unet):
+    for network in (codec.autoencoder, *towers.values(), unet):
         if network is not None:
             backends.run_by(backend, network, main=network is unet)
-    made = assemble(checkpoint.config, codec, text, unet, name=str(model), path=path)
+    made = assemble(checkpoint.config, codec, towers, unet, name=str(model), path=path)
     named = None if vae is None else str(vae)
     return replace(made, checkpoint=checkpoint, vae=named, settings=dict(settings or {}), backend=backend)

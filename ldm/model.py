@@ -68,8 +68,13 @@ class Model:
 
     @property
     def text(self) -> TextTower | None:
-        """The tower that reads captions; None of a model that takes none."""
+        """The first tower that reads captions; None of a model that takes none."""
         return self.encoder.text
+
+    @property
+    def towers(self) -> dict[str, TextTower]:
+        """All towers that read captions, by the names of their parts."""
+        return self.encoder.named_towers
 
     @property
     def device(self) -> torch.device:
@@ -89,14 +94,19 @@ class Model:
         if self.path is not None and self.checkpoint is not None:
             weights = native.fingerprint(self.checkpoint.tensors())
         else:
-            parts = {"autoencoder": self.codec.autoencoder, "text": self.text, "unet": self.unet}
+            parts = {"autoencoder": self.codec.autoencoder, **self.towers, "unet": self.unet}
             weights = "".join(native.fingerprint(part) for part in parts.values() if part is not None)
         document = json.dumps(changed(self.config), sort_keys=True)  # a setting added later changes no old model
         return hashlib.sha256(f"{document}\n{weights}".encode()).hexdigest()
 
 
 def assemble(
-    config: ModelConfig, codec: Codec, text: TextTower | None, unet: UNet, name: str = "", path: Path | None = None
+    config: ModelConfig,
+    codec: Codec,
+    towers: Mapping[str, TextTower],
+    unet: UNet,
+    name: str = "",
+    path: Path | None = None,
 ) -> Model:
     """A model of parts in memory; the law is made from `config`.
 
@@ -111,10 +121,9 @@ def assemble(
     here, there = codec.latent_channels, unet.config.in_channels
     if here > there or here * (1 + config.learned_variance) != unet.config.out_channels:
         raise UserError(f"the autoencoder makes latents of {here} channels and the U-Net takes {there}; pair others")
-    encoder = Encoder(text, config.encoder, unet.config.classes)
-    width = 0 if text is None else text.config.width
+    encoder = Encoder(towers, config.encoder, unet.config.classes)
     for what, made, taken in (
-        ("context", width, unet.config.context_width),
+        ("context", encoder.context_width, unet.config.context_width),
         ("vector", encoder.vector_width, unet.config.vector_width),
     ):
         if made != taken:

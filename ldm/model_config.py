@@ -10,6 +10,8 @@ from typing import Annotated
 
 from ldm.ranges import Count, Counts, Decay, Filled, NotNegative, Positive, Range, Share, Side, Whole
 
+TOWERS = ("text", "text_2")  # parts of a model that read captions; a model with one calls it `text`
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -52,9 +54,10 @@ class TextConfig:
     layers: Count = 12  # blocks of attention and MLP
     embed_dim: Whole = 512  # width of the joint picture-text space
     quick_gelu: bool = False  # x * sigmoid(1.702 x) in place of the GELU (OpenAI's weights)
-    layer: str = "last"  # last or penultimate block; the final LayerNorm follows either
+    layer: str = "last"  # last or penultimate block; the final LayerNorm follows either, unless it is left out
     padding: str = "zero"  # zero (OpenCLIP, SD v2) or eot (Hugging Face, SD v1)
     cleaning: str = "open_clip"  # of prompts: open_clip (ftfy, HTML entities), or plain, as Hugging Face's tokenizer
+    final_norm: bool = True  # false: the context is the block's output as it is (SDXL, SD 3)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class UNetConfig:
     multipliers: Counts = (1, 2, 4, 4)  # of channels on each level; a level is half the size of the one before
     blocks: Count = 2  # residual blocks on each level down; one more up
     attention_levels: tuple[Whole, ...] = (0, 1, 2)  # levels (0 = full size) with transformers
-    transformer_depth: Count = 1  # blocks of attention in each transformer
+    transformer_depth: Count = 1  # blocks of attention in each transformer, the middle's too
     heads: Whole = 8  # heads on each level; 0: the level's width / head_width
     head_width: Whole = 0  # width of a head on each level; 0: the level's width / heads
     context_width: Whole = 768  # of the text tower; 0: no cross-attention
@@ -77,6 +80,8 @@ class UNetConfig:
     classes: Whole = 0  # > 0: class-conditional, embedding table of classes + 1 rows (the last is the null class)
     vector_width: Whole = 0  # > 0: takes a vector (B, vector_width) beside t
     dropout: Decay = 0.0  # with it, how a batch is divided among processes and micro-batches changes the masks
+    depths: tuple[Count, ...] = ()  # transformer_depth of each of attention_levels, where they differ (SDXL: 2, 10)
+    kind: str = "unet"
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,10 @@ class EncoderConfig:
     """What a network is told beside the caption."""
 
     labels: tuple[str, ...] = ()  # names of the classes, in order; none: numbers from 0
-    pooled: bool = False  # the vector begins with the text tower's feature of the whole caption
+    pooled: bool = False  # the vector begins with the features of the whole caption, of each tower that projects
     sizes: Whole = 0  # width of each of six sizes and crops in the vector (SDXL: 256); 0: they are not told
+    score: bool = False  # the last of them is an aesthetic score in place of the target size (SDXL's refiner)
+    empty: str = "encoded"  # what an empty text is told as: encoded like any other, or zeros (SDXL's base)
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,7 @@ class DiffusionLossConfig:
     offset_noise: NotNegative = 0.0  # deviation of a constant added to each channel's noise; 0.1 is usual
     input_perturbation: NotNegative = 0.0  # deviation of noise that the input has beyond the target's; 0.1 is usual
     caption_dropout: Share = 0.1  # share of samples trained on the encoded empty prompt
+    tower_dropout: Share = 0.0  # of each text tower by itself: share of samples in which zeros stand for what it says
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,13 @@ class ModelConfig:
     image_size: Side = 512  # pixels, the side it was trained at
     loss: DiffusionLossConfig | None = None  # what the U-Net was trained by; training that goes on from it reads this
     encoder: EncoderConfig = EncoderConfig()  # what the network is told beside the caption
+    text_2: TextConfig | None = None  # a second tower, whose context stands beside the first one's
+
+    @property
+    def towers(self) -> dict[str, TextConfig]:
+        """The text towers that there are, by the names of their parts, in order."""
+        named = {name: getattr(self, name) for name in TOWERS}
+        return {name: tower for name, tower in named.items() if tower is not None}
 
     @property
     def takes_text(self) -> bool:

@@ -265,7 +265,7 @@ def test_a_pixel_model(tiny_model: LatentDiffusion) -> None:
         image_size=16,
     )
     assert config.unet
-    pixels = assemble(config, Codec(None, autoencoder), tiny_model.text, UNet(config.unet).requires_grad_(False))
+    pixels = assemble(config, Codec(None, autoencoder), tiny_model.towers, UNet(config.unet).requires_grad_(False))
     assert draw(pixels, [Request("a cat")]).shape == (1, 3, 16, 16)
     assert len(pixels.hash) == 64
 
@@ -286,11 +286,11 @@ def test_parts_that_do_not_fit(tiny_model: LatentDiffusion) -> None:
     narrow = copy.copy(m.text)
     narrow.config = dataclasses.replace(m.text.config, width=64)
     with pytest.raises(UserError, match="64 wide"):
-        assemble(m.config, m.codec, narrow, m.unet)
+        assemble(m.config, m.codec, {"text": narrow}, m.unet)
     with pytest.raises(UserError, match="zero_terminal_snr"):
         assert m.config.schedule
         schedule = dataclasses.replace(m.config.schedule, zero_terminal_snr=True)
-        assemble(dataclasses.replace(m.config, schedule=schedule, parameterization="eps"), m.codec, m.text, m.unet)
+        assemble(dataclasses.replace(m.config, schedule=schedule, parameterization="eps"), m.codec, m.towers, m.unet)
 
 
 def told_more(m: LatentDiffusion, encoder: EncoderConfig = EncoderConfig(), **changes: int) -> LatentDiffusion:
@@ -302,7 +302,7 @@ def told_more(m: LatentDiffusion, encoder: EncoderConfig = EncoderConfig(), **ch
     for parameter in unet.parameters():
         if not bool(parameter.detach().any()):
             torch.nn.init.normal_(parameter, std=0.1)
-    text = m.text if config.context_width else None
+    text = m.towers if config.context_width else {}
     model = dataclasses.replace(m.config, unet=config, encoder=encoder)
     return assemble(model, m.codec, text, unet.eval().requires_grad_(False))
 

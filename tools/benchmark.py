@@ -256,7 +256,7 @@ def random_v1(path: Path) -> Path:
     from ldm.checkpoints.networks import skeleton
 
     states = {}
-    for name in native.PARTS:
+    for name in native.part_names(SD_V1):
         shapes = {key: value.shape for key, value in skeleton(name, SD_V1, path).state_dict().items()}
         states[name] = {key: torch.randn(shape, dtype=torch.float16) * 0.02 for key, shape in shapes.items()}
     export.write(path, SD_V1, states, "diffusers")
@@ -289,7 +289,7 @@ def by_ldm(path: str, precision: str) -> Callable[[], Sequence[Any]]:
 
     def work() -> Sequence[Any]:
         made = api.load(path, "cpu", precision)
-        return [made.unet, made.text, made.codec.autoencoder]
+        return [made.unet, *made.towers.values(), made.codec.autoencoder]
 
     return work
 

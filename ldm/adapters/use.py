@@ -49,11 +49,12 @@ def apply(model: M, adapters: Sequence[Adapter]) -> M:
         told.append(f"{word.source} brings the word '{word.word}', {vectors}{word.remark}")
     if words and model.text is None:
         raise UserError("a word goes into a text tower, and this model has none; leave the embedding out")
-    own = {"unet": model.unet} | ({} if model.text is None else {"text": model.text})
+    own = {"unet": model.unet, **model.towers}
     networks: dict[str, Any] = merged(own, loras)
     if networks["unet"] is not model.unet:
         run_by(model.backend, networks["unet"], main=True)
-    text = TowerWithWords(networks["text"], words).eval() if words else networks.get("text")
-    encoder = model.encoder.with_text(text)
+    if words:
+        networks["text"] = TowerWithWords(networks["text"], words).eval()
+    encoder = model.encoder.with_towers({name: networks[name] for name in model.towers})
     adapters = (*model.adapters, *read)
     return replace(model, unet=networks["unet"], encoder=encoder, adapters=adapters, told=(*model.told, *told))

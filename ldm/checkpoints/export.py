@@ -249,7 +249,7 @@ def _refuse(config: ModelConfig, parts: Collection[str], to: str) -> None:
 
 
 def _complete(parts: Collection[str]) -> bool:
-    return set(parts) in ({"autoencoder"}, set(native.PARTS))
+    return set(parts) in ({"autoencoder"}, {"autoencoder", "text", "unet"}, set(native.PARTS))
 
 
 def _norm_groups(config: AutoencoderConfig) -> set[int]:

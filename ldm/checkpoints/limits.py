@@ -16,11 +16,11 @@ def check_size(config: ModelConfig, where: str) -> ModelConfig:
     found: list[tuple[str, int, int]] = [("image_size", config.image_size, MAX_SIDE)]
     if (a := config.autoencoder) is not None:
         found.append(("autoencoder levels x blocks", len(a.multipliers) * (a.blocks + 1), MAX_BLOCKS))
-    if (t := config.text) is not None:
-        found.append(("text.layers", t.layers, MAX_BLOCKS))
-        found.append(("text.context_length", t.context_length, MAX_CONTEXT))
+    for name, t in config.towers.items():
+        found.append((f"{name}.layers", t.layers, MAX_BLOCKS))
+        found.append((f"{name}.context_length", t.context_length, MAX_CONTEXT))
     if (u := config.unet) is not None:
-        blocks = len(u.multipliers) * (u.blocks + 1) * max(1, u.transformer_depth)
+        blocks = len(u.multipliers) * (u.blocks + 1) * max(1, u.transformer_depth, *u.depths)
         found.append(("unet levels x blocks", blocks, MAX_BLOCKS))
     if (s := config.schedule) is not None:
         found.append(("schedule.steps", s.steps, MAX_STEPS))

@@ -5,6 +5,7 @@ A directory                                or one file
     model.json               "format", ModelConfig      m.safetensors   metadata "model": the same JSON
     autoencoder.safetensors  its state dict                             keys "autoencoder.…"
     text.safetensors                                                         "text.…"
+    text_2.safetensors                                                       "text_2.…"
     unet.safetensors                                                         "unet.…"
 
 Only the parts whose config is not None are there; the identity codec has a config and no weights.
@@ -28,12 +29,12 @@ from ldm.checkpoints.state import fingerprint as fingerprint_of
 from ldm.checkpoints.writing import write_tensors
 from ldm.errors import UserError
 from ldm.files import atomic_write
-from ldm.model_config import ModelConfig
+from ldm.model_config import TOWERS, ModelConfig
 from ldm.plain import parse_json, read_json
 from ldm.settings import from_dict, to_dict
 
 FORMAT = "ldm-1"
-PARTS = ("autoencoder", "text", "unet")
+PARTS = ("autoencoder", *TOWERS, "unet")
 Weights = nn.Module | Mapping[str, Tensor]
 
 
@@ -69,9 +70,9 @@ def save(path: str | Path, config: ModelConfig, parts: Mapping[str, Weights], dt
 
 def part_names(config: ModelConfig) -> tuple[str, ...]:
     """The parts of `config` that have weights, in the order of PARTS."""
-    kinds = {"autoencoder": config.autoencoder, "text": config.text, "unet": config.unet}
     identity = config.autoencoder is not None and config.autoencoder.kind == "identity"
-    return tuple(name for name in PARTS if kinds[name] is not None and not (name == "autoencoder" and identity))
+    there = (name for name in PARTS if getattr(config, name) is not None)
+    return tuple(name for name in there if not (name == "autoencoder" and identity))
 
 
 def _document(config: ModelConfig) -> str:

@@ -13,7 +13,7 @@ from ldm.model_config import ModelConfig
 
 
 def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:
-    """The network of a part ("autoencoder", "text", "unet") on the meta device: names and shapes, no numbers.
+    """The network of a part ("autoencoder", a text tower, "unet") on the meta device: names and shapes, no numbers.
 
     Raises UserError for settings that describe no network, since they may be a stranger's; `where` they stand.
     """
@@ -25,8 +25,8 @@ def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:
         with torch.device("meta"):
             if name == "autoencoder" and config.autoencoder is not None:
                 return AutoencoderKL(config.autoencoder)
-            if name == "text" and config.text is not None:
-                return TextTower(config.text)
+            if name in config.towers:
+                return TextTower(config.towers[name])
             if name == "unet" and config.unet is not None:
                 return UNet(config.unet)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:

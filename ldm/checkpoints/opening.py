@@ -75,6 +75,13 @@ def open_checkpoint(
     return found
 
 
+def open_towers(text: str | Path, text_2: str | Path = "") -> Checkpoint:
+    """The text towers of the model `text` alone, and beside its one the first of the model `text_2`; as above."""
+    found = open_checkpoint(text)
+    found = found.only(*(found.config.towers or ("text",)))
+    return found.with_second_tower(open_checkpoint(text_2)) if text_2 else found
+
+
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     """["parameterization=v", "text.quick_gelu=true"] -> {"parameterization": "v", "text.quick_gelu": True}.
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ldm.conditioning.clip import TextTower
     from ldm.unet.unet import UNet
 
-WORDS = {"autoencoder": "autoencoder", "text": "text tower", "unet": "U-Net"}
+WORDS = {"autoencoder": "autoencoder", "text": "text tower", "text_2": "second text tower", "unet": "U-Net"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Checkpoint:
     path: Path
     layout: str  # "native", "original" or "diffusers", and what of it: "original single file"
     config: ModelConfig
-    parts: Mapping[str, Part]  # "autoencoder", "text", "unet" -> where it is
+    parts: Mapping[str, Part]  # "autoencoder", "text", "text_2", "unet" -> where it is
     assumed: tuple[str, ...] = ()  # settings ("text.padding") that rules decided, since the files do not say
     remarks: tuple[str, ...] = ()  # other sentences that a user should read
     foreign: tuple[str, ...] = ()  # tensors that are no part of the model
@@ -59,7 +59,7 @@ class Checkpoint:
     ) -> Codec: ...
     @overload
     def load(
-        self, name: Literal["text"], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self, name: Literal["text", "text_2"], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> TextTower: ...
     @overload
     def load(
@@ -81,8 +81,15 @@ class Checkpoint:
         networks.fill(network, self.state(name, network), device, dtype)
         return Codec(network, config) if name == "autoencoder" and config is not None else network
 
+    def load_towers(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> dict[str, TextTower]:
+        """The text towers by name; none of a model that takes no captions. Raises UserError as `load`."""
+        names = (*self.config.towers,) or ("text",)  # the latter should be there, and `load` says that it is not
+        return {name: self.load(name, device, dtype) for name in names} if self.config.takes_text else {}
+
     def state(self, name: str, network: nn.Module | None = None) -> Translated:
-        """The tensors of a part ("autoencoder", "text", "unet"), as they are stored, each read when it is asked for.
+        """The tensors of a part ("autoencoder", "text", "unet" ...) as they are stored, each read when it is asked for.
 
         `network` is the part's own, on the meta device or not, if the caller has built it. Raises UserError for a part
         that is not there, and one that lists the names of all tensors that are missing, unexpected or misshapen.
@@ -108,19 +115,23 @@ class Checkpoint:
             raise UserError(f"{self.path} has no {WORDS[name]}, {only}; name a checkpoint that has one")
         return self.parts[name]
 
-    def only(self, name: str) -> Checkpoint:
-        """The same with one part in sight, and what a user should read of that part. UserError if it is not there."""
-        if not (name == "autoencoder" and self._identity):
-            self.part(name)
-        settings = {name: getattr(self.config, name), "image_size": self.config.image_size}
+    def only(self, *names: str) -> Checkpoint:
+        """The same with some parts in sight, and what a user should read of these. UserError if one is not there."""
+        for name in names:
+            if not (name == "autoencoder" and self._identity):
+                self.part(name)
+        words = [WORDS[name] for name in names]
+        settings = {**{name: getattr(self.config, name) for name in names}, "image_size": self.config.image_size}
         return replace(
             self,
             config=ModelConfig(**settings),
-            parts={key: part for key, part in self.parts.items() if key == name},
-            assumed=tuple(key for key in self.assumed if key.startswith(f"{name}.")),
-            remarks=tuple(remark for remark in self.remarks if WORDS[name] in remark or not _names_part(remark)),
+            parts={key: part for key, part in self.parts.items() if key in names},
+            assumed=tuple(key for key in self.assumed if key.partition(".")[0] in names and "." in key),
+            remarks=tuple(
+                remark for remark in self.remarks if any(w in remark for w in words) or not _names_part(remark)
+            ),
             foreign=(),
-            two_sets=self.two_sets and name == "unet",
+            two_sets=self.two_sets and "unet" in names,
         )
 
     @property
@@ -134,9 +145,9 @@ class Checkpoint:
 
     @cached_property
     def base_hash(self) -> str:
-        """sha256, in hex, of what an adapter is made for: U-Net and text tower as they are stored, whatever container
+        """sha256, in hex, of what an adapter is made for: U-Net and text towers as they are stored, whatever container
         and autoencoder they have."""
-        return fingerprint(Together({name: self.state(name) for name in ("text", "unet")}))
+        return fingerprint(Together({name: self.state(name) for name in (*self.config.towers, "unet")}))
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -169,6 +180,19 @@ class Checkpoint:
             check_used(config.schedule, {key.removeprefix("schedule.") for key in settings})
         assumed = tuple(key for key in self.assumed if key not in settings)
         return replace(self, config=config, assumed=assumed)
+
+    def with_second_tower(self, other: Checkpoint) -> Checkpoint:
+        """The same with the text tower of `other` beside its own. Raises UserError if it has two, or `other` none."""
+        if self.config.text_2 is not None:
+            raise UserError(f"{self.path} has two text towers already; name no other beside them")
+        assumed = (key.replace("text.", "text_2.", 1) for key in other.assumed if key.startswith("text."))
+        return replace(
+            self,
+            config=replace(self.config, text_2=other.config.text),
+            parts={**self.parts, "text_2": other.part("text")},
+            assumed=(*self.assumed, *assumed),
+            remarks=self.remarks + other.only("text").remarks,
+        )
 
     def with_autoencoder(self, other: Checkpoint) -> Checkpoint:
         """The same over another's autoencoder. One that does not say its shift and scale gets this one's.

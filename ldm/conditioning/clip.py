@@ -40,7 +40,7 @@ _KNOWN_SETTINGS = {"context_length", "vocab_size", "width", "heads", "layers", "
 
 
 class TextTower(nn.Module):
-    """Tokens -> context, the sequence of a chosen block's outputs after the final LayerNorm.
+    """Tokens -> context, the sequence of a chosen block's outputs, after the final LayerNorm or without it.
 
     `config` is the configuration with an architecture's numbers filled in, so `.config.width` is always D.
     Raises UserError for an unknown architecture or one whose text side is not CLIP's, and for settings that
@@ -68,7 +68,9 @@ class TextTower(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) long -> context (B, L, D), in float32 (float64 if the parameters are)."""
         blocks = self.config.layers - (self.config.layer == "penultimate")
-        context = self.ln_final(self._hidden(tokens, blocks))
+        context = self._hidden(tokens, blocks)
+        if self.config.final_norm:
+            context = self.ln_final(context)
         return context.to(torch.promote_types(context.dtype, torch.float32))
 
     def features(self, tokens: Tensor) -> Tensor:

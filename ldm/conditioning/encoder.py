@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ldm.model_config import EncoderConfig
 
 SHOWN_WORDS = 12  # of those unknown to a tower, in a notice
 SHOWN_LABELS = 20
+EMPTY = ("encoded", "zeros")  # what an empty text is told as
 LONGEST_PERIOD = 10_000.0  # of the sizes' sinusoids, in pixels over 2 pi
 
 
@@ -34,16 +36,25 @@ class Texts:
         context = None if self.context is None else self.context.expand(count, -1, -1)
         return Texts(context, None if self.pooled is None else self.pooled.expand(count, -1))
 
+    def only(self, keep: Tensor) -> Texts:
+        """Zeros in the rows where `keep` (B,) is False."""
+        rows = keep.to("cpu" if self.context is None else self.context.device)
+        context = None if self.context is None else self.context * rows[:, None, None]
+        return Texts(context, None if self.pooled is None else self.pooled * rows[:, None])
+
 
 class Encoder(nn.Module):
     """Asks -> Condition.
 
-    `text`: the tower of the captions; None for a network that takes none. `classes`: how many a class-conditional
-    network knows; the label after the last is the null class. `config` has their names, and what the vector is made of.
-    Raises UserError for settings that contradict each other.
+    `towers`: those of the captions by name, of contexts equally long, which are joined by width; none for a network
+    that takes no captions. `classes`: how many a class-conditional network knows; the label after the last is the null
+    class. `config` has their names, and what the vector is made of. Raises UserError for settings that contradict each
+    other.
     """
 
-    def __init__(self, text: TextTower | None, config: EncoderConfig = EncoderConfig(), classes: int = 0) -> None:
+    def __init__(
+        self, towers: Mapping[str, TextTower], config: EncoderConfig = EncoderConfig(), classes: int = 0
+    ) -> None:
         super().__init__()
         names = len(config.labels)
         if names not in (0, classes):
@@ -53,18 +64,40 @@ class Encoder(nn.Module):
             )
         if not all(config.labels) or len(set(config.labels)) != names:
             raise UserError("encoder.labels has an empty name, or one name twice; give each class a name of its own")
-        if config.pooled and (text is None or not text.config.embed_dim):
+        if config.pooled and not any(tower.config.embed_dim for tower in towers.values()):
             raise UserError("encoder.pooled needs a text tower with a projection (text.embed_dim above 0)")
+        if config.empty not in EMPTY:
+            raise UserError(f"encoder.empty is '{config.empty[:40]}'; choose one of {', '.join(EMPTY)}")
+        if config.score and not config.sizes:
+            raise UserError("encoder.score is told beside sizes, which encoder.sizes=0 leaves out; set encoder.sizes")
+        lengths = {tower.config.context_length for tower in towers.values()}
+        if len(lengths) > 1:
+            raise UserError(f"the text towers read {' and '.join(map(str, sorted(lengths)))} tokens; pair equal ones")
         if config.sizes % 2 or config.sizes < 0:
             raise UserError(
                 f"encoder.sizes is {config.sizes}; choose an even number (half are cosines, half sines), or 0"
             )
-        self.text, self.config, self.classes = text, config, classes
+        self.towers, self.config, self.classes = nn.ModuleDict(towers), config, classes
         self.rows = {name: row for row, name in enumerate(config.labels or map(str, range(classes)))}
 
-    def with_text(self, text: TextTower | None) -> Encoder:
-        """The same with another tower, as one that knows more words."""
-        return Encoder(text, self.config, self.classes)
+    def with_towers(self, towers: Mapping[str, TextTower]) -> Encoder:
+        """The same with other towers, as ones that know more words."""
+        return Encoder(towers, self.config, self.classes)
+
+    @property
+    def named_towers(self) -> dict[str, TextTower]:
+        """The towers by name, in order."""
+        return cast("dict[str, TextTower]", dict(self.towers.items()))
+
+    @property
+    def text(self) -> TextTower | None:
+        """The first tower; None where there is none."""
+        return next(iter(self.named_towers.values()), None)
+
+    @property
+    def context_width(self) -> int:
+        """D, of the context that it makes; 0: none."""
+        return sum(tower.config.width for tower in self.named_towers.values())
 
     @property
     def known(self) -> str:
@@ -77,8 +110,12 @@ class Encoder(nn.Module):
     @property
     def vector_width(self) -> int:
         """V, of the vector that it makes; 0: none."""
-        pooled = self.text.config.embed_dim if self.config.pooled and self.text is not None else 0
-        return pooled + 6 * self.config.sizes
+        return self.pooled_width + (5 if self.config.score else 6) * self.config.sizes
+
+    @property
+    def pooled_width(self) -> int:
+        """E, of the pooled text that the vector begins with; 0: none."""
+        return self.config.pooled * sum(tower.config.embed_dim for tower in self.named_towers.values())
 
     def forward(self, asks: Sequence[Ask]) -> Condition:
         """The conditions (B rows) of the asks. Raises UserError for a label or size that is unknown or missing."""
@@ -88,63 +125,69 @@ class Encoder(nn.Module):
 
     def texts(self, texts: Sequence[str]) -> Texts:
         """The texts encoded, words beyond what the tower reads cut off (`notices` says which)."""
-        if self.text is None:
+        if not self.towers:
             return Texts()
-        return Texts(*self.of_tokens(self.tokens(texts)))
+        made = Texts(*self.of_tokens(self.tokens(texts)))
+        if self.config.empty == "encoded":
+            return made
+        return made.only(torch.tensor([bool(text.strip()) for text in texts]))
 
     def _read(self, ask: Ask) -> Texts:
-        """The text of an ask, encoded by the grammar of prompts if it asks for that; pooled is its first chunk."""
-        if self.text is None or not ask.weighted:
+        """The text of an ask, encoded by the grammar of prompts if it asks for that; pooled is its first chunk.
+
+        A tower that reads it in fewer chunks than another has empty ones behind its own.
+        """
+        if not ask.weighted or not ask.text.strip() or not self.towers:
             return self.texts([ask.text])
-        read = chunks.read(self.text, ask.text)
-        first = read.tokens[:1].to(self.text.positional_embedding.device)
-        pooled = self.text.features(first).float() if self.config.pooled else None
-        return Texts(chunks.encode(self.text, read), pooled)
+        towers = list(self.named_towers.values())
+        read = [chunks.read(tower, ask.text) for tower in towers]
+        most = max(len(each.tokens) for each in read)
+        states = []
+        for tower, each in zip(towers, read, strict=True):
+            empty = [tower.encode([""])] * (most - len(each.tokens))
+            states.append(torch.cat([chunks.encode(tower, each), *empty], dim=1))
+        first = [
+            each.tokens[:1].to(tower.positional_embedding.device) for tower, each in zip(towers, read, strict=True)
+        ]
+        return Texts(torch.cat(states, dim=-1), self._pooled(first))
 
-    def tokens(self, texts: Sequence[str]) -> Tensor:
-        """(B, L) long, where the text tower is, which there must be."""
-        assert self.text is not None
-        return self.text.tokenize(texts)[0].to(self.text.positional_embedding.device)
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """(B, L) long for each tower, where that is."""
+        towers = self.named_towers.values()
+        return tuple(tower.tokenize(texts)[0].to(tower.positional_embedding.device) for tower in towers)
 
-    def of_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, L) long -> context (B, L, D) and, where the vector has it, pooled text (B, E)."""
-        assert self.text is not None
-        return self.text(tokens), self.text.features(tokens).float() if self.config.pooled else None
+    def of_tokens(self, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(B, L) long for each tower -> context (B, L, D) and, where the vector has it, pooled text (B, E)."""
+        towers = self.named_towers.values()
+        context = torch.cat([tower(own) for tower, own in zip(towers, tokens, strict=True)], dim=-1)
+        return context, self._pooled(tokens)
+
+    def _pooled(self, tokens: Sequence[Tensor]) -> Tensor | None:
+        """(B, E) of each tower that projects, joined; None where the vector has it not."""
+        if not self.config.pooled:
+            return None
+        read = zip(self.named_towers.values(), tokens, strict=True)
+        joined = torch.cat([tower.features(own) for tower, own in read if tower.config.embed_dim], dim=-1)
+        return joined.to(torch.promote_types(joined.dtype, torch.float32))
 
     def notices(self, texts: Sequence[str], weighted: bool = False) -> tuple[str, ...]:
         """A sentence for each different text that would not be read to its end, and one for all words that the tower
         does not know, or that there is none; nothing is encoded for it. `weighted`: as an ask's."""
-        if self.text is None:
+        if not self.towers:
             some = next(filter(None, texts), "")
             said = f"this model takes no text, so nothing comes of '{some[:40]}'"
             return (printable(said),) if some else ()
-        different, found = list(dict.fromkeys(texts)), []
-        if weighted:
-            read = [chunks.read(self.text, text) for text in different]
-            tokens = [row for each in read for row in each.tokens]
-            dropped = [f"its last {each.dropped} tokens" if each.dropped else "" for each in read]
-            found = [notice for text in different for notice in grammar.notices(text)]
-        else:
-            tokens, dropped = self.text.tokenize(different)
-        for text, words in zip(different, dropped, strict=True):
-            if words:
-                shown = text if len(text) <= 40 else f"{text[:39]}…"
-                found.append(f"the prompt '{shown}' is longer than the text tower reads; dropped: {words}")
-        unknown = list(dict.fromkeys(word for row in tokens for word in self.text.unknown_words(row)))
-        if unknown:
-            shown = ", ".join(f"'{word[:40]}'" for word in unknown[:SHOWN_WORDS])
-            more = f" and {len(unknown) - SHOWN_WORDS} more" if len(unknown) > SHOWN_WORDS else ""
-            found.append(
-                f"the text tower does not know {shown}{more}: it takes all such words for one, so what they mean is "
-                "not drawn; use words that it was trained on"
-            )
-        return tuple(map(printable, found))
+        different = list(dict.fromkeys(texts))
+        found = [notice for text in different for notice in grammar.notices(text)] if weighted else []
+        for tower in self.named_towers.values():
+            found += _notices(tower, different, weighted)
+        return tuple(dict.fromkeys(map(printable, found)))
 
     def of_texts(self, asks: Sequence[Ask], texts: Texts) -> Condition:
         """The conditions of asks whose texts are encoded already."""
         context, parts = texts.context, [] if texts.pooled is None else [texts.pooled]
         if self.config.sizes:
-            parts.append(_waves(torch.tensor([_six(ask) for ask in asks]), self.config.sizes))
+            parts.append(_waves(torch.tensor([_numbers(ask, self.config.score) for ask in asks]), self.config.sizes))
         numbers = [self.number(ask.label) for ask in asks]
         label = torch.tensor(numbers) if self.classes else None
         if not parts and context is None and label is None:
@@ -170,10 +213,11 @@ class Encoder(nn.Module):
         raise UserError(f"there is no label '{word[:60]}'; this model knows {self.known}")
 
 
-def _six(ask: Ask) -> list[float]:
+def _numbers(ask: Ask, score: bool) -> list[float]:
+    """Six, or with the score five (Podell et al. 2023, sections 2.2 and 2.5)."""
     if ask.size is None or ask.target is None:
         raise UserError("this network is told the picture's size, which is not known here")
-    return [float(value) for value in (*ask.size, *ask.crop, *ask.target)]
+    return [float(value) for value in (*ask.size, *ask.crop, *([ask.score] if score else ask.target))]
 
 
 def _waves(values: Tensor, width: int) -> Tensor:
@@ -181,3 +225,27 @@ def _waves(values: Tensor, width: int) -> Tensor:
     index = torch.arange(width // 2, dtype=torch.float32)
     phase = values[..., None] * torch.exp(-math.log(LONGEST_PERIOD) / (width // 2) * index)
     return torch.cat([phase.cos(), phase.sin()], dim=-1).flatten(1)
+
+
+def _notices(tower: TextTower, different: Sequence[str], weighted: bool) -> list[str]:
+    """What one tower does not read of texts, and which words it does not know."""
+    found = []
+    if weighted:
+        read = [chunks.read(tower, text) for text in different]
+        tokens = [row for each in read for row in each.tokens]
+        dropped = [f"its last {each.dropped} tokens" if each.dropped else "" for each in read]
+    else:
+        tokens, dropped = tower.tokenize(different)
+    for text, words in zip(different, dropped, strict=True):
+        if words:
+            shown = text if len(text) <= 40 else f"{text[:39]}…"
+            found.append(f"the prompt '{shown}' is longer than the text tower reads; dropped: {words}")
+    unknown = list(dict.fromkeys(word for row in tokens for word in tower.unknown_words(row)))
+    if unknown:
+        shown = ", ".join(f"'{word[:40]}'" for word in unknown[:SHOWN_WORDS])
+        more = f" and {len(unknown) - SHOWN_WORDS} more" if len(unknown) > SHOWN_WORDS else ""
+        found.append(
+            f"the text tower does not know {shown}{more}: it takes all such words for one, so what they mean is "
+            "not drawn; use words that it was trained on"
+        )
+    return found

@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 def latent_fingerprint(autoencoder: Checkpoint | None, text: Checkpoint | None, data: DataConfig) -> dict[str, str]:
-    """What cached latents depend on: weights, how the text tower is read, picture transform, and shards of pictures.
+    """What cached latents depend on: weights, how text towers are read, picture transform, and shards of pictures.
 
     `autoencoder` and `text` are where these networks lie; None is the identity codec, and no text. The codec's shift
     and scale are not part of it, since moments are kept unscaled. The shards are known by their names and, where they
@@ -67,9 +67,11 @@ def latent_fingerprint(autoencoder: Checkpoint | None, text: Checkpoint | None, 
     made = {"autoencoder": "identity", "text": "none", "pictures": f"{data.size} pixels, center crop"}
     if autoencoder is not None and "autoencoder" in autoencoder.parts:
         made["autoencoder"] = native.fingerprint(autoencoder.state("autoencoder"))
-    if text is not None:
-        weights = native.fingerprint(text.state("text"))
-        made["text"] = f"{weights} {json.dumps(to_dict(text.config.text), sort_keys=True)}"
+    for name in () if text is None else (*text.config.towers,) or ("text",):
+        weights, plain = native.fingerprint(text.state(name)), to_dict(text.config.towers[name])
+        if plain["final_norm"]:
+            del plain["final_norm"]  # as caches have it that were written before there was that setting
+        made[name] = f"{weights} {json.dumps(plain, sort_keys=True)}"
     if data.shards.strip():
         try:
             made[SHARDS] = _shards_print(expand_sources(data.shards, allow_pipe=data.allow_pipe))

@@ -24,6 +24,7 @@ class Ask:
     crop: tuple[int, int] = (0, 0)  # top and left of what is seen of it, pixels after the resize
     target: tuple[int, int] | None = None  # height and width of what is seen
     weighted: bool = False  # whether the text is read by grammar.py, or each letter as it stands
+    score: float = 6.0  # how much it pleases, of 10: for networks that are told it
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ldm.autoencoder.codec import Codec
-from ldm.checkpoints.opening import open_checkpoint, parse_settings
-from ldm.checkpoints.record import WORDS, Checkpoint
+from ldm.checkpoints.opening import open_checkpoint, open_towers, parse_settings
+from ldm.checkpoints.record import Checkpoint
 from ldm.conditioning.clip import TextTower
 from ldm.config import (
     AutoencoderConfig,
@@ -36,7 +36,7 @@ class Beginning:
 
     config: ModelConfig  # what the trained model is
     codec: Codec
-    text: TextTower | None  # None: the U-Net takes no captions
+    towers: Mapping[str, TextTower]  # none: the U-Net takes no captions
     unet: UNet | None  # that of the model of init, ready to be trained; None: the training makes a new one
     sources: Mapping[str, Checkpoint]  # part -> where it came from; the identity codec and a new U-Net have no place
 
@@ -57,8 +57,8 @@ def begin(config: DiffusionTraining, device: torch.device, said: Collection[str]
         raise UserError("lora.rank is 0, which trains the weights themselves; set it, or leave out the rest of lora")
     if not config.init:
         return _begin_anew(config, device)
-    if config.autoencoder or config.text:
-        raise UserError("init brings its own autoencoder and text tower; leave out autoencoder= and text=")
+    if config.autoencoder or config.text or config.text_2:
+        raise UserError("init brings its own autoencoder and text towers; leave out autoencoder=, text= and text_2=")
     return begin_from(config, device, said)
 
 
@@ -79,18 +79,18 @@ def begin_from(
         _check_agreement(config, model, said)
     unet = checkpoint.load("unet", device).requires_grad_(True)
     codec = checkpoint.load("autoencoder", device)
-    text = checkpoint.load("text", device) if model.takes_text else None
-    there = [part for part in WORDS if part != "text" or text is not None]
+    towers = checkpoint.load_towers(device)
+    there = ("autoencoder", *towers, "unet")
     own_loss = config.loss != DiffusionLossConfig() or any(name.startswith("loss.") for name in said)
     made = dataclasses.replace(
         model,
         autoencoder=codec.config,
-        text=None if text is None else text.config,
+        **{name: tower.config for name, tower in towers.items()},
         schedule=model.schedule or ScheduleConfig(),
         image_size=size,
         loss=config.loss if own_loss or model.loss is None else model.loss,
     )
-    return Beginning(made, codec, text, unet, dict.fromkeys(there, checkpoint))
+    return Beginning(made, codec, towers, unet, dict.fromkeys(there, checkpoint))
 
 
 def _begin_anew(config: DiffusionTraining, device: torch.device) -> Beginning:
@@ -101,14 +101,16 @@ def _begin_anew(config: DiffusionTraining, device: torch.device) -> Beginning:
         raise UserError("init_set says what the model of init is; name that with init=PATH, or leave init_set out")
     if config.model.context_width and not config.text:
         raise UserError("model.context_width asks for captions but no text tower is named; say text=runs/clip")
-    named = {"autoencoder": config.autoencoder, "text": config.text if config.model.context_width else ""}
-    sources = {part: open_checkpoint(name).only(part) for part, name in named.items() if name}
+    text = open_towers(config.text, config.text_2) if config.model.context_width else None
+    towers = {} if text is None else text.load_towers(device)
+    sources = {} if text is None else dict.fromkeys(towers, text)
+    if config.autoencoder:
+        sources["autoencoder"] = open_checkpoint(config.autoencoder).only("autoencoder")
     identity = AutoencoderConfig(kind="identity", scale=(1.0,))
     codec = sources["autoencoder"].load("autoencoder", device) if config.autoencoder else Codec(None, identity)
-    text = sources["text"].load("text", device) if "text" in sources else None
     made = ModelConfig(
         autoencoder=codec.config,
-        text=None if text is None else text.config,
+        **{name: tower.config for name, tower in towers.items()},
         unet=config.model,
         schedule=config.schedule,
         parameterization=config.parameterization or "v",
@@ -118,7 +120,7 @@ def _begin_anew(config: DiffusionTraining, device: torch.device) -> Beginning:
         loss=config.loss,
         encoder=config.encoder,
     )
-    return Beginning(made, codec, text, None, sources)
+    return Beginning(made, codec, towers, None, sources)
 
 
 def _check_agreement(config: DiffusionTraining, model: ModelConfig, said: Collection[str]) -> None:

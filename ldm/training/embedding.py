@@ -38,7 +38,7 @@ class Word(nn.Module):
         self._encoder = [encoder]  # in a list: not a submodule
         self.vectors = vectors.requires_grad_(True)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
         return self._encoder[0].of_tokens(tokens)
 
 
@@ -55,16 +55,19 @@ def embedding_stage(
         raise UserError("loss.caption_dropout would drop the word that is to be learned; leave it out")
     began = begin_from(config, device, said)
     takes = check_fits(began, config.data)
-    if began.text is None or began.unet is None or began.config.loss is None:
+    if len(began.towers) > 1:
+        raise UserError(f"the model {config.init} has {len(began.towers)} text towers, and a word is trained for one")
+    text = began.towers.get("text")
+    if text is None or began.unet is None or began.config.loss is None:
         raise UserError(f"the model {config.init} reads no text, so no word can be added; choose another one")
-    room = began.text.config.context_length - 2
+    room = text.config.context_length - 2
     if config.vectors > room:
         raise UserError(f"vectors is {config.vectors}, and a prompt has room for 1 to {room}")
-    new = Embedding(config.word, _first_vectors(config, began.text), "the setting word")
-    tower = TowerWithWords(began.text, [new]).to(device).requires_grad_(False).eval()
+    new = Embedding(config.word, _first_vectors(config, text), "the setting word")
+    tower = TowerWithWords(text, [new]).to(device).requires_grad_(False).eval()
     network = began.unet.requires_grad_(False).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = assemble(began.config, began.codec, tower, network)
+    model = assemble(began.config, began.codec, {"text": tower}, network)
     # A caption without the word teaches it nothing. The rest of the loss may be that of the model itself.
     loss = dataclasses.replace(began.config.loss, caption_dropout=0.0)
     captions = tuple(template.replace("{}", config.word) for template in config.templates)

@@ -19,7 +19,7 @@ def check_fits(began: Beginning, data: DataConfig, latents: str = "", figures: F
         raise UserError("figures.pictures is 0, which measures nothing; set it, or leave out the rest of figures")
     model = began.config.unet
     assert model is not None
-    encoder = Encoder(began.text, began.config.encoder, model.classes)
+    encoder = Encoder(began.towers, began.config.encoder, model.classes)
     check_sides(data, began.codec.factor)
     if not model.classes:
         check_no_label(data)
@@ -49,14 +49,14 @@ def check_fits(began: Beginning, data: DataConfig, latents: str = "", figures: F
         )
     if takes != "depth":
         check_no_depth(data)
-    if began.text is None and figures.pictures:
+    if not began.towers and figures.pictures:
         raise UserError(
             "figures.pictures asks for pictures of captions, and a model without a text tower draws none; "
             "set figures.pictures=0"
         )
-    if began.text is not None and began.text.config.width != model.context_width:
-        width = began.text.config.width
-        raise UserError(f"the text tower's width is {width}; set model.context_width={width}")
+    if began.towers and encoder.context_width != model.context_width:
+        whose = "text tower's width is" if len(began.towers) == 1 else "text towers' widths add up to"
+        raise UserError(f"the {whose} {encoder.context_width}; set model.context_width={encoder.context_width}")
     return takes
 
 

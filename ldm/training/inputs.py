@@ -50,12 +50,12 @@ class Inputs:
         batch: Batch | LatentBatch,
         draws: Draws,
         dropout: float = 0.0,
-        words: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = None,
+        words: Callable[[tuple[Tensor, ...]], tuple[Tensor, Tensor | None]] | None = None,
     ) -> tuple[Tensor, Condition]:
         """Latents (B, C, h, w) sampled from their posteriors, and conditions.
 
-        `dropout` is the share of rows that are told neither text nor label. `words`, tokens (B, L) -> context and
-        pooled text, stands in for the encoder's tower where a word is trained.
+        `dropout` is the share of rows that are told neither text nor label. `words`, tokens (B, L) of each tower ->
+        context and pooled text, stands in for the encoder's tower where a word is trained.
         """
         asks = self._asks(batch, draws)
         if words is None:
@@ -83,7 +83,7 @@ class Inputs:
     @torch.no_grad()
     def _texts(self, batch: Batch | LatentBatch, asks: list[Ask]) -> Texts:
         if isinstance(batch, LatentBatch):
-            return Texts(None if self.encoder.text is None else batch.context.to(self.device))
+            return Texts(None if not self.encoder.towers else batch.context.to(self.device))
         return self.encoder.texts([ask.text for ask in asks])
 
     @cached_property

@@ -233,7 +233,7 @@ def diffusion_stage(
         if config.text and not config.model.context_width:
             raise UserError("text names a text tower, and with model.context_width=0 none is used; set one of them")
     began = begin(config, device, said)
-    if began.text is None:  # then pictures need none
+    if not began.towers:  # then pictures need none
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, caption="none"))
     elif config.data.caption == "none":
         raise UserError("data.caption is none, and the text tower reads captions; set it to txt or variants")
@@ -244,7 +244,7 @@ def diffusion_stage(
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.gradient_checkpointing = config.gradient_checkpointing
     network.set_attention_backend(config.attention)
-    model = assemble(made, began.codec, began.text, network)
+    model = assemble(made, began.codec, began.towers, network)
     course = Course(
         partial(_open_batches, config, began, model.encoder.rows, rank, world),
         config.data,
@@ -272,7 +272,7 @@ def _open_batches(
 
 def _network_of(model: Model, optimizer: OptimizerConfig) -> Trained:
     """All weights of the network; what is left is the whole model, autoencoder and text tower included."""
-    parts = {"unet": model.unet, "autoencoder": model.codec.autoencoder, "text": model.text}
+    parts = {"unet": model.unet, "autoencoder": model.codec.autoencoder, **model.towers}
 
     def export(output: Path, finished: bool) -> None:
         native.save(output, model.config, {name: part for name, part in parts.items() if part is not None})

@@ -65,28 +65,28 @@ class UNet(nn.Module):
         self.vector_embedding = EmbeddingMLP(config.vector_width, embedding_width) if config.vector_width else None
 
         widths = [config.channels * multiplier for multiplier in config.multipliers]
-        last = len(widths) - 1
+        last, depths = len(widths) - 1, level_depths(config)
         self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
         width, skips = config.channels, [config.channels]
         self.down = nn.ModuleList()
         for level in range(last + 1):
             stages = []
             for _ in range(config.blocks):
-                stages.append(Stage(config, width, widths[level], level in config.attention_levels))
+                stages.append(Stage(config, width, widths[level], depths.get(level, 0)))
                 width = widths[level]
                 skips.append(width)
             self.down.append(Level(stages, Downsample(width) if level < last else None))
             if level < last:
                 skips.append(width)
 
-        attends = _middle_attends(config)
-        self.middle = nn.ModuleList([Stage(config, width, width, attends), Stage(config, width, width, False)])
+        depth = config.transformer_depth if _middle_attends(config) else 0
+        self.middle = nn.ModuleList([Stage(config, width, width, depth), Stage(config, width, width, 0)])
 
         self.up = nn.ModuleList()  # in the order of use, the coarsest first
         for level in reversed(range(last + 1)):
             stages = []
             for _ in range(config.blocks + 1):
-                stages.append(Stage(config, width + skips.pop(), widths[level], level in config.attention_levels))
+                stages.append(Stage(config, width + skips.pop(), widths[level], depths.get(level, 0)))
                 width = widths[level]
             self.up.append(Level(stages, Upsample(width) if level > 0 else None))
         self.norm_out = GroupNorm(width)
@@ -205,21 +205,21 @@ def _levels(levels: nn.ModuleList) -> Iterable[Level]:
 
 
 class Stage(nn.Module):
-    """A residual block and, if it `attends`, a spatial transformer.
+    """A residual block and, if `depth` is not 0, a spatial transformer of so many blocks.
 
     The skip is concatenated in here, so that gradient checkpointing does not keep the concatenation.
     """
 
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, attends: bool):
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, depth: int):
         super().__init__()
         self.residual = ResidualBlock(
             in_channels, out_channels, 4 * config.channels, config.time_injection == "scale_shift", config.dropout
         )
         self.transformer = None
-        if attends:
+        if depth:
             self.transformer = SpatialTransformer(
                 out_channels,
-                config.transformer_depth,
+                depth,
                 config.heads or out_channels // config.head_width,
                 config.context_width,
                 config.linear_projection,
@@ -244,6 +244,11 @@ def check(config: UNetConfig, name: str = "unet") -> None:
     for level in config.attention_levels:
         if level > last:
             raise UserError(f"{name}.attention_levels has {level}; there are levels 0 to {last}")
+    if len(config.depths) not in (0, len(config.attention_levels)):
+        raise UserError(
+            f"{name}.depths has {len(config.depths)} numbers for {len(config.attention_levels)} levels in "
+            f"{name}.attention_levels; give one for each, or leave out depths"
+        )
     attends = {*config.attention_levels, *([last] if _middle_attends(config) else [])}
     if attends and bool(config.heads) == bool(config.head_width):
         raise UserError(
@@ -256,6 +261,12 @@ def check(config: UNetConfig, name: str = "unet") -> None:
             raise UserError(
                 f"{name}.{divided} {divisor} does not divide the width {width} of a level; choose a divisor of it"
             )
+
+
+def level_depths(config: UNetConfig) -> dict[int, int]:
+    """Level -> blocks in each of its transformers, for those levels that have any."""
+    depths = config.depths or (config.transformer_depth,) * len(config.attention_levels)
+    return dict(zip(config.attention_levels, depths, strict=True))
 
 
 def _middle_attends(config: UNetConfig) -> bool:

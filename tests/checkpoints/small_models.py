@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.native import PARTS
+from ldm.checkpoints.native import part_names
 from ldm.checkpoints.networks import skeleton
 from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
 
@@ -34,7 +34,7 @@ def random_states(config: ModelConfig, seed: int = 0) -> dict[str, dict[str, Ten
     """Part -> its tensors: around 1 for the scales of norms, around 0 and narrower the wider for all others."""
     generator = torch.Generator().manual_seed(seed)
     states: dict[str, dict[str, Tensor]] = {}
-    for name in PARTS:
+    for name in part_names(config):
         states[name] = {}
         for key, value in skeleton(name, config, "").state_dict().items():
             fan = value[0].numel() if value.ndim > 1 else 100

@@ -320,7 +320,7 @@ def test_the_fingerprint_follows_weights_reading_and_pictures_but_not_scale(tmp_
     config = native.read_config(copy)
     assert config.autoencoder and config.text
     rescaled = replace(config, autoencoder=replace(config.autoencoder, scale=(3.0,)))
-    parts = {name: dict(open_checkpoint(copy).state(name)) for name in native.PARTS}
+    parts = {name: dict(open_checkpoint(copy).state(name)) for name in native.part_names(native.read_config(copy))}
     native.save(copy, rescaled, parts)
     model = open_checkpoint(copy)
     assert latent_fingerprint(model, model, data) == first

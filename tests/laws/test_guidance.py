@@ -176,7 +176,7 @@ class ClassNetwork:
 
 def told_of(labels: list[str]) -> list[Condition]:
     """What the encoder makes of the labels, and of none."""
-    encoder = Encoder(None, EncoderConfig(labels=("first", "second", "third")), classes=3)
+    encoder = Encoder({}, EncoderConfig(labels=("first", "second", "third")), classes=3)
     asks = [Ask(label=label) for label in labels]
     return [encoder(asks), encoder.null(asks, Texts())]
 

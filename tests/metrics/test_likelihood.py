@@ -117,7 +117,7 @@ def pixel_model(tiny_model) -> LatentDiffusion:
     config = replace(tiny_model.config, autoencoder=kind, unet=unet, image_size=8, learned_variance=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return assemble(config, Codec(None, kind), tiny_model.text, UNet(unet).eval())
+        return assemble(config, Codec(None, kind), tiny_model.towers, UNet(unet).eval())
 
 
 def test_a_pixel_model_is_measured_in_pixels(pixel_model):
