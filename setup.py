@@ -7,5 +7,5 @@ beside = find_namespace_packages(include=[pattern for name in BESIDE for pattern
 setup(
     packages=[*find_namespace_packages(include=["ldm", "ldm.*"]), *(f"ldm.{name}" for name in beside)],
     package_dir={f"ldm.{name}": name for name in BESIDE},
-    package_data={"ldm": ["assets/**/*"], "ldm.configs": ["**/*.yaml"], "ldm.tools.icons": ["*.mjs"]},
+    package_data={"ldm": ["assets/**/*", "web/page/*"], "ldm.configs": ["**/*.yaml"], "ldm.tools.icons": ["*.mjs"]},
 )

@@ -50,7 +50,7 @@ def save_png(image: Tensor, path: str | Path, metadata: Mapping[str, Any] | None
     An infinite number in it is written as the word "inf" or "-inf", since JSON has none.
     Raises UserError for a picture that is not finite, and for a folder or disk that does not take it.
     """
-    atomic_write_bytes(path, _png(image, metadata))
+    atomic_write_bytes(path, to_png(image, metadata))
 
 
 def save_numbered(
@@ -65,7 +65,7 @@ def save_numbered(
     The number is the first that is free from `first` on (None: from above the highest of a picture there). Other
     processes may write into the folder too: each name is given once.
     """
-    content, number = _png(image, metadata), next_number(folder) if first is None else first
+    content, number = to_png(image, metadata), next_number(folder) if first is None else first
     while True:
         path = Path(folder) / f"{prefix}{number:05d}.png"
         try:
@@ -75,18 +75,20 @@ def save_numbered(
             number += 1
 
 
-def _png(image: Tensor, metadata: Mapping[str, Any] | None) -> bytes:
+def to_png(image: Tensor, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes that `save_png` writes."""
     picture, texts, content = to_pil(image), PngInfo(), io.BytesIO()
     if metadata:
         texts.add_text("parameters", readable(metadata))
-        texts.add_text("ldm", json.dumps(_finite(metadata), allow_nan=False))
+        texts.add_text("ldm", json.dumps(finite(metadata), allow_nan=False))
     picture.save(content, "PNG", pnginfo=texts)
     return content.getvalue()
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata that `save_png` put into `path`. Raises UserError if it is no PNG or carries none."""
-    content = pictures.contents(path)
+def read_metadata(path: str | Path | bytes) -> dict[str, Any]:
+    """The metadata that `save_png` put into `path`, or into such bytes. Raises UserError if it is no PNG or carries
+    none."""
+    content, path = (path, "the picture") if isinstance(path, bytes) else (pictures.contents(path), path)
     try:
         picture = pictures.opened(pictures.bare_png(content, b"ldm"), lambda picture: picture.load())
     except pictures.BadPicture as error:
@@ -99,12 +101,12 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return parse_json(text, path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with words in the place of numbers that are not finite, in mappings and lists all the way down."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -102,9 +102,11 @@ def surroundings(model: Model) -> dict[str, Any]:
     }
 
 
-def read(path: str | Path) -> Recipe:
-    """The recipe in a PNG of ours. Raises UserError for any other, and for values that make no sense."""
+def read(path: str | Path | bytes) -> Recipe:
+    """The recipe in a PNG of ours, a file or its bytes. Raises UserError for any other, and for values that make no
+    sense."""
     data = read_metadata(path)
+    path = "the picture" if isinstance(path, bytes) else path
     names = [field.name for field in fields(Settings)]
     given = {key: data[key] for key in names if key in data}
     if given.get("sigmas"):

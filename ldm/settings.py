@@ -126,7 +126,9 @@ class _Reader:
             self._refuse(f"{name}.kind", f"one of {', '.join(kinds)}", kind)
         return kinds.get(kind, groups[0])
 
-    def _scalar(self, hint: type, value: Any, name: str) -> Any:
+    def _scalar(self, hint: Any, value: Any, name: str) -> Any:
+        if hint is Any and isinstance(value, str | int | float):  # a sampler's option, whose type its catalogue knows
+            return value
         try:
             if hint is str and isinstance(value, str | int | float):
                 if "${" in str(value):
@@ -142,7 +144,8 @@ class _Reader:
                 return hint(value)
         except (KeyError, ValueError, TypeError, OverflowError):
             pass
-        self._refuse(name, {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[hint], value)
+        wanted = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+        self._refuse(name, wanted.get(hint, "a number or a text"), value)
 
     def _refuse(self, name: str, wanted: str, value: Any) -> NoReturn:
         raise UserError(f"{self.where}: {name} must be {wanted}, not {str(value)[:40]!r}")

@@ -403,7 +403,7 @@ def test_what_cannot_be_loaded(tiny_checkpoint: Path, arguments: tuple[str, ...]
 
 
 def test_a_recipe_comes_back_from_a_png(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
-    settings = Settings(steps=3, sampler="ddpm", cfg_interval=(0.1, torch.inf), tile=16)
+    settings = Settings(steps=3, sampler="ddpm", options={"variance": "beta"}, cfg_interval=(0.1, torch.inf), tile=16)
     batch = [Request("a ${cat}", "ü", 3), Request("a red heart", "", 4)]
     images = generate.draw(tiny_model, batch, settings.plan())
     save_png(images[1], tmp_path / "a.png", provenance.record(tiny_model, settings, batch, 1))

@@ -1,0 +1,166 @@
+"""One job drawn, piece by piece: previews as the sampler walks, then the pictures. Runs in the worker's thread."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm import image_io, jobs, provenance
+from ldm.errors import UserError
+from ldm.web.job import Job
+from ldm.web.shelf import Shelf
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.model import Model
+
+BATCH = 4  # as txt2img.py has it, so that the last bits are the same
+SHARE = 0.2  # of the time, at most, goes into previews
+OFTEN = 0.2  # seconds between two previews, at least
+PREVIEW_SIDE = 384  # pixels; larger ones are made smaller
+
+
+@dataclass(frozen=True)
+class Place:
+    """How many are in front."""
+
+    ahead: int
+
+
+@dataclass(frozen=True)
+class Walked:
+    """A step done; what the pictures of this batch, from `first` on, are going to be."""
+
+    step: int
+    steps: int
+    first: int
+    previews: tuple[bytes, ...] = ()  # JPEG
+
+
+@dataclass(frozen=True)
+class Drawn:
+    index: int
+    seed: int
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Done:
+    """All pictures are drawn; what the user should know of them."""
+
+    notices: tuple[str, ...]
+    seconds: float
+
+
+Event = Place | Walked | Drawn | Done
+
+
+class Stopped(Exception):
+    """Nobody waits for this job any more."""
+
+
+class Stop:
+    """Whether a job has to end, asked at each evaluation of the network: a step may have any number of them."""
+
+    def __init__(self, seconds: float) -> None:
+        self.asked = threading.Event()
+        self._seconds = seconds
+        self._end = float("inf")
+
+    def begin(self) -> None:
+        self._end = time.monotonic() + self._seconds
+
+    def check(self) -> None:
+        if self.asked.is_set():
+            raise Stopped
+        if time.monotonic() > self._end:
+            raise UserError(
+                f"the drawing took longer than {self._seconds:g} seconds, this server's limit; ask for fewer steps or "
+                "a smaller size"
+            )
+
+
+def draw(
+    job: Job, shelf: Shelf, stop: Stop, previews: bool = True, folder: Path | None = None
+) -> Generator[Event, None, None]:
+    """The events of a job. Raises UserError for what the model cannot do, and Stopped.
+
+    Each picture is that of txt2img.py with its settings and seed, its PNG says how it was made; it is also written to
+    `folder`, if there is one.
+    """
+    from ldm import generate
+
+    stop.begin()
+    began, requests, settings = time.monotonic(), job.requests, shelf.with_paths(job.settings)
+    plan = settings.plan()
+    model = shelf.model_for(job.asked)
+    helpers = shelf.helpers_for(job.asked, model, plan)
+    notices = [*model.notices, *helpers.notices, *settings.without_effect(requests)]
+    for reader in (model, *helpers.models.values()):
+        notices += generate.prompt_notices(reader, requests)
+    first, pace = 0, _Pace()
+    with _stoppable(model, stop):
+        for batch in jobs.batches(requests, BATCH):
+            step = None
+            for step in generate.sample(model, batch, plan, helpers):
+                shown: tuple[bytes, ...] = ()
+                last = step.index + 1 == step.total
+                if previews and not last and pace.due():
+                    with pace:
+                        ahead = replace(step, x=step.x0, sigma_next=0.0)
+                        shown = tuple(map(_small, generate.decode(model, ahead, plan.tile)))
+                yield Walked(step.index + 1, step.total, first, shown)
+                stop.check()
+            assert step is not None
+            images = generate.decode(model, step, plan.tile).cpu()
+            for index, request in enumerate(batch):
+                record = provenance.record(model, job.settings, batch, index, helpers.hashes)
+                yield Drawn(first + index, request.seed, _kept(images[index], record, folder))
+            first += len(batch)
+    yield Done(tuple(dict.fromkeys(notices)), round(time.monotonic() - began, 2))
+
+
+class _Pace:
+    """When the next preview is due: they take no more than SHARE of the time, whatever one costs."""
+
+    def __init__(self) -> None:
+        self._next = self._began = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        now = time.monotonic()
+        self._next = now + max(OFTEN, (now - self._began) / SHARE)
+
+
+@contextmanager
+def _stoppable(model: Model, stop: Stop) -> Iterator[None]:
+    handle = model.unet.register_forward_pre_hook(lambda *_: stop.check())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _small(image: Tensor) -> bytes:
+    content, picture = io.BytesIO(), image_io.to_pil(image)
+    picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    picture.save(content, "JPEG", quality=80)
+    return content.getvalue()
+
+
+def _kept(image: Tensor, record: dict[str, object], folder: Path | None) -> bytes:
+    if folder is None:
+        return image_io.to_png(image, record)
+    return image_io.save_numbered(image, folder, record).read_bytes()

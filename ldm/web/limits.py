@@ -1,0 +1,45 @@
+"""How much a client may ask for. No torch in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ldm.errors import UserError
+from ldm.jobs import Plan, Request
+from ldm.ranges import Count, Positive, check
+
+LETTERS = 10_000  # of a prompt; no text tower reads a tenth of it
+SMALLEST_TILE = 64  # pixels; smaller ones make a decoding of minutes, which nothing interrupts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may cost, and all of them together."""
+
+    most_pictures: Count = 16  # of one request
+    most_steps: Count = 150  # of one request's sampler
+    most_side: Count = 1024  # pixels, of what is drawn
+    most_pixels: Count = 25_000_000  # of a picture that is sent, before it is decoded
+    most_seconds: Positive = 600.0  # of one request's drawing, from when its turn comes
+    most_waiting: Count = 100  # requests that wait for their turn
+    most_megabytes: Count = 24  # of one request's body
+    all_megabytes: Count = 256  # of the bodies of all requests that are not answered yet
+    slow_seconds: Positive = 20.0  # for a client to send a request, or to take a piece of an answer
+    connections: Count = 256  # at a time
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def check(self, requests: list[Request], plan: Plan) -> None:
+        """Raise UserError for what is more than a client may ask for."""
+        for what, asked, most in (
+            ("pictures", len(requests), self.most_pictures),
+            ("steps", plan.steps, self.most_steps),
+            ("pixels of width", plan.width or 0, self.most_side),
+            ("pixels of height", plan.height or 0, self.most_side),
+            ("letters of a prompt", max(len(r.prompt) + len(r.negative) for r in requests), LETTERS),
+        ):
+            if asked > most:
+                raise UserError(f"{asked} {what} were asked for, and this server's limit is {most}; ask for fewer")
+        if plan.tile is not None and plan.tile < SMALLEST_TILE:
+            raise UserError(f"a tile of {plan.tile} pixels is too small here; choose {SMALLEST_TILE} or more, or none")

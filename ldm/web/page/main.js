@@ -1,0 +1,163 @@
+import { build, element } from "./form.js";
+import { gallery } from "./gallery.js";
+import * as server from "./stream.js";
+
+const at = (id) => document.getElementById(id);
+const [status, shown, progress, notices] = ["status", "shown", "progress", "notices"].map(at);
+
+function say(text, wrong = false) {
+  status.textContent = text;
+  status.classList.toggle("wrong", wrong);
+}
+
+function tell(sentences) {
+  notices.replaceChildren(...sentences.map((each) => element("li", {}, each)));
+}
+
+let form, pictures;
+let running = null; // an AbortController while a job is asked for
+
+// ---------------------------------------------------------------- drawing
+
+async function draw() {
+  if (running) return;
+  const job = form.read();
+  const files = {};
+  running = new AbortController();
+  busy(true);
+  tell([]);
+  say("asking");
+  let drawn = 0;
+  try {
+    for await (const event of server.draw(job, files, running.signal)) {
+      if (event.event === "place") say(event.ahead === 1 ? "one is in front" : `${event.ahead} are in front`);
+      if (event.event === "walked") {
+        progress.value = event.step / event.steps;
+        const which = (job.n || 1) > 1 ? `, picture ${event.first + 1} of ${job.n}` : "";
+        say(`step ${event.step} of ${event.steps}${which}`);
+        if (event.previews.length) preview(event.previews.map((each) => server.blob(each, "image/jpeg")));
+      }
+      if (event.event === "drawn") {
+        drawn += 1;
+        const settings = { ...job, seed: event.seed };
+        delete settings.n;
+        const entry = { png: server.blob(event.png, "image/png"), settings, files };
+        await pictures.add(entry);
+        at("empty").hidden = true;
+        show(entry);
+      }
+      if (event.event === "done") {
+        say(`${drawn === 1 ? "drawn" : `${drawn} drawn`} in ${event.seconds} s`);
+        tell(event.notices);
+      }
+      if (event.event === "error") throw new Error(event.error);
+    }
+  } catch (error) {
+    if (error.name === "AbortError") say("cancelled");
+    else say(error.message, true);
+    for (const each of shown.querySelectorAll(".preview")) each.remove();
+  } finally {
+    running = null;
+    busy(false);
+  }
+}
+
+function busy(now) {
+  at("draw").disabled = now;
+  at("cancel").disabled = !now;
+  progress.hidden = !now;
+  progress.value = 0;
+  shown.setAttribute("aria-busy", now);
+}
+
+function clear() {
+  shown.replaceChildren();
+}
+
+function preview(blobs) {
+  clear();
+  for (const each of blobs) {
+    const picture = element("img", { className: "preview", alt: "a preview", src: URL.createObjectURL(each) });
+    picture.addEventListener("load", () => URL.revokeObjectURL(picture.src));
+    shown.append(picture);
+  }
+}
+
+// ---------------------------------------------------------------- one picture, and what to do with it
+
+function show(entry) {
+  clear();
+  const { settings, png } = entry;
+  const address = entry.node.querySelector("img").src;
+  const name = `${(settings.prompt || "picture").replace(/[^\w]+/g, "-").slice(0, 40)}-${settings.seed}.png`;
+  const act = (text, work) => {
+    const button = element("button", { type: "button", className: "quiet" }, text);
+    button.addEventListener("click", work);
+    return button;
+  };
+  const use = act("Use its settings", () => {
+    form.write(settings);
+    say("its settings are in the form");
+  });
+  const remove = act("Remove", () => {
+    pictures.remove(entry);
+    clear();
+    at("stage").focus();
+  });
+  const save = element("a", { className: "button quiet", href: address, download: name }, "Save");
+  shown.append(
+    element(
+      "figure",
+      {},
+      element("img", { src: address, alt: settings.prompt || "the picture" }),
+      element("figcaption", {}, element("span", { className: "caption" }, settings.prompt || ""), ` seed ${settings.seed}`),
+      element("div", { className: "buttons" }, use, save, remove),
+    ),
+  );
+  for (const each of document.querySelectorAll("#gallery [aria-current]")) each.removeAttribute("aria-current");
+  entry.node.querySelector("button").setAttribute("aria-current", "true");
+}
+
+async function dropped(file) {
+  try {
+    const { settings, notices: missing } = await server.recipe(file);
+    form.write(settings);
+    const entry = { png: new Blob([file], { type: "image/png" }), settings, files: {} };
+    await pictures.add(entry);
+    at("empty").hidden = true;
+    show(entry);
+    say("its settings are in the form");
+    tell(missing);
+  } catch (error) {
+    say(error.message, true);
+  }
+}
+
+// ---------------------------------------------------------------- the page
+
+at("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  draw();
+});
+at("cancel").addEventListener("click", () => running?.abort());
+at("reset").addEventListener("click", () => form.write({}));
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape") running?.abort();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("form").requestSubmit();
+});
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  const [file] = event.dataTransfer.files;
+  if (file) dropped(file);
+});
+
+try {
+  const schema = await server.schema();
+  form = build(schema, { words: at("words"), main: at("main"), beginning: at("beginning"), rest: at("rest") });
+  pictures = await gallery(at("gallery"), show);
+  at("empty").hidden = at("gallery").children.length > 0;
+  document.body.dataset.ready = "true";
+} catch (error) {
+  say(error.message, true);
+}

@@ -1,0 +1,74 @@
+"""The queue: jobs take their turns in the order they came, one at a time, in one thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+
+from ldm.web.drawing import Event, Place, Stop, Stopped, Walked
+
+
+class Full(Exception):
+    """As many jobs wait as may."""
+
+
+class Turns:
+    """One worker for all jobs. Whoever stops waiting for `run` leaves the queue, or stops the drawing."""
+
+    def __init__(self, most_waiting: int) -> None:
+        self._most = most_waiting
+        self._line: list[asyncio.Event] = []  # one for each job, set when the line has moved; the first is drawn
+        self._worker = ThreadPoolExecutor(1, "worker")
+
+    async def run(self, walk: Generator[Event, None, None], stop: Stop, tell: Callable[[Event], None]) -> None:
+        """Walk to the end in the worker's thread when the turn has come, and `tell` of everything on the way.
+
+        Raises Full, and what `walk` raises; at a cancellation the walk ends before its next evaluation.
+        """
+        if len(self._line) > self._most:
+            raise Full
+        moved, loop = asyncio.Event(), asyncio.get_running_loop()
+        self._line.append(moved)
+        try:
+            while ahead := self._line.index(moved):
+                tell(Place(ahead))
+                await moved.wait()
+                moved.clear()
+            while (event := await loop.run_in_executor(self._worker, next, walk, None)) is not None:
+                tell(event)
+        except Stopped:
+            raise asyncio.CancelledError from None
+        finally:
+            stop.asked.set()
+            self._worker.submit(walk.close)  # behind what it still does
+            self._line.remove(moved)
+            for other in self._line:
+                other.set()
+
+
+class Mailbox:
+    """Events for a client that may be slow: a step that was not taken yet gives way to the next."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._ready = asyncio.Event()
+        self._closed = False
+
+    def put(self, event: Event) -> None:
+        if self._events and isinstance(event, Walked | Place) and isinstance(self._events[-1], Walked | Place):
+            self._events.pop()
+        self._events.append(event)
+        self._ready.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._ready.set()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while self._events or not self._closed:
+            if self._events:
+                yield self._events.pop(0)
+            else:
+                self._ready.clear()
+                await self._ready.wait()

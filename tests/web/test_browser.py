@@ -1,0 +1,245 @@
+"""The page in a real browser: Debian's Chromium without a screen, driven by selenium (extra `browser`)."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from web.conftest import Server, wait_for
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e '.[browser]'")
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver, Debian's packages"),
+]
+QUIET = (
+    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync",
+)  # fmt: skip
+PHONE, DESK = (390, 844), (1280, 900)
+
+
+class Page:
+    """What a person does with the page."""
+
+    def __init__(self, driver: Any, url: str) -> None:
+        self.driver = driver
+        driver.get(url)
+        wait_for(lambda: self.js("return document.body.dataset.ready"))
+
+    def js(self, script: str, *given: Any) -> Any:
+        return self.driver.execute_script(script, *given)
+
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def one(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def fill(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            field = self.one(f"[name='{name}']")
+            self.js("for (let p = arguments[0].parentElement; p; p = p.parentElement) p.open = true", field)
+            if field.tag_name == "select":
+                choose = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
+                self.js(choose, field, value)
+            else:
+                field.clear()
+                field.send_keys(str(value))
+
+    def value(self, name: str) -> str:
+        return self.one(f"[name='{name}']").get_property("value")
+
+    @property
+    def status(self) -> str:
+        return self.one("#status").text
+
+    def draw(self) -> None:
+        self.one("#draw").click()
+
+    def drawn(self) -> bytes:
+        """The picture on the stage, when it is there."""
+        wait_for(lambda: self.status.startswith("drawn in") or "wrong" in self.one("#status").get_attribute("class"))
+        assert self.status.startswith("drawn in"), self.status
+        assert self.one("#shown figure img").get_attribute("src") == self.one("#gallery img").get_attribute("src")
+        return self.newest()
+
+    def newest(self) -> bytes:
+        """The bytes of the gallery's first picture, which the page may not fetch by its policy."""
+        script = """
+            const done = arguments[0];
+            indexedDB.open("ldm").onsuccess = ({ target: { result: base } }) =>
+                base.transaction("pictures").objectStore("pictures").getAll().onsuccess = async ({ target }) => {
+                    base.close();
+                    done([...new Uint8Array(await target.result.at(-1).png.arrayBuffer())]);
+                };"""
+        return bytes(self.driver.execute_async_script(script))
+
+    def drop(self, content: bytes, onto: str, name: str = "dropped.png") -> None:
+        script = """
+            const [text, selector, name] = arguments;
+            const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], name, {type: "image/png"}));
+            const event = new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true});
+            document.querySelector(selector).dispatchEvent(event);"""
+        self.js(script, b64encode(content).decode(), onto, name)
+
+    def errors(self) -> list[str]:
+        said = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        return [message for message in said if "the server responded with a status of 4" not in message]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in (*QUIET, f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(f"--{word}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    from selenium.webdriver.chrome.service import Service
+
+    made = webdriver.Chrome(options, Service(DRIVER))
+    made.set_script_timeout(8)
+    yield made
+    made.quit()
+
+
+def resize(driver: Any, size: tuple[int, int], dark: bool = False) -> None:
+    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+
+@pytest.fixture
+def page(driver: Any, server: Server) -> Iterator[Page]:
+    resize(driver, DESK)
+    driver.get(f"{server.url}/icon.svg")
+    driver.execute_async_script("indexedDB.deleteDatabase('ldm').onsuccess = () => arguments[0]()")
+    opened = Page(driver, server.url)
+    yield opened
+    assert opened.errors() == []  # of scripts, and of what the content security policy refused
+
+
+def test_a_prompt_a_button_previews_and_the_picture(page: Page, server: Server):
+    page.fill(prompt="a red heart", seed=7, steps=100)
+    page.draw()
+    seen: set[str] = set()
+    script = "return [...document.querySelectorAll('#shown img.preview')].map((each) => each.src)"
+    wait_for(lambda: seen.update(page.js(script)) or len(seen) > 2)
+    assert "step" in page.status and page.one("#draw").get_property("disabled")
+    drawn = page.drawn()
+    assert drawn == server.draw(prompt="a red heart", seed=7, steps=100).body
+    assert "seed 7" in page.one("figcaption").text and not page.all("#shown img.preview")
+    assert len(page.all("#gallery li")) == 1
+
+
+def test_everything_by_keyboard(page: Page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.one("[name=prompt]").send_keys("a cat", Keys.CONTROL, Keys.ENTER)
+    page.drawn()
+    found = page.js("""
+        const wanted = [...document.querySelectorAll("input, select, textarea, button, summary, a")];
+        return wanted.filter((each) => each.tabIndex < 0 || !(each.labels?.length || each.textContent.trim()
+            || each.title || each.ariaLabel)).map((each) => each.outerHTML)""")
+    assert found == []
+
+
+def test_cancel_and_a_closed_tab_stop_the_drawing(page: Page, driver: Any, server: Server):
+    slow = {"sampler": "langevin", "steps": 100}
+    for leave in (lambda: page.one("#cancel").click(), lambda: driver.get("about:blank")):
+        page.fill(**slow)
+        page.fill(**{"options.moves": 5000})
+        page.draw()
+        wait_for(lambda: not page.one("#cancel").get_property("disabled"))
+        time.sleep(0.3)
+        began = time.monotonic()
+        leave()
+        assert server.draw().status == 200 and time.monotonic() - began < 5
+        if driver.current_url.startswith("http"):
+            assert page.status == "cancelled" and not page.one("#draw").get_property("disabled")
+
+
+def test_settings_come_back_out_of_the_gallery(page: Page):
+    page.fill(prompt="first", seed=3, steps=2, sampler="heun", cfg=2)
+    page.fill(**{"options.s_churn": 1.5, "cfg_interval": "0.1 inf"})
+    page.draw()
+    first = page.drawn()
+    page.one("#reset").click()
+    assert page.value("prompt") == "" and page.value("sampler") == "ddim"
+    page.fill(prompt="second", steps=2)
+    page.draw()
+    page.drawn()
+    page.driver.refresh()  # they are kept
+    wait_for(lambda: len(page.all("#gallery li")) == 2)
+    page.all("#gallery button")[1].click()
+    page.all("#shown button")[0].click()
+    assert [page.value(name) for name in ("prompt", "seed", "sampler", "cfg")] == ["first", "3", "heun", "2"]
+    page.draw()
+    assert page.drawn() == first
+
+
+def test_a_png_dropped_onto_the_page_brings_its_settings(page: Page, server: Server):
+    made = server.draw(prompt="a dog", seed=2**60 + 1, steps=3, sampler="euler_a", spacing="karras")
+    page.drop(made.body, "body")
+    wait_for(lambda: "settings are in the form" in page.status)
+    assert [page.value(name) for name in ("prompt", "seed", "spacing")] == ["a dog", str(2**60 + 1), "karras"]
+    page.draw()
+    assert page.drawn() == made.body
+    page.drop(b"no picture", "body")
+    wait_for(lambda: "not a PNG" in page.status)
+
+
+def test_what_is_wrong_is_said_on_the_page(page: Page):
+    page.fill(width=30)
+    page.draw()
+    wait_for(lambda: "multiples of 4" in page.status)
+    assert "wrong" in page.one("#status").get_attribute("class")
+    page.fill(width="", prompt="xyzzyx", steps=2)
+    page.draw()
+    page.drawn()
+    assert "xyzzyx" in page.one("#notices").text
+
+
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_it_fits_and_can_be_read(page: Page, size: tuple[int, int], dark: bool):
+    resize(page.driver, size, dark)
+    page.fill(prompt="a" * 300, steps=2)  # a word without an end
+    page.draw()
+    page.drawn()
+    page.js("for (const each of document.querySelectorAll('details')) each.open = true")
+    assert page.js("return document.documentElement.scrollWidth") <= size[0]
+    small = page.js("""return [...document.querySelectorAll("button, select, input:not([type=checkbox])")]
+        .filter((each) => each.offsetHeight && each.offsetHeight < 30).map((each) => each.outerHTML)""")
+    assert small == []
+    ink, back = page.js("""
+        const pixel = document.createElement("canvas").getContext("2d");
+        const style = getComputedStyle(document.body);
+        return [style.color, style.backgroundColor].map((each) => {
+            pixel.fillStyle = each;
+            pixel.fillRect(0, 0, 1, 1);
+            return [...pixel.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        })""")
+    assert (np.mean(ink) > np.mean(back)) == dark
+    assert contrast(ink, back) > 7
+
+
+def contrast(one: list[int], other: list[int]) -> float:
+    """WCAG's ratio."""
+
+    def luminance(colour: list[int]) -> float:
+        linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
