@@ -235,6 +235,7 @@ def load(
     settings: Mapping[str, Any] | None = None,
     attention: str = "sdpa",
     backend: str = "auto",
+    low_memory: bool = False,
 ) -> LatentDiffusion:
     """The model of a shipped name, a checkpoint directory or file, or a Hugging Face id, ready to draw.
 
@@ -251,6 +252,8 @@ def load(
         attention: of the U-Net: sdpa, torch's own, or xformers, where that is installed and the device is CUDA's.
         backend: what runs the networks (ldm/backends): auto, the fastest that needs no preparation; torch, layer by
             layer as it trains; compile, the U-Net by torch.compile. What is drawn is the same to rounding.
+        low_memory: run the networks on one picture and one branch of guidance at a time, and keep them on the CPU while
+            they do not work. What is drawn is the same to rounding (docs/memory.md).
 
     Raises:
         UserError: what is not there, damaged, of another architecture, or not a text-to-picture model.
@@ -265,6 +268,7 @@ def load(
             settings=settings,
             attention=attention,
             backend=backend,
+            low_memory=low_memory,
         )
     )
     for notice in made.notices:

@@ -19,6 +19,10 @@ class UserError(Exception):
         super().__init__(printable(message))
 
 
+class MemoryNotice(UserWarning):
+    """The memory did not suffice, and it was done in smaller pieces; the message says in which."""
+
+
 def printable(text: str) -> str:
     """`text` on one line, without what would steer a terminal."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

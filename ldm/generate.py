@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ldm.backends import sparing
+from ldm.backends.sparing import InPieces, visiting
 from ldm.conditioning.condition import Condition, cat
 from ldm.diffusion import Branches, Denoiser, Fraction, LearnedVariance, bind
 from ldm.errors import UserError, out_of_memory
@@ -84,18 +86,21 @@ def sample(
     sigmas = make_sigmas(model, plan)
     with torch.no_grad(), _memory_told(count):
         noise = make_noise(plan, [request.seed for request in requests], shape, model.device)
-        planes = start.planes(model, shape, count)
+        with visiting(model, model.codec.autoencoder):
+            planes = start.planes(model, shape, count)
         denoiser, fraction = make_denoiser(model, requests, plan, helpers, shape, planes)
         sampler = make_sampler(model, plan, fraction)
-        x, sigmas, denoiser = start.place(model, plan, sigmas, noise, denoiser, planes)
+        with visiting(model, model.codec.autoencoder):
+            x, sigmas, denoiser = start.place(model, plan, sigmas, noise, denoiser, planes)
         # From a single level there is nowhere to go: the state is what comes out.
         steps = sampler(denoiser, x, sigmas, noise) if len(sigmas) > 1 else iter([Step(0, 1, 0.0, 0.0, x, x)])
-    while True:
-        with torch.no_grad(), _memory_told(count):  # not across the yield: the mode is the caller's own
-            step = next(steps, None)
-        if step is None:
-            return
-        yield step
+    with visiting(model, model.unet, *(worse.unet for worse in helpers.models.values())):
+        while True:
+            with torch.no_grad(), _memory_told(count):  # not across the yield: the mode is the caller's own
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
 
 def make_denoiser(
@@ -148,7 +153,8 @@ def branches_of(model: Model, asks: Sequence[Sequence[Ask]], planes: Tensor | No
     """The model's predictions for K lists of B asks, each with the same `planes` (B, C, h, w) beside the latent."""
     with torch.no_grad():
         told = [replace(conditions(model, some), planes=planes) for some in asks]
-    return (LearnedVariance if model.law.learned_variance else bind)(model.unet, told, model.law)
+    network = InPieces(model.unet, None if model.works_on is None else 1)
+    return (LearnedVariance if model.law.learned_variance else bind)(network, told, model.law)
 
 
 def conditions(model: Model, asks: Sequence[Ask]) -> Condition:
@@ -156,7 +162,8 @@ def conditions(model: Model, asks: Sequence[Ask]) -> Condition:
 
     Each ask is read by itself (and once): in a batch its last bits would depend on how many others there are.
     """
-    read = {ask: model.encoder([ask]) for ask in dict.fromkeys(asks)}
+    with visiting(model, model.encoder):
+        read = {ask: model.encoder([ask]) for ask in dict.fromkeys(asks)}
     return cat([read[ask] for ask in asks]).to(model.device)
 
 
@@ -187,9 +194,10 @@ def decode(model: Model, step: Step, tile: int | None = None) -> Tensor:
         raise UserError(f"decode takes a step that sample yields, and got a {type(step).__name__}")
     with torch.no_grad(), _memory_told(len(step.x)):
         latent = finish(step.x, model.law.schedule, torch.tensor([step.sigma_next]))
-        if tile is None:
-            return model.codec.decode(latent)
-        return model.codec.decode_tiled(latent, tile, model.codec.overlap(tile))
+        with visiting(model, model.codec.autoencoder):
+            rows, f = None if model.works_on is None else 1, model.codec.factor
+            least = max(model.config.image_size // 2 // f, 1) * f
+            return sparing.decode(model.codec, latent, tile, rows, least)
 
 
 def make_sampler(model: Model, plan: Plan, fraction: Fraction | None = None) -> Sampler:
@@ -226,5 +234,5 @@ def _memory_told(pictures: int) -> Iterator[None]:
             raise
         raise UserError(
             f"the device's memory does not suffice for {pictures} pictures of this size at once; "
-            "use a smaller --batch-size or size, --tile for the decoding, or --precision fp16"
+            "use a smaller --batch-size or size, --low-memory, --tile for the decoding, or --precision fp16"
         ) from error

@@ -85,7 +85,8 @@ def _open_model(model: Model, name: str) -> Model:
     from ldm.guidance.latents import latent_probe, same_latents
     from ldm.loading import load_model
 
-    worse = load_model(name, model.device.type, precision_name(model.precision), backend=model.backend)
+    how = {"backend": model.backend, "low_memory": model.works_on is not None}
+    worse = load_model(name, str(model.device), precision_name(model.precision), **how)
     if worse.codec.factor != model.codec.factor or not same_latents(
         latent_probe(model.codec), latent_probe(worse.codec)
     ):

@@ -21,6 +21,7 @@ def load_model(
     settings: Mapping[str, Any] | None = None,
     attention: str = "sdpa",
     backend: str = "auto",
+    low_memory: bool = False,
 ) -> Model:
     """The record of what `api.load` opens, which has the arguments' meaning. Raises UserError."""
     from ldm import backends
@@ -35,6 +36,9 @@ def load_model(
     dtype = choose_precision(precision, where)
     check_backend(attention, where.type)
     checkpoint = open_checkpoint(path, weights, settings, other)
+    works_on = where if low_memory else None
+    if low_memory and where.type != "cpu":
+        where, backend = choose_device("cpu"), "torch" if backend == "auto" else backend
     codec = checkpoint.load("autoencoder", where, dtype)
     towers = checkpoint.load_towers(where, dtype)
     unet = checkpoint.load("unet", where, dtype)
@@ -44,4 +48,5 @@ def load_model(
             backends.run_by(backend, network, main=network is unet)
     made = assemble(checkpoint.config, codec, towers, unet, name=str(model), path=path)
     named = None if vae is None else str(vae)
-    return replace(made, checkpoint=checkpoint, vae=named, settings=dict(settings or {}), backend=backend)
+    made = replace(made, checkpoint=checkpoint, vae=named, settings=dict(settings or {}), backend=backend)
+    return replace(made, works_on=works_on)

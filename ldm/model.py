@@ -54,6 +54,7 @@ class Model:
     vae: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     backend: str = "torch"  # that runs its networks (ldm/backends)
+    works_on: torch.device | None = None  # of a model that saves memory: where networks are while they work, piecewise
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -78,7 +79,8 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        """Where it works; of a model that saves memory its networks rest on the CPU."""
+        return self.works_on or next(self.unet.parameters()).device
 
     @property
     def precision(self) -> torch.dtype:

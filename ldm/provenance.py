@@ -97,6 +97,7 @@ def surroundings(model: Model) -> dict[str, Any]:
         "precision": precision_name(model.precision),
         "attention": model.unet.attention_backend,
         "backend": model.backend,
+        "low_memory": model.works_on is not None,
         "torch": str(torch.__version__),
         "ldm": ldm.__version__,
     }
@@ -153,7 +154,8 @@ def differences(recipe: Recipe, model: Model, guides: Mapping[str, str] | None =
         if recipe.guides.get(name) != digest:
             found.append(f"the {name.replace('_', ' ')} is not the one that the picture was made with")
     now = surroundings(model)
-    then = {"attention": "sdpa", "backend": "torch"} | dict(recipe.made_on)  # what there was before a picture said it
+    # What there was before a picture said it.
+    then = {"attention": "sdpa", "backend": "torch", "low_memory": False} | dict(recipe.made_on)
     changed = [f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]]
     if changed:
         found.append(f"the picture may differ in its last bits: {'; '.join(changed)}")

@@ -13,9 +13,11 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache
 from types import FrameType
+from typing import Any
 
 TOLD = "what was finished before is on disk, nothing is half-written\n"
 INTERRUPTED, TERMINATED = f"\ninterrupted: {TOLD}", f"terminated: {TOLD}"
@@ -81,11 +83,22 @@ def _watch(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+_usual = warnings.formatwarning
+
+
+def _formatted(message: Warning | str, category: type[Warning], *others: Any, **named: Any) -> str:
+    """A notice of the library's is a sentence for people; other warnings are as Python shows them."""
+    if category.__module__.startswith("ldm."):
+        return f"warning: {message}\n"
+    return _usual(message, category, *others, **named)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; user errors end in one sentence and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
     global _stopping
     from ldm.errors import UserError, out_of_memory  # not above: what is imported there goes before Ctrl-C is heeded
 
+    warnings.formatwarning = _formatted
     if _launched():
         end_with_parent()
     try:

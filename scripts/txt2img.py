@@ -44,7 +44,7 @@ def main() -> None:
         named = {"guide_model"} if recipe.settings.guide_model else set()  # where the same one lies here
         taken = sorted(
             set(given)
-            - {"reproduce", "model", "vae", "set", "device", "precision", "attention", "backend", "out"}
+            - {"reproduce", "model", "vae", "set", "device", "precision", "attention", "backend", "low_memory", "out"}
             - named
         )
         if taken:
@@ -83,6 +83,7 @@ def main() -> None:
         vae=vae,
         attention=given.get("attention", before.get("attention", "sdpa")),
         backend=given.get("backend", before.get("backend", "torch") if recipe else "auto"),
+        low_memory=given.get("low_memory", before.get("low_memory") is True),
         settings=parse_settings(given["set"]) if "set" in given else recipe.model_settings if recipe else {},
     )
     if adapters:
@@ -185,6 +186,12 @@ def parse(words: Sequence[str] | None = None) -> dict[str, Any]:
     add_machine(add, None, None)
     add("--attention", choices=("sdpa", "xformers"), help="[sdpa], torch's own; xformers: the extra, CUDA alone")
     add("--backend", choices=BACKENDS, help="[auto], the fastest from the first picture on; compile: torch.compile")
+    add(
+        "--low-memory",
+        action="store_const",
+        const=True,
+        help="one picture and one network at a time",
+    )
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once [4]")
     add("--out", metavar="FOLDER", help="numbered on from what is there [outputs]")
     add("--grid", action="store_const", const=True, help="write all pictures on one sheet too")

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ldm.conditioning.condition import Condition, cat
@@ -55,13 +54,11 @@ def precondition(network: Callable[[Tensor, Tensor], Tensor], law: Law) -> Denoi
     return denoise
 
 
-def bind(network: Network, told: Sequence[Condition], law: Law, one_batch: bool = True) -> Branches:
-    """`network` on K conditions of B pictures each, in one batch or, where memory is short, one after another.
-
-    In one batch the network is evaluated on k B pictures: all of the first condition, then all of the second. It
-    prepares each set of conditions that is needed once, not once for each step.
+def bind(network: Network, told: Sequence[Condition], law: Law) -> Branches:
+    """`network` on K conditions of B pictures each, in one batch: all of the first condition, then all of the
+    second. It prepares each set of conditions that is needed once, not once for each step.
     """
-    outputs = outputs_of(network, told, law, one_batch)
+    outputs = outputs_of(network, told, law)
 
     def branches(x: Tensor, sigma: Tensor, count: int | None = None) -> Tensor:
         return law.denoised(outputs(x, sigma, len(told) if count is None else count), x, sigma)
@@ -69,20 +66,15 @@ def bind(network: Network, told: Sequence[Condition], law: Law, one_batch: bool 
     return branches
 
 
-def outputs_of(network: Network, told: Sequence[Condition], law: Law, one_batch: bool) -> Outputs:
+def outputs_of(network: Network, told: Sequence[Condition], law: Law) -> Outputs:
     """What `bind` evaluates, before it is made a denoiser; the arguments are those of `bind`."""
-    kept: dict[tuple[int, int], Any] = {}
-
-    def prepared(start: int, stop: int) -> Any:
-        if (start, stop) not in kept:
-            kept[start, stop] = network.prepare(cat(told[start:stop]))
-        return kept[start, stop]
+    kept: dict[int, Any] = {}
 
     def outputs(x: Tensor, sigma: Tensor, count: int) -> Tensor:
+        if count not in kept:
+            kept[count] = network.prepare(cat(told[:count]))
         x_in, t = law.input(x, sigma)
-        if one_batch:
-            repeats = (count, *(1,) * (x.ndim - 1))
-            return network(x_in.repeat(repeats), t.repeat(count), prepared(0, count)).unflatten(0, (count, len(x)))
-        return torch.stack([network(x_in, t, prepared(k, k + 1)) for k in range(count)])
+        repeats = (count, *(1,) * (x.ndim - 1))
+        return network(x_in.repeat(repeats), t.repeat(count), kept[count]).unflatten(0, (count, len(x)))
 
     return outputs

@@ -33,9 +33,9 @@ class LearnedVariance:
     nothing; with others it evaluates the network.
     """
 
-    def __init__(self, network: Network, told: Sequence[Condition], law: Law, one_batch: bool = True) -> None:
+    def __init__(self, network: Network, told: Sequence[Condition], law: Law) -> None:
         """The arguments are those of `bind`."""
-        self._outputs = outputs_of(network, told, law, one_batch)
+        self._outputs = outputs_of(network, told, law)
         self._count, self._law = len(told), law
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 

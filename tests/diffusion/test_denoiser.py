@@ -32,13 +32,12 @@ class Counted:
         return told.vector
 
 
-@pytest.mark.parametrize("one_batch", [True, False])
 @pytest.mark.parametrize("name", ["eps", "v", "x0"])
-def test_each_branch_is_its_own_denoiser(one_batch: bool, name: str) -> None:
+def test_each_branch_is_its_own_denoiser(name: str) -> None:
     network, parameterization = Counted(), PARAMETERIZATIONS[name]
     x = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     sigma = torch.tensor([0.7, 3.0], dtype=torch.float64)
-    branches = bind(network, TOLD, Law(SCHEDULE, parameterization), one_batch)
+    branches = bind(network, TOLD, Law(SCHEDULE, parameterization))
     found = branches(x, sigma)
     assert found.shape == (3, 2, 4, 5, 3) and found.dtype == torch.float64
     for k, told in enumerate(TOLD):
@@ -47,17 +46,16 @@ def test_each_branch_is_its_own_denoiser(one_batch: bool, name: str) -> None:
             return Counted()(z, t, told)
 
         torch.testing.assert_close(found[k], precondition(alone, Law(SCHEDULE, parameterization))(x, sigma))
-    assert network.batches == ([6] if one_batch else [2, 2, 2])
+    assert network.batches == [6]
 
 
-@pytest.mark.parametrize("one_batch", [True, False])
-def test_fewer_branches_cost_less_and_preparing_is_done_once(one_batch: bool) -> None:
+def test_fewer_branches_cost_less_and_preparing_is_done_once() -> None:
     network = Counted()
-    branches = bind(network, TOLD, Law(SCHEDULE, PARAMETERIZATIONS["eps"]), one_batch)
+    branches = bind(network, TOLD, Law(SCHEDULE, PARAMETERIZATIONS["eps"]))
     x, sigma = torch.ones(2, 4, 5, 3), torch.tensor(1.0)
     for _ in range(3):
         two, one = branches(x, sigma, 2), branches(x, sigma, 1)
         assert two.shape[0] == 2 and one.shape[0] == 1
         torch.testing.assert_close(two[0], one[0])
     assert sum(network.batches) == 3 * (4 + 2)
-    assert network.prepared == ([2, 1] if one_batch else [1, 1])
+    assert network.prepared == [2, 1]

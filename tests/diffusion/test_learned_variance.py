@@ -163,11 +163,10 @@ V = PARAMETERIZATIONS["v"]
 X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("one_batch", [True, False])
-def test_the_fraction_is_the_prompts_own_and_costs_nothing(one_batch: bool) -> None:
+def test_the_fraction_is_the_prompts_own_and_costs_nothing() -> None:
     network, sigma = Twofold(), torch.tensor(1.3, dtype=torch.float64)
-    branches = LearnedVariance(network, TOLD, Law(SCHEDULE, V), one_batch)
-    plain = bind(Twofold(), TOLD, Law(SCHEDULE, V), one_batch)
+    branches = LearnedVariance(network, TOLD, Law(SCHEDULE, V))
+    plain = bind(Twofold(), TOLD, Law(SCHEDULE, V))
     assert torch.equal(branches(X, sigma), plain(X, sigma))  # which never looks at the second half
     denoiser = cfg(branches, 3.0)
     denoiser(X, sigma)

@@ -249,6 +249,35 @@ def test_weights_chunks_and_joined_prompts(cli: Cli, tiny_checkpoint: Path, tmp_
     assert code == 0 and err.startswith("warning: '[cat:dog:0.5]' does not change")
 
 
+def test_little_memory(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Asked for, it is kept in the picture; where it is not, and the memory does not suffice, it is a line."""
+    run = ("--prompt", "a cat", "--n", 2, "--steps", 2, "--model", tiny_checkpoint, "--device", "cpu")
+    code, _, err = cli(*run, "--low-memory", "--out", tmp_path / "a")
+    assert (code, err) == (0, "")
+    assert image_io.read_metadata(tmp_path / "a" / "00001.png")["made_on"]["low_memory"] is True
+    code, _, err = cli("--reproduce", tmp_path / "a" / "00001.png", *run[6:], "--out", tmp_path / "b")
+    assert (code, err) == (0, "")
+    first = pixels(tmp_path / "a" / "00001.png")
+    assert (first == pixels(tmp_path / "b" / "00000.png")).all()
+
+    short = f"""
+import sys, torch
+sys.argv = {["txt2img.py", *map(str, run), "--out", str(tmp_path / "c")]!r}
+from ldm.unet import UNet
+forward = UNet.forward
+def once(self, *words):
+    UNet.forward = forward
+    raise torch.OutOfMemoryError("CUDA out of memory")
+UNet.forward = once
+import runpy
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", short], capture_output=True, text=True)
+    sentence = "warning: the device's memory did not suffice, so the network is run on 2 at once, where it was 4\n"
+    assert (done.returncode, done.stderr) == (0, sentence)
+    assert np.abs(pixels(tmp_path / "c" / "00001.png").astype(int) - first).max() <= 1
+
+
 def test_what_the_model_was_given_beside_its_name_comes_back(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """--set and --vae stand in the picture, and --reproduce goes by them unless it is given others."""
     shutil.copytree(tiny_checkpoint, tmp_path / "other")
