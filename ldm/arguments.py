@@ -156,20 +156,21 @@ def add_machine(add: Callable[..., Any], device: str | None = "auto", precision:
     add("--precision", choices=("auto", *PRECISIONS), default=precision, help="auto: fp16 on a GPU, else fp32")
 
 
-def add_fields(add: Callable[..., Any], cls: type, names: Sequence[str] = ()) -> None:
+def add_fields(add: Callable[..., Any], cls: type, names: Sequence[str] = (), usual: Any = None) -> None:
     """A flag for each field of a dataclass, or for each of `names`, by a parser's or group's `add_argument`.
 
     --cfg-rescale for `cfg_rescale`, of the field's type; its help is the comment behind the field, in whose words None
-    is the default. What is not given is None in the namespace: `taken` has what is.
+    is the default. What is not given is None in the namespace: `taken` has what is. `usual`: an instance that has the
+    defaults, in place of the class' own.
     """
     about, hints = comments(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if names and field.name not in names:
             continue
         text = about.get(field.name, "").replace("None:", "default:").replace("%", "%%")
-        usual = field.default
-        if isinstance(usual, int | float | str) and not isinstance(usual, bool) and usual != "":
-            text += f" [{usual:g}]" if isinstance(usual, float) else f" [{usual}]"
+        value = field.default if usual is None else getattr(usual, field.name)
+        if isinstance(value, int | float | str) and not isinstance(value, bool) and value != "":
+            text += f" [{value:g}]" if isinstance(value, float) else f" [{value}]"
         add(f"--{field.name.replace('_', '-')}", dest=field.name, help=text.strip(), **_form(hints[field.name]))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.backends import sparing
 from ldm.backends.sparing import InPieces, visiting
-from ldm.conditioning.condition import Condition, cat
+from ldm.conditioning.condition import Condition, cat, lerp
 from ldm.diffusion import Branches, Denoiser, Fraction, LearnedVariance, bind
 from ldm.errors import UserError, out_of_memory
 from ldm.guidance import (
@@ -34,11 +34,13 @@ from ldm.helpers import NONE, Helpers
 from ldm.jobs import Ask, Plan, Request, batches, catalogue, grammar
 from ldm.jobs.plan import Auto, Classifier, Guide, PerpNegative, Wrap
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid
-from ldm.start import Draws, Noise, Picture, Start
+from ldm.sampling.slerp import varied
+from ldm.start import Noise, Picture, Start
 
 if TYPE_CHECKING:
     from ldm.model import Model
 
+Noises = NoiseStream | BrownianPath
 THRESHOLDS = {"static": static_threshold, "dynamic": dynamic_threshold}
 LATENT_BOUND = 4.0  # deviations; the latents of 640 real pictures of the shipped model's reach 3.9 at most
 
@@ -85,7 +87,7 @@ def sample(
         model.codec.overlap(plan.tile)  # refused before the first step
     sigmas = make_sigmas(model, plan)
     with torch.no_grad(), _memory_told(count):
-        noise = make_noise(plan, [request.seed for request in requests], shape, model.device)
+        noise = varied(make_noise(plan, [request.seed for request in requests], shape, model.device), requests)
         with visiting(model, model.codec.autoencoder):
             planes = start.planes(model, shape, count)
         denoiser, fraction = make_denoiser(model, requests, plan, helpers, shape, planes)
@@ -163,8 +165,15 @@ def conditions(model: Model, asks: Sequence[Ask]) -> Condition:
     Each ask is read by itself (and once): in a batch its last bits would depend on how many others there are.
     """
     with visiting(model, model.encoder):
-        read = {ask: model.encoder([ask]) for ask in dict.fromkeys(asks)}
+        read = {ask: _read(model, ask) for ask in dict.fromkeys(asks)}
     return cat([read[ask] for ask in asks]).to(model.device)
+
+
+def _read(model: Model, ask: Ask) -> Condition:
+    if ask.toward is None:
+        return model.encoder([ask])
+    (other, share), one = ask.toward, replace(ask, toward=None)
+    return lerp(model.encoder([one]), model.encoder([replace(one, text=other)]), share)
 
 
 def prompt_notices(model: Model, requests: Sequence[Request], weighted: bool = False) -> tuple[str, ...]:
@@ -177,7 +186,7 @@ def prompt_notices(model: Model, requests: Sequence[Request], weighted: bool = F
     texts: list[str] = []
     for request in requests:
         prompts = [clause.text for clause in grammar.clauses(request.prompt)] if weighted else [request.prompt]
-        texts += [*prompts, request.negative]
+        texts += [*prompts, *request.texts[1:]]
     found = encoder.notices(texts, weighted)
     if encoder.text is None and encoder.classes and None in labels:
         found += (f"no label was given, so any class may be drawn; this model knows {encoder.known}",)
@@ -218,7 +227,7 @@ def make_sigmas(model: Model, plan: Plan) -> Tensor:
     return make_grid(model.law.schedule, plan.steps, plan.spacing)
 
 
-def make_noise(plan: Plan, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> Draws:
+def make_noise(plan: Plan, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> Noises:
     """The kind of noise that the sampler wants, for one picture of `shape` (C, h, w) from each seed."""
     kind = BrownianPath if catalogue.SAMPLERS[plan.sampler].noise == "path" else NoiseStream
     return kind(seeds, shape, device)

@@ -136,7 +136,7 @@ def _quoted(value: Any) -> str:
 def _labelled(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Label and value of each entry that says something; those of a nested mapping carry its name before theirs."""
     for path, value in leaves(values):
-        if value is not None and value != "":
+        if value is not None and value != "" and path != "mask.png":
             name = LABELS.get(path, path.replace("_", " "))
             yield re.sub(r"[^\w /-]", " ", name[0].upper() + name[1:]), value
 

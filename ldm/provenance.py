@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
 from ldm.image_io import read_metadata
-from ldm.jobs import Request, Settings
+from ldm.jobs import Beginning, Request, Settings
 from ldm.jobs.adapters import Adapter, from_record
 from ldm.jobs.adapters import differences as adapter_differences
 from ldm.jobs.request import as_label
@@ -39,6 +39,8 @@ class Recipe:
     model_settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # what went before the files' own words: load's `settings`
+    begin: Beginning = Beginning()
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # what is known of "init" and "mask"
 
     @property
     def batch(self) -> list[Request]:
@@ -52,10 +54,13 @@ def record(
     batch: Sequence[Request],
     index: int,
     guides: Mapping[str, str] | None = None,
+    begin: Beginning = Beginning(),
+    inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The plain data that goes into the PNG of picture `index` of `batch`; `read` is the inverse.
 
-    `guides`: the hashes of what steered it beside the model, by the names of their settings.
+    `guides`: the hashes of what steered it beside the model, by the names of their settings. `inputs`: what is to be
+    known of the picture that it began with ("init") and of the mask, by these names.
     """
     request = batch[index]
     return {
@@ -63,6 +68,9 @@ def record(
         "negative": request.negative,
         "seed": request.seed,
         **({} if request.label is None else {"label": request.label}),
+        **{name: list(part) for name, part in _between(request).items()},
+        **({"begin": begin.changed()} if begin != Beginning() else {}),
+        **(inputs or {}),  # shares, of what lies between two pictures, are for each picture
         **_drawn(model, settings),
         **_model(model),
         "guides": dict(guides or {}),
@@ -116,19 +124,39 @@ def read(path: str | Path | bytes) -> Recipe:
     try:
         label = None if data.get("label") is None else as_label(data["label"])
         words = _as(str, data["prompt"]), _as(str, data["negative"])
-        request = Request(*words, _as(int, data["seed"]), label).check()
+        toward, variation = _pair(data.get("toward"), str), _pair(data.get("variation"), int)
+        request = Request(*words, _as(int, data["seed"]), label, toward, variation).check()
+        begin = from_dict(Beginning, _as(dict, data.get("begin", {})), str(path)).check()
+        inputs = {name: _as(dict, data[name]) for name in ("init", "other", "mask") if name in data}
         model, batch, made_on = (_as(dict, data[key]) for key in ("model", "batch", "made_on"))
         size, index = _as(int, batch["size"]), _as(int, batch["index"])
         name, digest, guides = _as(str, model["name"]), _as(str, model["hash"]), _as(dict, data.get("guides", {}))
         adapters = from_record(data.get("adapters", []))
         vae = None if model.get("vae") is None else _as(str, model["vae"])
         given = _as(dict, model.get("set", {}))
-        recipe = Recipe(request, settings, name, digest, size, index, made_on, guides, adapters, vae, given)
+        recipe = Recipe(
+            request, settings, name, digest, size, index, made_on, guides, adapters, vae, given, begin, inputs
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks a setting that is needed to make it again ({error}); is it a grid?") from error
     if not 0 <= index < size <= MAX_BATCH:
         raise UserError(f"{path} names picture {index} of a batch of {size}: that cannot be")
     return recipe
+
+
+def _between(request: Request) -> dict[str, tuple[Any, float]]:
+    """What it lies between, where it does."""
+    return {
+        name: part for name, part in (("toward", request.toward), ("variation", request.variation)) if part is not None
+    }
+
+
+def _pair(plain: Any, kind: type) -> Any:
+    """The inverse for one of these; raises TypeError or ValueError."""
+    if plain is None:
+        return None
+    other, share = plain
+    return _as(kind, other), float(_as(int | float, share))  # type: ignore[arg-type]
 
 
 def refuse_to_fetch(recipe: Recipe, given: Container[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ldm.guidance import keep, windows
 from ldm.inputs import check_depths, check_images, check_masks
 from ldm.jobs import Plan
 from ldm.jobs.values import real
-from ldm.sampling import BrownianPath, NoiseStream, start, weakened
+from ldm.sampling import start, weakened
 from ldm.sampling.step import solver_state
 
 if TYPE_CHECKING:
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 Placed = tuple[Tensor, Tensor, Denoiser]
 """The state x (B, C, h, w), the grid from its level on, and the denoiser that takes it from there."""
 
-Draws = NoiseStream | BrownianPath
+
+class Draws(Protocol):
+    """The noise of a batch: that of the start, and that of each step."""
+
+    def initial(self) -> Tensor: ...
+
+    def __call__(self, sigma: float, sigma_next: float) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Picture:
         from noise alone, and without a mask that is `Noise`, bit for bit.
     `mask`: (B, 1, H, W) in [0, 1], 1 where the picture is drawn anew and 0 where it stays; None draws all of it.
     `depth`: (B, 1, H', W') of any scale, larger is nearer, for networks that take it.
-    `window`: pixels; the network sees so much at a time, in windows that overlap by a quarter. None: all of it at once.
+    `window`: pixels; the network sees so much at a time, in windows that overlap by half. None: all of it at once.
 
     Where f does not divide a side the picture is continued by its reflection, and `paste` takes that off again.
     Raises UserError for anything else; `inputs` makes these of all that may be given.
@@ -106,7 +112,10 @@ class Picture:
                     f"settings.{name} is {asked}, and the picture to begin from is {width} x {height} pixels, which is "
                     "the size of what is drawn; leave it out, or resize the picture"
                 )
-        f, least = model.codec.factor, model.codec.factor * 2 ** (len(model.unet.config.multipliers) - 1)
+        f, least = (
+            model.codec.factor,
+            model.codec.factor * 2 ** (len(getattr(model.unet.config, "multipliers", "1")) - 1),
+        )
         if min(height, width) < least:  # which the U-Net's deepest level sees as one pixel
             raise UserError(f"the picture is {width} x {height} pixels; begin from one of {least} or more either way")
         if self.window is not None:
@@ -149,16 +158,12 @@ class Picture:
         codec, strength = model.codec, float(self.strength)
         sigmas = weakened(model.law.schedule, sigmas, strength)
         if self.window is not None:
-            overlap = codec.overlap(self.window)
-            denoiser = windows(denoiser, self.window // codec.factor, overlap // codec.factor)
+            side = self.window // codec.factor
+            denoiser = windows(denoiser, side, side // 2)
         kept = self.mask is not None and planes is None
         if strength == 1 and not kept:
             return start(noise.initial(), model.law.schedule, sigmas), sigmas, denoiser
-        image = _continued(self.image, model)
-        if plan.tile is None:
-            latent = codec.encode(image)
-        else:
-            latent = codec.encode_tiled(image, plan.tile, codec.overlap(plan.tile))
+        latent = latent_of(model, plan, self.image)
         if kept and self.mask is not None:  # what a mask touches at all is drawn
             denoiser = keep(denoiser, latent, F.max_pool2d(_continued(self.mask, model), codec.factor))
         if strength == 1:
@@ -174,7 +179,24 @@ class Picture:
         return mask * drawn + (1 - mask) * self.image.cpu()
 
 
-Start = Noise | Picture
+def latent_of(model: Model, plan: Plan, image: Tensor) -> Tensor:
+    """(B, C, h, w) of pictures of any size, in the plan's tiles."""
+    codec, image = model.codec, _continued(image, model)
+    if plan.tile is None:
+        return codec.encode(image)
+    return codec.encode_tiled(image, plan.tile, codec.overlap(plan.tile))
+
+
+class Start(Protocol):
+    """What `generate.sample` asks of a start; those above are two."""
+
+    def shape(self, model: Model, plan: Plan, count: int) -> tuple[int, int, int]: ...
+
+    def planes(self, model: Model, shape: tuple[int, int, int], count: int) -> Tensor | None: ...
+
+    def place(
+        self, model: Model, plan: Plan, sigmas: Tensor, noise: Draws, denoiser: Denoiser, planes: Tensor | None
+    ) -> Placed: ...
 
 
 def _multiples(height: int, width: int, factor: int) -> tuple[int, int]:

@@ -57,7 +57,7 @@ def test_the_first_word_of_a_name_does(name: str, found: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("", "say what to do, one of evaluate, train-autoencoder"),
+        ("", "say what to do, one of evaluate, img2img"),
         ("txt2im", "unknown command 'txt2im'; did you mean 'txt2img'?"),
         ("evaluat", "unknown command 'evaluat'; did you mean 'evaluate'?"),
         ("train", "'train' may be train-autoencoder or train-clip or train-diffusion"),

@@ -69,6 +69,23 @@ def cat(conditions: Sequence[Condition]) -> Condition:
     return Condition(**{name: torch.cat([getattr(c, name) for c in padded]) for name in padded[0].parts()})
 
 
+def lerp(a: Condition, b: Condition, share: float) -> Condition:
+    """Between two conditions of the same parts, row by row: numbers are mixed, labels and masks are `a`'s.
+
+    A context's places that only one of them reads are read. Raises ValueError if they differ in more than that.
+    """
+    padded_a, padded_b = _of_one_length([a, b])
+    kept, others = padded_a.parts(), padded_b.parts()
+    if kept.keys() != others.keys():
+        raise ValueError(f"conditions to mix must have the same parts, found {sorted(kept)} and {sorted(others)}")
+    for name, other in others.items():
+        if name == "mask":
+            kept[name] = kept[name] | other
+        elif name != "label":
+            kept[name] = torch.lerp(kept[name], other, share)
+    return Condition(**kept)
+
+
 def drop(condition: Condition, null: Condition, keep: Tensor) -> Condition:
     """Rows where `keep` is False become the null condition's row, exactly; the others stay as they are.
 

@@ -25,6 +25,7 @@ class Ask:
     target: tuple[int, int] | None = None  # height and width of what is seen
     weighted: bool = False  # whether the text is read by grammar.py, or each letter as it stands
     score: float = 6.0  # how much it pleases, of 10: for networks that are told it
+    toward: tuple[str, float] | None = None  # another text, and how far from the one to the other it lies, in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,19 @@ class Request:
     negative: str = ""
     seed: int = 0
     label: str | int | None = None  # of a class-conditional model
+    toward: tuple[str, float] | None = None  # another prompt, and the share of the way to it: between the two
+    variation: tuple[int, float] | None = None  # another seed, and the share of the way to its noise
 
     def asks(self, height: int, width: int, weighted: bool = False) -> tuple[Ask, Ask]:
         """What the picture is to be, and what it is guided away from, at the size in pixels that is drawn."""
         whole = (height, width)
-        to = Ask(self.prompt, self.label, size=whole, target=whole, weighted=weighted)
-        return to, dataclasses.replace(to, text=self.negative, label=None)
+        to = Ask(self.prompt, self.label, size=whole, target=whole, weighted=weighted, toward=self.toward)
+        return to, dataclasses.replace(to, text=self.negative, label=None, toward=None)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is read of it."""
+        return (self.prompt, *(self.toward or ())[:1], self.negative)  # type: ignore[return-value]
 
     @property
     def title(self) -> str:
@@ -49,9 +57,13 @@ class Request:
 
     def check(self) -> Request:
         """The same; raises UserError for an invalid seed, and for texts that cannot be written to a file."""
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UserError(f"seed {self.seed} is out of range; choose it between 0 and {MAX_SEED}")
-        for text in (self.prompt, self.negative, str(self.label)):
+        for seed in (self.seed, *(self.variation or ())[:1]):
+            if not 0 <= seed <= MAX_SEED:
+                raise UserError(f"seed {seed} is out of range; choose it between 0 and {MAX_SEED}")
+        for _, share in filter(None, (self.toward, self.variation)):
+            if not 0 <= share <= 1:
+                raise UserError(f"a share of {share:g} was asked for; choose it from 0 (the one) to 1 (the other)")
+        for text in (*self.texts, str(self.label)):
             if any("\ud800" <= letter <= "\udfff" for letter in text):  # half of a letter, or bytes that are not UTF-8
                 raise UserError(f"the prompt '{text[:100]}' is not Unicode text; write it in UTF-8")
         return self
