@@ -24,13 +24,14 @@ from ldm import provenance
 from ldm.errors import UserError
 from ldm.plain import parse_json
 from ldm.web import job as jobs
+from ldm.web import sent
 from ldm.web.drawing import Done, Drawn, Event, Stop, draw
 from ldm.web.guard import Gate, Guard, refuse
 from ldm.web.job import Job
 from ldm.web.limits import Limits
 from ldm.web.schema import form, schema
 from ldm.web.shelf import Shelf
-from ldm.web.turns import Full, Mailbox, Turns
+from ldm.web.turns import Full, Mailbox, Tell, Turns
 
 PAGE = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 EVENTS = "text/event-stream"
@@ -83,12 +84,11 @@ class Api:
         job = await self._job(request)
         stop = Stop(self.limits.most_seconds)
         if EVENTS in wanted:
-            walk = draw(job, self.shelf, stop, True, self.folder)
-            return StreamingResponse(self._events(walk, stop), media_type=EVENTS)
+            return StreamingResponse(self._events(job, stop), media_type=EVENTS)
         if "application/json" not in wanted and job.asked.n > 1:
             raise UserError("several pictures do not fit into one PNG; accept application/json, or ask for one")
         box = Mailbox()
-        run = asyncio.create_task(self._run(draw(job, self.shelf, stop, False, self.folder), stop, box))
+        run = asyncio.create_task(self._run(job, stop, box))
         try:
             gone = asyncio.create_task(_hung_up(request))
             await asyncio.wait({run, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -107,13 +107,13 @@ class Api:
 
     async def _job(self, request: Request) -> Job:
         """What a request's body asks for, checked by all that is known before its turn comes."""
-        sent: dict[str, bytes] = {}
+        files: dict[str, bytes] = {}
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             async with request.form(max_files=len(jobs.FILES), max_fields=1) as parts:
                 text = parts.get("job", "{}")
                 for name, part in parts.items():
                     if isinstance(part, UploadFile) and name in jobs.FILES:
-                        sent[name] = await part.read()
+                        files[name] = await part.read()
                     elif name != "job":
                         raise UserError(f"unknown part '{name[:60]}'; there are job, {', '.join(jobs.FILES)}")
             body = text.encode() if isinstance(text, str) else b""
@@ -124,23 +124,29 @@ class Api:
         except UnicodeDecodeError:
             raise UserError("the request is not UTF-8 text; send a JSON object") from None
         for name in set(jobs.FILES) & set(plain):
-            sent[name] = jobs.from_base64(plain.pop(name), name)
-        job = jobs.read(plain, sent)
+            if (text := plain.pop(name)) is not None:
+                files[name] = jobs.from_base64(text, name)
+        job = jobs.read(plain, files)
         self.shelf.check(job.asked, job.settings)
         self.limits.check(job.requests, job.settings.plan())
+        model = self.shelf.opened[job.asked.model or self.shelf.first]
+        sent.check(job, self.limits, model.config.image_size)
         return job
 
-    async def _run(self, walk: Any, stop: Stop, box: Mailbox) -> None:
+    async def _run(self, job: Job, stop: Stop, box: Mailbox, previews: bool = False) -> None:
+        def work(stop: Stop, tell: Tell) -> None:
+            draw(job, self.shelf, stop, tell, previews, self.folder)
+
         try:
-            await self.turns.run(walk, stop, box.put)
+            await self.turns.run(work, stop, box.put)
         except Full:
             raise HTTPException(503, f"{self.limits.most_waiting} requests wait already; try again later") from None
         finally:
             box.close()
 
-    async def _events(self, walk: Any, stop: Stop) -> AsyncIterator[str]:
+    async def _events(self, job: Job, stop: Stop) -> AsyncIterator[str]:
         box = Mailbox()
-        run = asyncio.create_task(self._run(walk, stop, box))
+        run = asyncio.create_task(self._run(job, stop, box, True))
         try:
             async for event in box:
                 yield _event(type(event).__name__.lower(), _plain(event))

@@ -1,25 +1,28 @@
-"""One job drawn, piece by piece: previews as the sampler walks, then the pictures. Runs in the worker's thread."""
+"""One job drawn: previews as the sampler walks, then the pictures. Runs in the worker's thread."""
 
 from __future__ import annotations
 
 import io
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm import image_io, jobs, provenance
+from ldm import image_io, provenance
 from ldm.errors import UserError
+from ldm.web import sent
 from ldm.web.job import Job
 from ldm.web.shelf import Shelf
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ldm.canvas import Canvas
     from ldm.model import Model
+    from ldm.sampling import Step
 
 BATCH = 4  # as txt2img.py has it, so that the last bits are the same
 SHARE = 0.2  # of the time, at most, goes into previews
@@ -88,43 +91,52 @@ class Stop:
 
 
 def draw(
-    job: Job, shelf: Shelf, stop: Stop, previews: bool = True, folder: Path | None = None
-) -> Generator[Event, None, None]:
-    """The events of a job. Raises UserError for what the model cannot do, and Stopped.
+    job: Job, shelf: Shelf, stop: Stop, tell: Callable[[Event], None], previews: bool = True, folder: Path | None = None
+) -> None:
+    """Draw a job, and `tell` of it on the way. Raises UserError for what the model cannot do, and Stopped.
 
-    Each picture is that of txt2img.py with its settings and seed, its PNG says how it was made; it is also written to
+    Each picture is that of the command with its settings and seed, its PNG says how it was made; it is also written to
     `folder`, if there is one.
     """
-    from ldm import generate
+    from ldm import generate, redraw
 
     stop.begin()
-    began, requests, settings = time.monotonic(), job.requests, shelf.with_paths(job.settings)
-    plan = settings.plan()
+    began, requests, plan = time.monotonic(), job.requests, shelf.with_paths(job.settings).plan()
     model = shelf.model_for(job.asked)
     helpers = shelf.helpers_for(job.asked, model, plan)
-    notices = [*model.notices, *helpers.notices, *settings.without_effect(requests)]
+    settings, made, inputs, notices = sent.canvas_of(job, model)
+    notices += (*model.notices, *helpers.notices, *settings.without_effect(requests))
     for reader in (model, *helpers.models.values()):
-        notices += generate.prompt_notices(reader, requests)
-    first, pace = 0, _Pace()
+        notices += generate.prompt_notices(reader, requests, plan.weighted)
+    pace = _Pace()
+
+    def watch(steps: Iterator[Step]) -> Step:
+        for step in steps:
+            last = step.index + 1 == step.total
+            shown: tuple[bytes, ...] = ()
+            if previews and not last and pace.due():
+                with pace:
+                    ahead = generate.decode(model, replace(step, x=step.x0, sigma_next=0.0), plan.tile).cpu()
+                    shown = tuple(map(_small, ahead if made is None else _whole(made, ahead)))
+            tell(Walked(step.index + 1, step.total, first, shown))
+            stop.check()
+            if last:
+                return step
+        raise AssertionError("a sampler yields as many steps as it says")
+
     with _stoppable(model, stop):
-        for batch in jobs.batches(requests, BATCH):
-            step = None
-            for step in generate.sample(model, batch, plan, helpers):
-                shown: tuple[bytes, ...] = ()
-                last = step.index + 1 == step.total
-                if previews and not last and pace.due():
-                    with pace:
-                        ahead = replace(step, x=step.x0, sigma_next=0.0)
-                        shown = tuple(map(_small, generate.decode(model, ahead, plan.tile)))
-                yield Walked(step.index + 1, step.total, first, shown)
-                stop.check()
-            assert step is not None
-            images = generate.decode(model, step, plan.tile).cpu()
+        for first in range(0, len(requests), BATCH):
+            batch = requests[first : first + BATCH]
+            images = redraw.drawn(model, batch, plan, job.begin, made, helpers, watch)
             for index, request in enumerate(batch):
-                record = provenance.record(model, job.settings, batch, index, helpers.hashes)
-                yield Drawn(first + index, request.seed, _kept(images[index], record, folder))
-            first += len(batch)
-    yield Done(tuple(dict.fromkeys(notices)), round(time.monotonic() - began, 2))
+                record = provenance.record(model, settings, batch, index, helpers.hashes, job.begin, inputs)
+                tell(Drawn(first + index, request.seed, _kept(images[index], record, folder)))
+    tell(Done(tuple(dict.fromkeys(notices)), round(time.monotonic() - began, 2)))
+
+
+def _whole(made: Canvas, ahead: Tensor) -> Tensor:
+    """What is drawn of a canvas, in it."""
+    return made.finish(made.start(1.0, len(ahead)).paste(ahead))
 
 
 class _Pace:

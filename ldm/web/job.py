@@ -11,10 +11,11 @@ from typing import Any
 
 from ldm.config import from_dict
 from ldm.errors import UserError, instead
-from ldm.jobs import Request, Settings, of_prompts
+from ldm.jobs import Beginning, Request, Settings, of_prompts
 
 FILES = ("image", "mask")
 TEXTS = ("prompt", "negative")
+STRENGTH = 0.75  # as img2img.py has it; where a part is drawn, 1, as inpaint.py
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Job:
 
     asked: Asked
     settings: Settings
+    begin: Beginning = Beginning()
+    image: bytes | None = None  # of a file: the picture to begin from
+    mask: bytes | None = None  # white where to draw, black where it stays
 
     @property
     def requests(self) -> list[Request]:
@@ -44,7 +48,7 @@ class Job:
         return of_prompts(asked.prompt, asked.negative, asked.seed or 0, asked.n, asked.label)
 
 
-PARTS = (Asked, Settings)
+PARTS = (Asked, Settings, Beginning)
 FIELDS = {each.name: part for part in PARTS for each in fields(part)}
 
 
@@ -52,8 +56,9 @@ def read(plain: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> 
     """A job from a flat object of settings, each under the name that it has in the dataclasses.
 
     A seed that is not given is drawn. `files`: pictures by the names in FILES; in the object they are texts in base64.
-    Raises UserError for an unknown setting, for values that make no sense, and for texts that are not base64.
+    Raises UserError for an unknown setting, and for values that make no sense.
     """
+    files = files or {}
     said: dict[type, dict[str, Any]] = {part: {} for part in PARTS}
     for name, value in plain.items():
         if name not in FIELDS:
@@ -67,7 +72,28 @@ def read(plain: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> 
         raise UserError(f"{asked.n} pictures were asked for; choose at least 1")
     if asked.seed is None:
         asked = replace(asked, seed=secrets.randbelow(2**32))
-    return Job(asked, from_dict(Settings, said[Settings], "the request").check())
+    settings = {"prompt_syntax": "weighted"} | {
+        name: value for name, value in said[Settings].items() if value is not None
+    }
+    begin = _beginning(said[Beginning], files)
+    return Job(asked, from_dict(Settings, settings, "the request").check(), begin, **files)
+
+
+def _beginning(said: Mapping[str, Any], files: Mapping[str, bytes]) -> Beginning:
+    """How the picture is taken up; raises UserError for what needs one that was not sent."""
+    given = {name: value for name, value in said.items() if value is not None}
+    part = "mask" in files or any(given.get("extend") or ())
+    if not any(given.get("extend") or ()):
+        given.pop("extend", None)
+    usual = STRENGTH if "image" in files and not part else 1.0
+    begin = from_dict(Beginning, {"strength": usual} | given, "the request").check()
+    if "image" not in files:
+        needing = [name for name in ("extend", "feather", "only_masked") if getattr(begin, name) not in (None, 0, ())]
+        needing += ["mask"] if "mask" in files else []
+        needing += ["strength"] if begin.strength != 1 and begin.enlarge == 1 else []
+        if needing:
+            raise UserError(f"{needing[0]} is of a picture to begin from, and none was sent; send one as image")
+    return begin
 
 
 def from_base64(text: Any, name: str) -> bytes:

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from ldm.arguments import comments
 from ldm.image_io import finite
-from ldm.jobs import catalogue
+from ldm.jobs import Beginning, catalogue
 from ldm.jobs.settings import THRESHOLDS
 from ldm.provenance import Recipe
 from ldm.ranges import OneOf, Range
-from ldm.web.job import PARTS
+from ldm.web.job import PARTS, STRENGTH
 from ldm.web.limits import Limits
 from ldm.web.shelf import Shelf
 
@@ -31,6 +31,10 @@ def schema(shelf: Shelf, limits: Limits) -> dict[str, Any]:
             line = about.get(field.name, "").replace("None:", "default:")
             told = {"description": line, "default": default, "x-part": part.__name__.lower()}
             properties[field.name] = told | of(hints[field.name])
+    for name, line in {"image": "the picture to begin from", "mask": "of its size: white where to draw"}.items():
+        about = f"{line}; PNG, JPEG or WebP, in JSON as base64"
+        told = {"description": about, "default": None, "x-file": True, "contentEncoding": "base64"}
+        properties[name] = told | {"type": ["string", "null"]}
     for name, more in _here(shelf, limits).items():
         properties[name] |= more
     return finite(
@@ -67,10 +71,10 @@ def of(hint: Any) -> dict[str, Any]:
 def form(recipe: Recipe, shelf: Shelf) -> dict[str, Any]:
     """The settings of a picture, as `job.read` takes them, and sentences on what of them is not here."""
     usual = {field.name: field.default for part in PARTS for field in dataclasses.fields(part)}
-    found = {**dataclasses.asdict(recipe.settings), **dataclasses.asdict(recipe.request)}
+    found = dataclasses.asdict(recipe.settings) | dataclasses.asdict(recipe.request) | recipe.begin.changed()
     named = {"model": recipe.model, "guide_model": found["guide_model"], "classifier": found["classifier"]}
     known = {"model": shelf.models, "guide_model": shelf.models, "classifier": shelf.classifiers}
-    missing = []
+    missing = ["it began with a picture, which is not in it; give that too"] if recipe.inputs else []
     for name, path in named.items():
         here = path if path in known[name] else Path(path or "").name
         found[name] = here if here in known[name] else None
@@ -80,7 +84,9 @@ def form(recipe: Recipe, shelf: Shelf) -> dict[str, Any]:
         missing += [f"the {kind} {name} is not here" for name in wanted if name not in there]
         here = {name: scale for name, scale in wanted.items() if name in there}
         found[key] = here if kind == "lora" else list(here)
-    changed = {name: value for name, value in found.items() if value not in (usual.get(name), None, (), {})}
+    if recipe.request.toward or recipe.request.variation:
+        missing.append("it lies between two prompts or seeds, of which only the first is taken")
+    changed = {n: value for n, value in found.items() if n in usual and value not in (usual[n], None, (), {})}
     if changed.get("seed", 0) > 2**53:  # what a browser holds of a whole number; a text is read too
         changed["seed"] = str(changed["seed"])
     return finite({"settings": changed, "notices": missing})
@@ -103,6 +109,14 @@ def _here(shelf: Shelf, limits: Limits) -> dict[str, dict[str, Any]]:
             "x-options": {name: dict(info.options) for name, info in infos.items()},
         },
         "spacing": {"enum": [*catalogue.GRIDS, None], "x-about": catalogue.GRIDS},
+        "prompt_syntax": {"enum": ["weighted", "plain"], "default": "weighted"},
+        "strength": {
+            "type": ["number", "null"],
+            "default": None,
+            "description": f"{comments(Beginning)['strength']}; default: {STRENGTH} of a picture, 1 of a part of one",
+            "minimum": 0,
+            "maximum": 1,
+        },
         "threshold": {"enum": [*THRESHOLDS, None]},
         "model": {"enum": models, "default": shelf.first},
         "guide_model": {"enum": [*models, None]},

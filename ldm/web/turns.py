@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from ldm.web.drawing import Event, Place, Stop, Stopped, Walked
+
+Tell = Callable[[Event], None]
+Work = Callable[[Stop, Tell], None]
 
 
 class Full(Exception):
@@ -21,10 +25,10 @@ class Turns:
         self._line: list[asyncio.Event] = []  # one for each job, set when the line has moved; the first is drawn
         self._worker = ThreadPoolExecutor(1, "worker")
 
-    async def run(self, walk: Generator[Event, None, None], stop: Stop, tell: Callable[[Event], None]) -> None:
-        """Walk to the end in the worker's thread when the turn has come, and `tell` of everything on the way.
+    async def run(self, draw: Work, stop: Stop, tell: Tell) -> None:
+        """`draw` in the worker's thread when the turn has come, and `tell` of everything on the way.
 
-        Raises Full, and what `walk` raises; at a cancellation the walk ends before its next evaluation.
+        Raises Full, and what `draw` raises; at a cancellation it ends before its next evaluation.
         """
         if len(self._line) > self._most:
             raise Full
@@ -35,13 +39,11 @@ class Turns:
                 tell(Place(ahead))
                 await moved.wait()
                 moved.clear()
-            while (event := await loop.run_in_executor(self._worker, next, walk, None)) is not None:
-                tell(event)
+            await loop.run_in_executor(self._worker, draw, stop, partial(loop.call_soon_threadsafe, tell))
         except Stopped:
             raise asyncio.CancelledError from None
         finally:
             stop.asked.set()
-            self._worker.submit(walk.close)  # behind what it still does
             self._line.remove(moved)
             for other in self._line:
                 other.set()

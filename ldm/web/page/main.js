@@ -1,5 +1,6 @@
 import { build, element } from "./form.js";
 import { gallery } from "./gallery.js";
+import { painter } from "./paint.js";
 import * as server from "./stream.js";
 
 const at = (id) => document.getElementById(id);
@@ -14,6 +15,7 @@ function tell(sentences) {
   notices.replaceChildren(...sentences.map((each) => element("li", {}, each)));
 }
 
+const paint = painter(at("begin"));
 let form, pictures;
 let running = null; // an AbortController while a job is asked for
 
@@ -22,13 +24,13 @@ let running = null; // an AbortController while a job is asked for
 async function draw() {
   if (running) return;
   const job = form.read();
-  const files = {};
   running = new AbortController();
   busy(true);
   tell([]);
   say("asking");
   let drawn = 0;
   try {
+    const files = await paint.files();
     for await (const event of server.draw(job, files, running.signal)) {
       if (event.event === "place") say(event.ahead === 1 ? "one is in front" : `${event.ahead} are in front`);
       if (event.event === "walked") {
@@ -95,10 +97,14 @@ function show(entry) {
     button.addEventListener("click", work);
     return button;
   };
-  const use = act("Use its settings", () => {
+  const use = act("Use its settings", async () => {
     form.write(settings);
+    const { image, mask } = entry.files;
+    if (image) await begin(image, mask);
+    else paint.close();
     say("its settings are in the form");
   });
+  const again = act("Begin from it", () => begin(png));
   const remove = act("Remove", () => {
     pictures.remove(entry);
     clear();
@@ -111,14 +117,25 @@ function show(entry) {
       {},
       element("img", { src: address, alt: settings.prompt || "the picture" }),
       element("figcaption", {}, element("span", { className: "caption" }, settings.prompt || ""), ` seed ${settings.seed}`),
-      element("div", { className: "buttons" }, use, save, remove),
+      element("div", { className: "buttons" }, use, again, save, remove),
     ),
   );
   for (const each of document.querySelectorAll("#gallery [aria-current]")) each.removeAttribute("aria-current");
   entry.node.querySelector("button").setAttribute("aria-current", "true");
 }
 
+async function begin(file, mask = null) {
+  at("picture").open = true;
+  try {
+    await paint.open(file, mask);
+    say("the picture to begin from is in the form");
+  } catch {
+    say(`${file.name || "the file"} is no picture that this browser shows; choose a PNG, JPEG or WebP`, true);
+  }
+}
+
 async function dropped(file) {
+  if (!/^image\/png$/.test(file.type)) return begin(file); // others carry no settings
   try {
     const { settings, notices: missing } = await server.recipe(file);
     form.write(settings);
@@ -149,7 +166,12 @@ addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
   event.preventDefault();
   const [file] = event.dataTransfer.files;
-  if (file) dropped(file);
+  if (file) (at("picture").contains(event.target) ? begin : dropped)(file);
+});
+at("file").addEventListener("change", (event) => {
+  const [file] = event.target.files;
+  event.target.value = "";
+  if (file) begin(file);
 });
 
 try {
