@@ -72,11 +72,9 @@ def read(plain: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> 
         raise UserError(f"{asked.n} pictures were asked for; choose at least 1")
     if asked.seed is None:
         asked = replace(asked, seed=secrets.randbelow(2**32))
-    settings = {"prompt_syntax": "weighted"} | {
-        name: value for name, value in said[Settings].items() if value is not None
-    }
-    begin = _beginning(said[Beginning], files)
-    return Job(asked, from_dict(Settings, settings, "the request").check(), begin, **files)
+    chosen = {name: value for name, value in said[Settings].items() if value is not None}
+    settings = from_dict(Settings, {"prompt_syntax": "weighted"} | chosen, "the request").check()
+    return Job(asked, settings, _beginning(said[Beginning], files), **files)
 
 
 def _beginning(said: Mapping[str, Any], files: Mapping[str, bytes]) -> Beginning:

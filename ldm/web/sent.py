@@ -1,4 +1,4 @@
-"""The pictures that a client sends to begin from: bounded by what their headers say, then opened when its turn comes."""
+"""The pictures that a client sends to begin from: bounded by what their headers say, opened when its turn comes."""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from ldm.web.drawing import Event, Place, Stop, Stopped, Walked
 
-Tell = Callable[[Event], None]
+Tell = Callable[[Event], Any]
 Work = Callable[[Stop, Tell], None]
 
 

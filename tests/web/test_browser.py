@@ -243,3 +243,92 @@ def contrast(one: list[int], other: list[int]) -> float:
 
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+# ---------------------------------------------------------------- from a picture
+
+
+def noise(width: int = 48, height: int = 40) -> bytes:
+    levels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(levels).save(content, "PNG")
+    return content.getvalue()
+
+
+def stroke(page: Page, *points: tuple[float, float]) -> None:
+    """Drag over the canvas, through points in shares of its size."""
+    from selenium.webdriver import ActionChains
+
+    cover = page.one("canvas.cover")
+    wide, tall = cover.size["width"], cover.size["height"]
+    mouse = ActionChains(page.driver, duration=20)
+    for i, (x, y) in enumerate(points):
+        mouse.move_to_element_with_offset(cover, int((x - 0.5) * wide), int((y - 0.5) * tall))
+        if i == 0:
+            mouse.click_and_hold()
+    mouse.release().perform()
+
+
+def begin(page: Page, image: bytes) -> None:
+    page.js("document.getElementById('picture').open = true")
+    page.drop(image, "#begin")
+    wait_for(lambda: "begin from" in page.status)
+
+
+def test_a_mask_is_painted_and_the_rest_stays_byte_for_byte(page: Page):
+    image = noise()
+    begin(page, image)
+    page.fill(prompt="a hat", steps=3, seed=2)
+    stroke(page, (0.3, 0.3), (0.5, 0.3), (0.5, 0.5))
+    page.draw()
+    drawn, before = pixels(page.drawn()), pixels(image)
+    changed = (drawn != before).any(-1)
+    assert changed[10:14, 15:24].mean() > 0.9  # where the brush went
+    assert not changed[:4].any() and not changed[30:].any() and not changed[:, 36:].any()
+    page.one("#gallery button").click()
+    page.one("#reset").click()
+    page.all("#shown button")[0].click()  # its settings, its picture, its mask
+    wait_for(lambda: "settings are in" in page.status)
+    page.draw()
+    wait_for(lambda: len(page.all("#gallery li")) == 2)
+    assert np.array_equal(pixels(page.drawn()), drawn)
+    for button in page.all(".tools button"):
+        if button.text == "Clear mask":
+            button.click()
+    page.draw()
+    wait_for(lambda: len(page.all("#gallery li")) == 3)
+    assert (pixels(page.drawn()) != before).any(-1).mean() > 0.9
+
+
+def test_a_mask_is_painted_by_keyboard_and_taken_back(page: Page):
+    from selenium.webdriver.common.keys import Keys
+
+    begin(page, noise())
+    page.fill(steps=2, seed=2, extend="0 8 0 0")
+    cover = page.one("canvas.cover")
+    painted = """const canvas = document.querySelector("canvas.cover");
+        const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+        return data.filter((value, i) => i % 4 === 3 && value > 0).length"""
+    cover.send_keys(Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.SPACE)
+    once = page.js(painted)
+    cover.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.SPACE)
+    assert page.js(painted) > once > 0
+    page.one(".tools button").click()
+    assert page.js(painted) == once
+    page.draw()
+    assert Image.open(io.BytesIO(page.drawn())).size == (56, 40)
+
+
+def test_the_picture_that_was_drawn_is_begun_from(page: Page):
+    page.fill(steps=2, seed=1)
+    page.draw()
+    first = page.drawn()
+    next(button for button in page.all("#shown button") if button.text == "Begin from it").click()
+    wait_for(lambda: "begin from" in page.status)
+    page.fill(strength=0)
+    page.draw()
+    wait_for(lambda: len(page.all("#gallery li")) == 2)
+    again = pixels(page.drawn())
+    assert again.shape == pixels(first).shape
+    page.drop(b"no picture", "#begin", "letter.png")
+    wait_for(lambda: "letter.png is no picture" in page.status)
