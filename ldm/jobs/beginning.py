@@ -22,9 +22,7 @@ class Beginning:
 
     strength: float = 1.0  # 0: the picture as it is; 1: from noise alone; between: so far back in time, all steps run
     enlarge: float = 1.0  # enlarge so many times before it is drawn
-    window: int | None = (
-        None  # pixels that the network sees at a time, in overlapping windows; 0: as it was trained; None: all at once
-    )
+    window: int | None = None  # pixels that the network sees at a time, overlapping; 0: as trained; None: all at once
     extend: tuple[int, ...] = ()  # pixels to add, and to draw, at the left, right, top and bottom
     feather: int = 0  # pixels over which the drawn fades in behind the mask's edge; outside it nothing changes
     only_masked: int | None = None  # draw the mask and so many pixels around it alone, at the model's own size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import time
 from base64 import b64encode
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from web.conftest import Server, wait_for
+from web.conftest import Server, pixels, wait_for
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e '.[browser]'")
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))

@@ -26,6 +26,7 @@ async function draw() {
   const job = form.read();
   running = new AbortController();
   busy(true);
+  at("stage").scrollIntoView({ block: "nearest" }); // on a narrow screen it is below the form
   tell([]);
   say("asking");
   let drawn = 0;

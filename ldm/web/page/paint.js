@@ -10,7 +10,7 @@ export function painter(root) {
   cover.setAttribute("aria-label", "Mask: paint what is to be drawn anew. Arrows move the brush, space paints.");
   const cursor = element("div", { className: "cursor", hidden: true });
   const stack = element("div", { className: "stack" }, base, cover, cursor);
-  const size = element("input", { type: "range", id: "brush", min: 1, max: 100, value: 30 });
+  const size = element("input", { type: "range", id: "brush", min: 1, max: 100, value: 45 });
   const erase = element("input", { type: "checkbox", id: "erase" });
   const button = (text, work) => {
     const made = element("button", { type: "button", className: "quiet" }, text);
@@ -43,7 +43,7 @@ export function painter(root) {
     context.lineWidth = width;
     context.lineCap = context.lineJoin = "round";
     context.beginPath();
-    context.moveTo(...points[0]);
+    context.moveTo(points[0][0] + 0.01, points[0][1]); // a line of no length would leave no dot
     for (const point of points) context.lineTo(...point);
     context.stroke();
     context.globalCompositeOperation = "source-over";
