@@ -63,7 +63,7 @@ def test_the_first_word_of_a_name_does(name: str, found: str) -> None:
         ("train", "'train' may be train-autoencoder or train-clip or train-diffusion"),
         ("zzz", "unknown command 'zzz'; ldm --help has a line on each"),
         ("../scripts/txt2img", "unknown command '../scripts/txt2img'"),
-        ("train-speed", "unknown command 'train-speed'"),  # a part of the benchmark, and no program
+        ("data-speed", "unknown command 'data-speed'"),  # a part of the benchmark, and no program
     ],
 )
 def test_an_unknown_command_is_told_in_a_sentence(name: str, said: str) -> None:

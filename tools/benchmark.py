@@ -1,316 +1,287 @@
-"""Measure speed: nothing in the tests asserts any, since it is the machine's as much as ours.
+"""Measure speed and memory: ours beside what one would take instead, on the same random weights.
 
-    python tools/benchmark.py start                     # a fresh process, until its first picture is written
-    python tools/benchmark.py unet --config configs/diffusion/icons.yaml    # samples/s of training and sampling
-    python tools/benchmark.py load                      # memory and seconds to load a model, beside diffusers
-    python tools/benchmark.py train --config configs/diffusion/icons.yaml   # a training step, beside diffusers
-    python tools/benchmark.py data                      # from tar to tensor, beside webdataset and ImageFolder
+    python tools/benchmark.py step --shape small          # a guided step of the U-Net; so text, decode, encode
+    python tools/benchmark.py sample --steps 10           # from prompt to pixels
+    python tools/benchmark.py train --batch 4             # a training step
+    python tools/benchmark.py start                       # a fresh process, until its first picture is written
+    python tools/benchmark.py load --shape sd             # seconds and memory of loading a model
+    python tools/benchmark.py data                        # from tar to tensor, beside webdataset and ImageFolder
+    python tools/benchmark.py page --write docs/benchmarks.md     # all of these, as a page
 
-Torch is imported only by what measures in this process: `start` measures others, and must not be in their way.
+Sides take turns in one process, none is always the first, and what counts is the ratio in each round: a machine that
+has other things to do slows all of them. Seconds are the processor's and the clock's; peak memory is that of a fresh
+process which does the one work alone. Nothing in the tests asserts any figure: they are the machine's as much as ours.
 """
 
 from __future__ import annotations
 
+from ldm.script import run
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import tempfile
 import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-BEGUN = time.time()  # before any other import, for the traced process
+import data_speed  # beside this file
+import sides
+from turns import child, ratios, resident, spread, take_turns
 
-from ldm.script import run  # noqa: E402
+from ldm.arguments import COUNT, Parser
+from ldm.errors import UserError
+from ldm.files import atomic_write_text
+from ldm.find import find
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import data_speed  # noqa: E402 (beside this file)
-import train_speed  # noqa: E402
-from turns import child, resident  # noqa: E402
-
-from ldm.arguments import COUNT, Parser  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
-from ldm.files import atomic_write_text  # noqa: E402
-from ldm.find import find  # noqa: E402
-
+PAIRED = ("step", "text", "decode", "encode", "sample", "train")
+PEERS = {"train": ("ldm", "diffusers"), "sample": ("ldm", "diffusers")}  # others: OpenVINO too
+HEAD = "| what | shape | side | CPU s | clock s | peak MB | ours, by CPU time |\n|---|---|---|---|---|---|---|"
 PAGE = 4096  # bytes that a machine reads together
 SCRIPT = Path(__file__).parents[1] / "scripts" / "txt2img.py"
+PAGES = (  # what a page has: words of a command line each
+    *([kind, "--shape", "small", "--rounds", "9"] for kind in ("step", "text", "decode", "encode")),
+    *([kind, "--shape", "sd", "--rounds", "3"] for kind in ("step", "text", "decode", "encode")),
+    ["sample", "--shape", "small", "--rounds", "5"],
+    ["train", "--shape", "icons", "--batch", "4", "--rounds", "9"],
+    ["train", "--shape", "small", "--batch", "4", "--rounds", "5"],
+    ["load", "--shape", "small", "--rounds", "3"],
+    ["load", "--shape", "sd", "--rounds", "1"],
+    ["start", "--rounds", "3"],
+)
 
 
 def main() -> None:
-    arguments = parse()
-    if arguments.command in ("trace", "loaded", "trained"):
-        {"trace": trace, "loaded": loaded, "trained": train_speed.trained}[arguments.command](arguments)
-        return
-    measures = {"start": start, "unet": unet, "load": load, "train": train_speed.train, "data": data_speed.data}
-    figures = measures[arguments.command](arguments)
-    if arguments.output:
-        atomic_write_text(arguments.output, json.dumps(figures, indent=1) + "\n")
-        print(f"wrote {arguments.output}")
+    a = parse()
+    others = {"alone": alone, "page": page, "start": start, "load": load, "data": data_speed.data}
+    figures = others.get(a.kind, pairs)(a)
+    if a.output:
+        atomic_write_text(a.output, json.dumps(figures, indent=1) + "\n")
+        print(f"wrote {a.output}")
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="start | unet | load | train | data")
-
-    first = commands.add_parser("start", help="seconds from a fresh process to the first picture, and where they go")
-    traced = commands.add_parser("trace")  # what `start` runs in a process of its own
-    for command in (first, traced):
-        command.add_argument("--model", default="icons", help="shipped name, directory or file")
-        command.add_argument("--prompt", default="a red heart")
-        command.add_argument("--steps", type=COUNT, default=30)
-        command.add_argument("--cfg", type=float, default=7.5)
-    first.add_argument("--runs", type=COUNT, default=5, help="measured runs of each kind; one more goes before")
-    traced.add_argument("--spawned", type=float, required=True)
-    traced.add_argument("--out", required=True)
-
-    network = commands.add_parser("unet", help="a training step and a guided sampling step of a configuration's U-Net")
-    train_speed.add_network(network, batch=32, threads=None)
-    network.add_argument("--pictures", type=COUNT, default=1, help="of a sampling step; guidance doubles the batch")
-    network.add_argument("--seconds", type=float, default=10.0, help="how long each is measured")
-
-    memory = commands.add_parser("load", help="peak memory and seconds of loading a model onto the CPU, and diffusers'")
-    memory.add_argument("--model", help="a diffusers directory; default: v1's shapes in float16, random, made for this")
-    memory.add_argument("--precision", nargs="+", choices=("fp32", "fp16"), default=["fp32", "fp16"])
-    memory.add_argument("--runs", type=COUNT, default=3, help="fresh processes of each kind; the median counts")
-    one = commands.add_parser("loaded")  # what `load` runs in a process of its own
-    one.add_argument("--model", required=True)
-    one.add_argument("--precision", required=True)
-    one.add_argument("--by", choices=("ldm", "diffusers"), required=True)
-
-    for command in (first, network, memory, train_speed.add_commands(commands), data_speed.add_commands(commands)):
+    commands = parser.add_subparsers(dest="kind", required=True, metavar=f"{' | '.join(PAIRED)} | start | load | data")
+    made = {kind: commands.add_parser(kind) for kind in (*PAIRED, "load", "start", "alone")}
+    for command in made.values():
+        command.add_argument("--shape", choices=sides.SHAPES, default="small")
+        command.add_argument("--model", help="a diffusers directory in that shape, made before (default: new)")
+        command.add_argument("--sides", nargs="+", help="ldm[/torch|/compile|/graph], diffusers[/compile], openvino")
+        command.add_argument("--rounds", type=COUNT, default=5, help="pairs, or fresh processes, of each side")
+        command.add_argument("--batch", type=COUNT, default=1, help="pictures; guidance doubles the rows")
+        command.add_argument("--side", type=COUNT, help="of the latent (default: the shape's: 16, sd 32)")
+        command.add_argument("--steps", type=COUNT, default=10, help="of sample and start")
+        command.add_argument("--threads", type=COUNT, default=1, help="CPU threads")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32")
+        command.add_argument("--half", action="store_true", help="store the weights in float16")
+    made["alone"].add_argument("--of", choices=(*PAIRED, "load"), required=True)
+    made["page"] = commands.add_parser("page", help="all of these, as docs/benchmarks.md has them")
+    made["page"].add_argument("--write", metavar="FILE")
+    made["page"].add_argument("--only", nargs="+", choices=(*PAIRED, "load", "start"), help="a part of it")
+    for command in (*made.values(), data_speed.add_commands(commands)):
         command.add_argument("--output", metavar="JSON", help="write the figures")
-    return parser.parse_args()
+    a = parser.parse_args(words)
+    if getattr(a, "sides", 0) is None:
+        a.sides = PEERS.get(a.kind, ("ldm", "diffusers", "openvino") if a.kind in PAIRED else ("ldm", "diffusers"))
+        there = {"openvino": a.device == "cpu" and find_spec("openvino"), "diffusers": find_spec("diffusers")}
+        a.sides = [side for side in a.sides if there.get(side, True)]
+    return a
 
 
-# ---------------------------------------------------------------- start
+class Model:
+    """The model that all sides read, in a folder that goes again."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.config, self.folder = sides.shape(a.shape), tempfile.TemporaryDirectory()
+        path = Path(find(a.model)) if a.model else None
+        if path and not (path / "model_index.json").is_file():
+            raise UserError(f"{a.model} is not a diffusers directory, the one kind that both libraries load")
+        self.path = path or sides.random_model(Path(self.folder.name) / "model", self.config, a.half)
 
 
-def start(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians over runs: the whole of scripts/txt2img.py, then the same work with a clock between its stages."""
-    options = ["--model", arguments.model, "--prompt", arguments.prompt]
-    options += ["--steps", str(arguments.steps), "--cfg", str(arguments.cfg)]
-    whole: list[float] = []
-    stages: list[dict[str, float]] = []
-    for turn in range(arguments.runs + 1):  # the first one reads the files into the page cache
-        with tempfile.TemporaryDirectory() as folder:
-            begun = time.time()
-            child([str(SCRIPT), *options, "--out", folder])
-            seconds = time.time() - begun
-            begun = time.time()
-            printed = child([__file__, "trace", *options, "--spawned", repr(begun), "--out", folder])
-            marks = json.loads(printed.splitlines()[-1])
-            marks["leave"] = time.time() - begun - sum(marks.values())
-        if turn:
-            whole.append(seconds)
-            stages.append(marks)
-    figures = {name: statistics.median(marks[name] for marks in stages) for name in stages[0]}
-    total = statistics.median(whole)
-    print(f"scripts/txt2img.py, {arguments.steps} steps, {os.cpu_count()} cores: {total:.2f} s from start to end")
-    print(f"  {arguments.runs} runs, {min(whole):.2f} to {max(whole):.2f} s; where the time goes:")
-    for name, seconds in figures.items():
-        print(f"  {name:24s}{seconds:6.2f} s")
-    return {"seconds": total, "all": whole, "stages": figures, "steps": arguments.steps, "cores": os.cpu_count()}
+# ---------------------------------------------------------------- in pairs
 
 
-def trace(arguments: argparse.Namespace) -> None:
-    """What scripts/txt2img.py does for one prompt, in the same order; prints seconds of each stage as JSON."""
-    marks = {"python": BEGUN - arguments.spawned}
-    last = BEGUN
-
-    def mark(name: str) -> None:
-        nonlocal last
-        now = time.time()
-        marks[name] = now - last
-        last = now
-
+def pairs(a: argparse.Namespace) -> dict[str, Any]:
+    """Of each side: seconds of all rounds, by clock and processor, and the peak memory of a process of its own."""
     import torch
 
-    mark("import torch")
-    from ldm import api, generate, image_io, jobs, provenance
-
-    mark("import ldm")
-    from ldm.conditioning.clip import clip_tokenizer
-    from ldm.conditioning.torchvision_ops import declare_missing_operators
-
-    declare_missing_operators()
-    import open_clip.transformer  # noqa: F401
-
-    mark("import open_clip")
-    clip_tokenizer()
-    mark("make the tokenizer")
-    made = api.load(arguments.model)
-    mark("load the model")
-    requests = jobs.of_prompts([arguments.prompt])
-    settings = jobs.Settings(cfg=arguments.cfg, steps=arguments.steps)
-    with torch.inference_mode():
-        generate.conditions(made, [jobs.Ask(arguments.prompt), jobs.Ask()])
-    mark("encode the prompt")
-    steps = list(generate.sample(made, requests, settings.plan()))
-    mark(f"sample, {arguments.steps} steps")
-    image = generate.decode(made, steps[-1])
-    mark("decode")
-    metadata = provenance.record(made, settings, requests, 0)
-    image_io.save_png(image[0], Path(arguments.out) / "traced.png", metadata)
-    mark("hash the model and save")
-    print(json.dumps(marks))
+    torch.set_num_threads(a.threads)
+    model = Model(a)
+    peaks = {side: fresh(a, side, model.path)["peak"] for side in a.sides}
+    sides.quiet()
+    works = {side: sides.work(a.kind, side, model.path, model.config, a) for side in a.sides}
+    for work in works.values():  # the first runs compile, pack, allocate
+        for _ in range(2):
+            work()
+    wall, cpu = take_turns({side: lambda work=work: work for side, work in works.items()}, a.rounds)
+    print(HEAD)
+    for side in a.sides:
+        by_cpu, by_clock = (statistics.median(seconds[side]) for seconds in (cpu, wall))
+        ours = spread(ratios(cpu if a.device == "cpu" else wall, a.sides[0], side), "x") if side != a.sides[0] else ""
+        row = f"{by_cpu:.4f} | {by_clock:.4f} | {peaks[side] / 1e6:.0f} | {ours}"
+        print(f"| {described(a)} | {a.shape} | {side} | {row} |", flush=True)
+    return {"kind": a.kind, "shape": a.shape, "threads": a.threads, "cpu": cpu, "clock": wall, "peak": peaks}
 
 
-# ---------------------------------------------------------------- unet
+def described(a: argparse.Namespace) -> str:
+    said = [a.kind, f"{a.steps} steps" * (a.kind == "sample"), f"batch {a.batch}" * (a.batch > 1 or a.kind == "train")]
+    return ", ".join(filter(None, [*said, a.precision * (a.precision != "fp32")]))
 
 
-def unet(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Samples/s of a training step (forward, backward, AdamW) and pictures x steps/s of guided sampling, float32."""
+def fresh(a: argparse.Namespace, side: str, path: Path, of: str = "") -> dict[str, float]:
+    words = [__file__, "alone", "--of", of or a.kind, "--sides", side, "--model", str(path), "--shape", a.shape]
+    for name in ("batch", "side", "steps", "threads", "device", "precision"):
+        words += [f"--{name}", str(getattr(a, name))] if getattr(a, name) else []
+    return json.loads(child(words).splitlines()[-1])
+
+
+def alone(a: argparse.Namespace) -> dict[str, float]:
+    """What `fresh` runs: one side in this process, once or twice; seconds and bytes as JSON.
+
+    Of a load: `held`, what the weights take, and `peak`, above what the imports take; of others: the whole peak.
+    """
     import torch
 
-    from ldm.conditioning.condition import Condition
-    from ldm.config import DiffusionTraining, load
-    from ldm.unet.unet import UNet
-
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    config = load(DiffusionTraining, arguments.config, arguments.overrides).model
-    network = UNet(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parameters = sum(p.numel() for p in network.parameters())
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-
-    def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        x = torch.randn(batch, config.in_channels, arguments.side, arguments.side)
-        context = torch.randn(batch, arguments.length, config.context_width) if config.context_width else None
-        return x.contiguous(memory_format=torch.channels_last), torch.rand(batch) * 999, context
-
-    x, t, context = inputs(arguments.batch)
-
-    def training_step() -> None:
-        optimizer.zero_grad()
-        network(x, t, context).square().mean().backward()
-        optimizer.step()
-
-    training = seconds_each(training_step, arguments.seconds)
-
-    x2, t2, context2 = inputs(2 * arguments.pictures)
-    network.eval().requires_grad_(False)
-    with torch.inference_mode():
-        told = network.prepare(Condition(context2)) if context2 is not None else None
-        sampling = seconds_each(lambda: network(x2, t2, told), arguments.seconds)
-
-    figures = {
-        "parameters": parameters,
-        "threads": torch.get_num_threads(),
-        "training_samples_per_second": arguments.batch / training,
-        "guided_step_seconds": sampling,
-        "guided_picture_steps_per_second": arguments.pictures / sampling,
-    }
-    latent = f"{config.in_channels}x{arguments.side}x{arguments.side}"
-    print(f"{parameters / 1e6:.2f} M parameters, latents {latent}, {figures['threads']} threads")
-    rate = arguments.batch / training
-    print(f"training, batch {arguments.batch}: {rate:.1f} samples/s ({training * 1e3:.0f} ms a step)")
-    print(f"guided sampling, {arguments.pictures} pictures: {sampling * 1e3:.1f} ms a step")
+    torch.set_num_threads(a.threads)
+    model, a.kind = Model(a), a.of
+    sides.quiet()
+    figures = loaded(model.path, a) if a.of == "load" else {}
+    if a.of != "load":
+        work = sides.work(a.of, a.sides[0], model.path, model.config, a)
+        for _ in range(2):
+            work()
+        figures["peak"] = torch.cuda.max_memory_allocated() if a.device == "cuda" else resident("VmHWM")
+    print(json.dumps(figures))
     return figures
-
-
-def seconds_each(work: Callable[[], object], seconds: float) -> float:
-    """The median duration of `work` over `seconds`, three times at least, after two turns to warm up."""
-    work()
-    work()
-    durations: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(durations) < 3 or time.perf_counter() < until:
-        begun = time.perf_counter()
-        work()
-        durations.append(time.perf_counter() - begun)
-    return statistics.median(durations)
 
 
 # ---------------------------------------------------------------- load
 
 
-def load(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of each precision and library: seconds until all weights are in memory, their bytes, the peak above imports."""
-    figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(find(arguments.model) if arguments.model else random_v1(Path(folder) / "v1"))
-        if not (Path(path) / "model_index.json").is_file():
-            raise UserError(f"{arguments.model} is not a diffusers directory, the one kind that both libraries load")
-        print("weights held, peak memory above what the imports take, their ratio, seconds")
-        for precision in arguments.precision:
-            for library in ("ldm", "diffusers"):
-                words = [__file__, "loaded", "--model", path, "--precision", precision, "--by", library]
-                runs = [json.loads(child(words).splitlines()[-1]) for _ in range(arguments.runs)]
-                median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-                figures[f"{library} {precision}"] = median
-                held, peak = median["held"] / 1e9, median["peak"] / 1e9
-                row = f"{held:5.2f} GB {peak:6.2f} GB {peak / held:6.2f} {median['seconds']:7.1f} s"
-                print(f"  {library:10s}{precision}  {row}")
+def load(a: argparse.Namespace) -> dict[str, Any]:
+    """Medians over fresh processes: seconds until all weights are in memory, their bytes, the peak beyond imports."""
+    model, figures = Model(a), {}
+    print("| what | shape | side | CPU s | clock s | held MB | peak MB |\n|---|---|---|---|---|---|---|")
+    for side in a.sides:
+        runs = [fresh(a, side, model.path) for _ in range(a.rounds)]
+        figures[side] = median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        row = f"{median['cpu']:.2f} | {median['clock']:.2f} | {median['held'] / 1e6:.0f} | {median['peak'] / 1e6:.0f}"
+        print(f"| {described(a)} | {a.shape} | {side} | {row} |", flush=True)
     return figures
 
 
-def random_v1(path: Path) -> Path:
-    """A diffusers directory of Stable Diffusion v1's shapes, random, in float16: about 2 GB."""
-    import torch
+def loaded(path: Path, a: argparse.Namespace) -> dict[str, float]:
+    if a.sides[0].startswith("ldm"):
+        from ldm.checkpoints import opening  # noqa: F401 (its imports are not counted)
+        from ldm.conditioning.clip import clip_tokenizer
 
-    from ldm.checkpoints import export, native
-    from ldm.checkpoints.architectures import SD_V1
-    from ldm.checkpoints.networks import skeleton
-
-    states = {}
-    for name in native.part_names(SD_V1):
-        shapes = {key: value.shape for key, value in skeleton(name, SD_V1, path).state_dict().items()}
-        states[name] = {key: torch.randn(shape, dtype=torch.float16) * 0.02 for key, shape in shapes.items()}
-    export.write(path, SD_V1, states, "diffusers")
-    return path
-
-
-def loaded(arguments: argparse.Namespace) -> None:
-    """Load once in this process; prints seconds and bytes as JSON. Linux alone tells a process its peak."""
-    work = {"ldm": by_ldm, "diffusers": by_diffusers}[arguments.by](arguments.model, arguments.precision)
+        clip_tokenizer()
+    else:
+        from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion  # noqa: F401
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    begun = time.perf_counter()
-    weights = [parameter for network in work() for parameter in network.parameters()]
+    begun, used = time.perf_counter(), time.process_time()
+    if a.sides[0].startswith("ldm"):
+        made = sides.open_ours(path, a)
+        networks = [made.unet, *made.towers.values(), made.codec.autoencoder]
+    else:
+        made = sides.open_theirs(path, a)
+        networks = [made.unet, made.text_encoder, made.vae]
+    weights = [parameter for network in networks for parameter in network.parameters()]
     for weight in weights:  # one that is mapped and not yet read would be in memory no sooner than it is used
-        dense = weight.detach().as_strided((weight.numel(),), (1,))
-        dense[:: PAGE // weight.element_size()].float().sum()
-    seconds = time.perf_counter() - begun
+        weight.detach().as_strided((weight.numel(),), (1,))[:: PAGE // weight.element_size()].float().sum()
+    clock, cpu = time.perf_counter() - begun, time.process_time() - used
     held = sum(weight.numel() * weight.element_size() for weight in weights)
-    print(json.dumps({"seconds": seconds, "held": held, "peak": resident("VmHWM") - before}))
+    return {"clock": clock, "cpu": cpu, "held": held, "peak": resident("VmHWM") - before}
 
 
-def by_ldm(path: str, precision: str) -> Callable[[], Sequence[Any]]:
-    """With everything imported, what loads the model and gives its networks."""
-    from ldm import api
-    from ldm.checkpoints import opening  # noqa: F401
-    from ldm.conditioning.torchvision_ops import declare_missing_operators
-
-    declare_missing_operators()
-    import open_clip.transformer  # noqa: F401
-
-    def work() -> Sequence[Any]:
-        made = api.load(path, "cpu", precision)
-        return [made.unet, *made.towers.values(), made.codec.autoencoder]
-
-    return work
+# ---------------------------------------------------------------- start
 
 
-def by_diffusers(path: str, precision: str) -> Callable[[], Sequence[Any]]:
-    """The same of diffusers."""
+THEIRS = """
+import warnings; warnings.simplefilter("ignore")
+from ldm.conditioning.torchvision_ops import declare_missing_operators; declare_missing_operators()
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained({path!r}, local_files_only=True)
+pipe("a red heart", num_inference_steps={steps}, height=64, width=64).images[0].save({out!r})
+"""
+OURS = "import ldm; ldm.load()"
+
+
+def start(a: argparse.Namespace) -> dict[str, Any]:
+    """Medians over fresh processes, each from its start to its end."""
+    figures: dict[str, Any] = {}
+    print("| a fresh process | CPU s | clock s |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = Path(folder) / "theirs.py"
+        path = sides.random_model(Path(folder) / "model", sides.shape("icons")) if "diffusers" in a.sides else ""
+        theirs.write_text(THEIRS.format(path=str(path), steps=a.steps, out=f"{folder}/theirs.png"))
+        opened = Path(folder) / "ours.py"
+        opened.write_text(OURS)
+        drawn = [str(SCRIPT), "--model", str(a.model or "icons"), "--prompt", "a red heart", "--steps", str(a.steps)]
+        commands: dict[str, list[str]] = {
+            f"scripts/txt2img.py, {a.steps} steps": [*drawn, "--out", f"{folder}/ours"],
+            OURS: [str(opened)],
+        }
+        if "diffusers" in a.sides:
+            commands[f"diffusers, a picture of {a.steps} steps, U-Net of the same shape"] = [str(theirs)]
+        for name, words in commands.items():
+            seconds = [_timed(words) for _ in range(a.rounds + 1)][1:]  # the first reads the files into the page cache
+            cpu, clock = (statistics.median(column) for column in zip(*seconds, strict=True))
+            figures[name] = {"cpu": cpu, "clock": clock, "all": seconds}
+            print(f"| {name} | {cpu:.2f} | {clock:.2f} |", flush=True)
+    return figures
+
+
+def _timed(words: Sequence[str]) -> tuple[float, float]:
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    child(words)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - begun
+
+
+# ---------------------------------------------------------------- page
+
+
+def page(a: argparse.Namespace) -> list[str]:
+    """docs/benchmarks.md: each part is a process of its own, which prints its table."""
+    parts = [f"# Speed and memory\n\n{surroundings()}\n"]
+    for words in PAGES:
+        if a.only and words[0] not in a.only:
+            continue
+        parts.append(f"\n`python tools/benchmark.py {' '.join(words)}`\n\n{child([__file__, *words])}")
+        print(parts[-1], flush=True)
+    if a.write:
+        atomic_write_text(a.write, "".join(parts))
+    return parts
+
+
+def surroundings() -> str:
+    """The machine in a sentence."""
     import torch
 
-    from ldm.conditioning.torchvision_ops import declare_missing_operators
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    busy = f"{os.getloadavg()[0]:.1f} processes wanted to run as it began" if hasattr(os, "getloadavg") else ""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return (
+        f"Printed by `python tools/benchmark.py page --write docs/benchmarks.md` on {name}, {os.cpu_count()} cores, "
+        f"each work in one thread; {versions}; {time.strftime('%Y-%m-%d', time.gmtime())}; {busy}. Ratios are how many "
+        "times as fast as the side ours was, in each round: median (least to largest)."
+    )
 
-    declare_missing_operators()
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
-
-    def work() -> Sequence[Any]:
-        pipe: Any = StableDiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
-        return [pipe.unet, pipe.text_encoder, pipe.vae]
-
-    return work
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ TOOLS = Path(__file__).parents[2] / "tools"
 def test_the_peak_is_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Stable Diffusion v1's shapes in a float16 file of 2 GB: held as they are, and converted to float32."""
     monkeypatch.syspath_prepend(str(TOOLS))
-    make = runpy.run_path(str(TOOLS / "benchmark.py"))["random_v1"]
-    path = make(tmp_path / "v1")
+    sides = runpy.run_path(str(TOOLS / "benchmark.py"))["sides"]
+    path = sides.random_model(tmp_path / "v1", sides.shape("sd"), half=True)
     try:
         for precision, size in (("fp16", 2.1e9), ("fp32", 4.2e9)):
-            words = ["loaded", "--model", str(path), "--precision", precision, "--by", "ldm"]
+            words = ["alone", "--of", "load", "--model", str(path), "--precision", precision, "--sides", "ldm"]
             tool = [sys.executable, str(TOOLS / "benchmark.py")]
             done = subprocess.run([*tool, *words], capture_output=True, text=True, check=True)
             figures = json.loads(done.stdout.splitlines()[-1])
