@@ -30,9 +30,13 @@ if TYPE_CHECKING:
     from ldm.conditioning.clip import TextTower
     from ldm.config import ModelConfig
     from ldm.inputs import Picture
+    from ldm.inverted import Inverted
     from ldm.sampling import Step
     from ldm.unet.maps import Maps
     from ldm.unet.unet import UNet
+
+
+INVERSION = Settings(sampler="dpmpp_2m", cfg=1.0)
 
 
 class PromptNotice(UserWarning):
@@ -81,21 +85,26 @@ class LatentDiffusion(Model):
         seed: int | Sequence[int] = 0,
         n: int = 1,
         batch_size: int = 4,
-        settings: Settings = Settings(),
+        start: Inverted | None = None,
+        settings: Settings | None = None,
     ) -> Tensor:
         """`n` pictures of each prompt, prompt by prompt: (B, 3, H, W), float32 in [-1, 1], on the CPU.
 
         `label`: of a model with classes, a name or number; one for all prompts or for each, or several for one prompt.
         Picture i has seed + i, whatever the batch size; or a seed for each is given, and a negative for each prompt.
+        `start`: what `invert` found, one for each picture or one for all, in place of the seeds' noise; the settings
+        are then its own, unless others are given.
         `settings` has everything else that there is to choose; `cfg`, `steps` and `sampler` go before what it says of
         them. Raises UserError.
         """
         from ldm import generate
+        from ldm.inverted import begin_of
 
-        requests, plan = of_prompts(prompt, negative, seed, n, label), _plan(settings, cfg, steps, sampler)
+        requests = of_prompts(prompt, negative, seed, n, label)
+        begin, plan = begin_of(start, len(requests)), _plan(_settings(settings, start), cfg, steps, sampler)
         helpers = self._helpers(plan)
         self._tell(requests, plan, helpers)
-        return generate.draw(self, requests, plan, helpers, batch_size)
+        return generate.draw(self, requests, plan, helpers, batch_size, begin)
 
     def img2img(
         self,
@@ -126,11 +135,7 @@ class LatentDiffusion(Model):
         from ldm import generate, start
         from ldm.inputs import as_depths, as_images, as_masks
 
-        images = as_images(image)
-        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-        requests = of_prompts(prompts, negative, seed, label=label)
-        if len(images) == 1:
-            images = images.expand(len(requests), -1, -1, -1)
+        images, requests = _for_each(as_images(image), prompt, negative, label, seed)
         masks = None if mask is None else as_masks(mask, images)
         depths = None if depth is None else as_depths(depth, len(images))
         picture = start.Picture(images, strength, masks, depths)
@@ -150,15 +155,19 @@ class LatentDiffusion(Model):
         sampler: str | None = None,
         seed: int | Sequence[int] = 0,
         n: int = 1,
-        settings: Settings = Settings(),
+        start: Inverted | None = None,
+        settings: Settings | None = None,
     ) -> Iterator[Step]:
         """What `txt2img` does, in one batch, step by step; `decode` shows one. Raises UserError, at the first step."""
         from ldm import generate
+        from ldm.inverted import begin_of
+        from ldm.start import Noise
 
-        requests, plan = of_prompts(prompt, negative, seed, n, label), _plan(settings, cfg, steps, sampler)
+        requests = of_prompts(prompt, negative, seed, n, label)
+        begin, plan = begin_of(start, len(requests)), _plan(_settings(settings, start), cfg, steps, sampler)
         helpers = self._helpers(plan)
         self._tell(requests, plan, helpers)
-        yield from generate.sample(self, requests, plan, helpers)
+        yield from generate.sample(self, requests, plan, helpers, begin or Noise())
 
     def decode(self, step: Step, tile: int | None = None) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [-1, 1], of the state after `step`; `tile` is Settings'.
@@ -168,12 +177,45 @@ class LatentDiffusion(Model):
 
         return generate.decode(self, step, tile)
 
+    def invert(
+        self,
+        image: Picture | Sequence[Picture],
+        prompt: str | Sequence[str] = "",
+        *,
+        label: Labels = None,
+        negative: str | Sequence[str] = "",
+        strength: float = 1.0,
+        refinements: int = 1,
+        exact: bool = False,
+        cfg: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        batch_size: int = 4,
+        settings: Settings = INVERSION,
+    ) -> Inverted:
+        """What `image`, told `prompt`, is drawn from: a `start` for `txt2img` and `sample`, by this or another prompt.
+        Images and prompts are those of `img2img`, `strength` says up to which level of noise.
+
+        `sampler`: any that draws no noise on its way. `refinements`: how often what the way up and down misses is sent
+        up too, two more walks each. `exact`: by EDICT, whose way back meets the picture's latent to rounding at any
+        cfg, in twice the evaluations and with a sampler of its own. Raises UserError.
+        """
+        from ldm import inverted, start
+        from ldm.inputs import as_images
+
+        images, requests = _for_each(as_images(image), prompt, negative, label, 0)
+        if exact and sampler is not None:
+            raise UserError("an exact inversion has a sampler of its own; leave the sampler out, or exact")
+        settings = _settings(settings, None).but(cfg, steps, sampler)
+        plan, picture = settings.plan(), start.Picture(images, strength)
+        helpers = self._helpers(plan)
+        self._tell(requests, plan, helpers, picture.notices(self))
+        return inverted.invert(self, requests, settings, helpers, picture, refinements, exact, batch_size)
+
     def attention_maps(self, size: int = 32) -> AbstractContextManager[Maps]:
         """`with model.attention_maps() as maps:` keeps what the U-Net looks at of the prompt, in all that is drawn
         inside, by layer, evaluation and token, in layers of at most `size` x `size` positions. No bit of a
-        picture changes.
-
-        Raises UserError for a network without cross-attention.
+        picture changes. Raises UserError for a network without cross-attention.
         """
         from ldm.unet.maps import attention_maps
 
@@ -188,11 +230,7 @@ class LatentDiffusion(Model):
         itself: float = 0.4,
     ) -> AbstractContextManager[None]:
         """`with model.prompt_to_prompt(source, target):` draws [source, target], in one batch and from one seed, so
-        that the second is the first one with other words.
-
-        `weights`: of words of the target, 2 is twice as much. `cross`, `itself`: the shares of the time, from the
-        start, in which attention to the prompt and to the picture is the source's (ldm/unet/prompt_to_prompt.py).
-        Raises UserError.
+        that the second is the first one with other words (ldm/unet/prompt_to_prompt.py has the arguments). UserError.
         """
         from ldm.unet.prompt_to_prompt import prompt_to_prompt
 
@@ -288,7 +326,24 @@ def assemble(
     return LatentDiffusion.of(assemble_model(config, codec, towers, unet, name, path))
 
 
-def _plan(settings: Settings, cfg: float | None, steps: int | None, sampler: str | None) -> Plan:
+def _for_each(
+    images: Tensor,
+    prompt: str | Sequence[str],
+    negative: str | Sequence[str],
+    label: Labels,
+    seed: int | Sequence[int],
+) -> tuple[Tensor, list[Request]]:
+    """As many pictures as requests: one prompt serves all pictures, one picture all prompts."""
+    requests = of_prompts([prompt] * len(images) if isinstance(prompt, str) else prompt, negative, seed, label=label)
+    return images.expand(len(requests), -1, -1, -1) if len(images) == 1 else images, requests
+
+
+def _settings(given: Settings | None, start: Inverted | None) -> Settings:
+    settings = given if given is not None else Settings() if start is None else start.settings
     if not isinstance(settings, Settings):
         raise UserError(f"settings is {settings!r:.60}; give a ldm.jobs.Settings, or leave it out")
-    return settings.but(cfg, steps, sampler).plan()
+    return settings
+
+
+def _plan(settings: Settings, cfg: float | None, steps: int | None, sampler: str | None) -> Plan:
+    return _settings(settings, None).but(cfg, steps, sampler).plan()

@@ -35,7 +35,7 @@ from ldm.jobs import Ask, Plan, Request, batches, catalogue, grammar
 from ldm.jobs.plan import Auto, Classifier, Guide, PerpNegative, Wrap
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid
 from ldm.sampling.slerp import varied
-from ldm.start import Noise, Picture, Start
+from ldm.start import Noise, Pictures, Start
 
 if TYPE_CHECKING:
     from ldm.model import Model
@@ -51,7 +51,7 @@ def draw(
     plan: Plan,
     helpers: Helpers = NONE,
     batch_size: int = 4,
-    picture: Picture | None = None,
+    picture: Pictures | None = None,
 ) -> Tensor:
     """Pictures (B, 3, H, W), float32 in [-1, 1] on the CPU, one for each request, from noise or from `picture`.
 
@@ -91,9 +91,9 @@ def sample(
         with visiting(model, model.codec.autoencoder):
             planes = start.planes(model, shape, count)
         denoiser, fraction = make_denoiser(model, requests, plan, helpers, shape, planes)
-        sampler = make_sampler(model, plan, fraction)
         with visiting(model, model.codec.autoencoder):
-            x, sigmas, denoiser = start.place(model, plan, sigmas, noise, denoiser, planes)
+            x, sigmas, denoiser, *own = start.place(model, plan, sigmas, noise, denoiser, planes)
+        sampler = own[0] if own else make_sampler(model, plan, fraction)
         # From a single level there is nowhere to go: the state is what comes out.
         steps = sampler(denoiser, x, sigmas, noise) if len(sigmas) > 1 else iter([Step(0, 1, 0.0, 0.0, x, x)])
     with visiting(model, model.unet, *(worse.unet for worse in helpers.models.values())):

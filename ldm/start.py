@@ -16,14 +16,15 @@ from ldm.guidance import keep, windows
 from ldm.inputs import check_depths, check_images, check_masks
 from ldm.jobs import Plan
 from ldm.jobs.values import real
-from ldm.sampling import start, weakened
+from ldm.sampling import Sampler, start, weakened
 from ldm.sampling.step import solver_state
 
 if TYPE_CHECKING:
     from ldm.model import Model
 
-Placed = tuple[Tensor, Tensor, Denoiser]
-"""The state x (B, C, h, w), the grid from its level on, and the denoiser that takes it from there."""
+Placed = tuple[Tensor, Tensor, Denoiser] | tuple[Tensor, Tensor, Denoiser, Sampler]
+"""The state x (B, C, h, w), the grid from its level on, and the denoiser that takes it from there; fourth the sampler,
+where it is not the plan's."""
 
 
 class Draws(Protocol):
@@ -197,6 +198,14 @@ class Start(Protocol):
     def place(
         self, model: Model, plan: Plan, sigmas: Tensor, noise: Draws, denoiser: Denoiser, planes: Tensor | None
     ) -> Placed: ...
+
+
+class Pictures(Start, Protocol):
+    """A start of one picture for each request, which `generate.draw` takes batch by batch."""
+
+    def rows(self, rows: slice) -> Pictures: ...
+
+    def paste(self, drawn: Tensor) -> Tensor: ...
 
 
 def _multiples(height: int, width: int, factor: int) -> tuple[int, int]:

@@ -306,7 +306,7 @@ def test_settings_become_plain() -> None:
 
 
 def test_what_is_no_settings_and_no_model_is_told(tiny_model: LatentDiffusion) -> None:
-    for settings in (None, {}, {"cfg": 3}):
+    for settings in (7, {}, {"cfg": 3}):
         with pytest.raises(UserError, match="give a ldm"):
             tiny_model.txt2img("a cat", settings=settings)  # type: ignore[arg-type]
     for model in (None, 5, "", " "):

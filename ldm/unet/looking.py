@@ -72,7 +72,7 @@ class _Evaluation:
 def looking(unet: UNet, see: See, wants: Wants) -> Iterator[None]:
     """Inside, `see` is shown each layer that it `wants`, evaluation by evaluation. Afterwards all is as it was.
 
-    Blocks may be nested: the inner one is shown what the outer one leaves. Raises UserError for a network that has no
+    Blocks may be nested. A compiled network runs layer by layer meanwhile. Raises UserError for a network that has no
     such layer.
     """
     layers = {name: each for name, each in unet.named_modules() if isinstance(each, SelfAttention | CrossAttention)}
@@ -81,12 +81,14 @@ def looking(unet: UNet, see: See, wants: Wants) -> Iterator[None]:
     usual = {name: layer.attends for name, layer in layers.items()}
     now = _Evaluation()
     hook = unet.register_forward_pre_hook(now.begin)
+    compiled, unet._compiled_call_impl = unet._compiled_call_impl, None  # nobody looks into that
     try:
         for name, layer in layers.items():
             layer.attends = partial(_seen, usual[name], see, wants, now, name, isinstance(layer, CrossAttention))
         yield
     finally:
         hook.remove()
+        unet._compiled_call_impl = compiled
         for name, layer in layers.items():
             layer.attends = usual[name]
 

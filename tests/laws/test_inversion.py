@@ -12,7 +12,7 @@ from ldm.config import ScheduleConfig
 from ldm.diffusion import make_schedule
 from ldm.errors import UserError
 from ldm.sampling import SAMPLERS, Sampler, ddim, dpm_2, dpmpp_2m, euler, heun, make_grid, ode, plms, unipc
-from ldm.sampling.inversion import edict, edict_up, invert, rise
+from ldm.sampling.inversion import FIRST, edict, edict_up, invert, rise
 
 from .affine import geometric
 from .closed_forms import three_clusters, three_dimensional
@@ -84,11 +84,13 @@ def test_refinements_raise_the_round_trips_order(name: str, refinements: int, le
 
 
 def test_a_step_of_eulers_is_ddims_inverse() -> None:
-    """x + (sigma_next - sigma) eps(x, sigma); from 0 with the eps of the level above."""
+    """x + (sigma_next - sigma) eps(x, sigma); from 0 the state whose step down is Euler's to x, nearly."""
     x, sigmas = points(0.0), torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
     first, second = rise(ddim(), DATA.denoiser, x, sigmas)
-    eps = x - DATA.denoiser(x, sigmas[1])
-    torch.testing.assert_close(first.x, x + eps, rtol=0, atol=1e-14)
+    gains = torch.linalg.eigvalsh(DATA.gain(1.0))  # each iteration leaves 1 - gain of what is missed
+    missed = DATA.denoiser(first.x, sigmas[1]) - x
+    most = float((1 - gains[0]) ** FIRST) * (DATA.denoiser(x, sigmas[1]) - x).norm()
+    assert 0 < missed.norm() <= most * 1.01
     eps = first.x - DATA.denoiser(first.x, sigmas[1])
     torch.testing.assert_close(second.x, first.x + 2 * eps, rtol=0, atol=1e-14)
     torch.testing.assert_close(second.x0, DATA.denoiser(first.x, sigmas[1]), rtol=0, atol=1e-14)

@@ -75,6 +75,14 @@ def test_all_is_as_it_was_after_an_error_and_after_nested_blocks():
     assert len(outer.kept) == 12
 
 
+def test_a_compiled_network_runs_layer_by_layer_meanwhile():
+    unet, (x, t, context) = small_unet(), inputs()
+    unet._compiled_call_impl = lambda *inputs: "compiled"
+    with attention_maps(unet, None) as maps:
+        assert unet(x, t, context).shape == x.shape and len(maps.kept) == 4
+    assert unet(x, t, context) == "compiled"
+
+
 def test_maps_are_the_heads_mean_and_no_larger_than_asked():
     unet, (x, t, context) = small_unet(attention_levels=(0, 1)), inputs(height=8, width=6)
     looks: list[Look] = []
