@@ -168,6 +168,44 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class Regress:
+    """The network's own target at drawn levels: what a diffusion model is trained by."""
+
+    kind: str = "regress"
+
+
+@dataclass(frozen=True)
+class Halve:
+    """Progressive distillation of the model of `init`: where its 2 N steps of DDIM lead, in N (Salimans, Ho 2022)."""
+
+    kind: str = "halve"
+    steps: Count = 8  # N, of the student
+    spacing: str = "trailing"  # of the grid that both walk
+    cfg: float = 1.0  # guidance scale of the teacher, which the student then has at 1
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Consistency distillation of the model of `init`, latent or not (Song et al. 2023; Luo et al. 2023)."""
+
+    kind: str = "consistency"
+    levels: Count = 50  # steps of the teacher from pure noise to the picture
+    spacing: str = "trailing"  # of their grid
+    solver: Annotated[str, OneOf("ddim", "heun")] = "ddim"  # the teacher's step
+    cfg: float = 1.0  # guidance scale of the teacher, which the student then has at 1
+
+
+@dataclass(frozen=True)
+class ConsistencyTraining:
+    """A consistency model without a teacher (Song and Dhariwal 2023)."""
+
+    kind: str = "consistency_training"
+    first_levels: Count = 10  # steps that the flow is cut into at first, doubled at equal distances
+    last_levels: Count = 1280  # at the end
+    spacing: str = "karras"  # of their grids
+
+
+@dataclass(frozen=True)
 class LoraConfig:
     """Train low-rank changes of the U-Net of `init` in place of all its weights (Hu et al. 2021)."""
 
@@ -205,6 +243,7 @@ class DiffusionTraining:
     sigma_data: Positive = 1.0  # the data's deviation, for edm; latents have 1, pixels about 0.5
     learned_variance: bool = False  # model.out_channels is then twice model.in_channels
     data: DataConfig = DataConfig()
+    objective: Regress | Halve | Consistency | ConsistencyTraining = Regress()  # regress, or one that saves steps
     loss: DiffusionLossConfig = DiffusionLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()

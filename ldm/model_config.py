@@ -137,7 +137,7 @@ class ScheduleConfig:
 class DiffusionLossConfig:
     """Stage two: w(sigma) |D - x0|^2 with sigma drawn by a law of its own."""
 
-    weight: str = "uniform"  # uniform (on the network's own target), snr, min_snr, edm, elbo
+    weight: str = "uniform"  # uniform (on the network's own target), snr, min_snr, truncated, edm, elbo
     min_snr_gamma: Positive = 5.0  # of weight min_snr
     levels: str = "uniform"  # uniform in t, lognormal in sigma, logit_normal in rectified flow's t
     level_mean: float | None = None  # of ln sigma = logit t; none: lognormal -1.2 (EDM), logit_normal 0 (SD 3)

@@ -7,6 +7,7 @@ A weight is one function of sigma whatever the parameterization; SNR is 1 / sigm
                                 own output it is sigma^2 (Song & Ermon 2019, section 4.2)
     min_snr   min(1 / sigma^2, gamma)     (Hang et al. 2023); on F this is min(SNR, gamma) / SNR for eps and
                                           min(SNR, gamma) / (SNR + 1) for v
+    truncated max(1 / sigma^2, 1)     (Salimans & Ho 2022, section 4): a level of pure noise counts too
     edm       (sigma^2 + d^2) / (sigma d)^2     (Karras et al. 2022, table 1); uniform edm, and with d = 1 uniform v
     elbo      the variational bound: (SNR_before - SNR) / 2 for each step of a chain (see `elbo`)
 """
@@ -49,6 +50,7 @@ WEIGHTS: dict[str, Callable[[DiffusionLossConfig, Law, Tensor], Tensor]] = {
     "uniform": lambda config, law, sigma: law.parameterization.c_out(sigma) ** -2,
     "snr": lambda config, law, sigma: sigma**-2,
     "min_snr": lambda config, law, sigma: (sigma**-2).clamp(max=config.min_snr_gamma),
+    "truncated": lambda config, law, sigma: (sigma**-2).clamp(min=1),
     "edm": lambda config, law, sigma: sigma**-2 + law.parameterization.sigma_data**-2,
     "elbo": lambda config, law, sigma: elbo(law.schedule, sigma),
 }

@@ -22,6 +22,7 @@ from ldm.conditioning.encoder import Encoder
 from ldm.config import DiffusionLossConfig, EmbeddingTraining
 from ldm.data.loader import Loader, PictureDecode
 from ldm.errors import UserError
+from ldm.jobs import Settings
 from ldm.training.begin import Beginning, begin_from
 from ldm.training.fitting import check_fits
 from ldm.training.inputs import Inputs
@@ -76,7 +77,9 @@ def embedding_stage(
     share = config.loop.global_batch, rank, world, config.loop.seed
     batches = partial(Loader, data, *share, PictureDecode(data, model.encoder.rows))
     unread = ("data.validation is not looked at: no caption there has the word",) if config.data.validation else ()
-    course = Course(batches, data, config.loop, loss, sample, notices=(*began.notices, *unread))
+    course = Course(
+        batches, data, config.loop, loss, sample, Settings(sample.cfg, sample.steps), notices=(*began.notices, *unread)
+    )
     inputs = Inputs(model.codec, model.encoder, config.data.size, device, captions, takes=takes)
     vectors = tower.token_embedding.extra
     trained = Trained(

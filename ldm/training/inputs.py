@@ -70,6 +70,11 @@ class Inputs:
             told = dataclasses.replace(told, planes=self._planes(batch, draws))
         return self._latent(batch, draws), told
 
+    def untold(self, batch: Batch | LatentBatch, told: Condition, draws: Draws) -> Condition:
+        """What guidance subtracts of `told`: neither text nor label, all else as it is."""
+        null = self.encoder.null(self._asks(batch, draws), self._empty).to(self.device)
+        return Condition(**{**told.parts(), **null.parts()})
+
     @torch.no_grad()
     def _latent(self, batch: Batch | LatentBatch, draws: Draws) -> Tensor:
         if isinstance(batch, LatentBatch):

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.condition import Condition
-from ldm.diffusion import Law, check_loss, diffusion_loss, draw_levels
+from ldm.diffusion import Denoiser, Law, check_loss, diffusion_loss, draw_levels
 from ldm.diffusion.parameterization import per_picture
-from ldm.model import Model
 from ldm.model_config import DiffusionLossConfig
 from ldm.training.draws import Draws
 from ldm.training.meters import EACH_SIGMA
@@ -32,7 +31,7 @@ class Nets:
 
     student: Call
     average: Call | None = None  # the student with its averaged weights, lent by the loop; None where there are none
-    teacher: Model | None = None  # with a law of its own
+    teacher: Denoiser | None = None  # bound to what is told of the batch, guided, with a law of its own
 
 
 Objective = Callable[[Nets, Tensor, Condition, Draws], tuple[Tensor, Logs]]

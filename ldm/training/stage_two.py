@@ -24,6 +24,7 @@ from ldm.checkpoints.adapter_words import training_words
 from ldm.checkpoints.export import where_to
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.lora import save_lora
+from ldm.conditioning.condition import Condition
 from ldm.config import (
     DataConfig,
     DiffusionLossConfig,
@@ -32,11 +33,12 @@ from ldm.config import (
     LoopConfig,
     ModelConfig,
     OptimizerConfig,
+    Regress,
     SampleConfig,
 )
 from ldm.data.latents import LatentBatch, LatentLoader, latent_fingerprint
 from ldm.data.loader import Batch, Loader, PictureDecode, validation_batches
-from ldm.diffusion import draw_levels
+from ldm.diffusion import Denoiser, draw_levels
 from ldm.diffusion.parameterization import per_picture
 from ldm.diffusion.schedule import check_used
 from ldm.errors import UserError
@@ -45,6 +47,7 @@ from ldm.jobs import Settings, of_prompts
 from ldm.model import Model
 from ldm.training.begin import Beginning, begin
 from ldm.training.draws import Draws
+from ldm.training.fewer_steps import Teacher, drawn_by, make_objective
 from ldm.training.fitting import check_fits
 from ldm.training.inputs import Inputs
 from ldm.training.meters import EACH_LOSS
@@ -68,6 +71,7 @@ class Course:
     loop: LoopConfig
     loss: DiffusionLossConfig  # also of the validation
     sample: SampleConfig
+    drawing: Settings  # of the sample
     figures: FiguresConfig = FiguresConfig()
     latents: str = ""  # where they are, encoded beforehand
     notices: tuple[str, ...] = ()
@@ -87,7 +91,8 @@ class Trained:
 
 class DiffusionStage:
     """The training of a part of `model` on this process' share of the data. Process 0 has `check`: it raises UserError
-    at once unless what the end of the run needs is available."""
+    at once unless what the end of the run needs is available. `held_out`: the loss of the validation, where it is not
+    w(sigma) |D - x0|^2."""
 
     judge: Judge | None = None
 
@@ -98,11 +103,14 @@ class DiffusionStage:
         objective: Objective,
         trained: Trained,
         course: Course,
-        teacher: Model | None = None,
+        teacher: Teacher | None = None,
+        held_out: Objective | None = None,
         check: bool = True,
     ):
         self.model, self.inputs, self.objective = model, inputs, objective
         self.trained, self.course, self.teacher = trained, course, teacher
+        plain = dataclasses.replace(course.loss, stratified=False, offset_noise=0.0, input_perturbation=0.0)
+        self.held_out = held_out or regress(model.law, plain)
         self.players = {trained.player: Player(trained.module, trained.optimizer)}
         self.notices, self._batches = list(course.notices), cache(course.open_batches)
         if check:
@@ -122,7 +130,7 @@ class DiffusionStage:
             why = "it draws after a depth map alone" if self.inputs.takes == "depth" else "the model takes none"
             self.notices.append(f"sample.prompts are not drawn, for {why}")
         if sample.prompts or sample.labels:
-            self.notices += _check_pictures(self.model, sample, course.loop.seed)
+            self.notices += _check_pictures(self.model, sample, course.drawing, course.loop.seed)
         elif sample == course.sample and (self.model.text is not None or self.model.encoder.classes):
             named = "sample.labels" if self.model.text is None else "sample.prompts"
             self.notices.append(f"no pictures are drawn on the way, for {named} is empty")
@@ -151,15 +159,19 @@ class DiffusionStage:
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         x0, told = self.inputs(batch, draws, self.course.loss.caption_dropout, networks.get("word"))
         average = self.players["unet"].average if "unet" in self.players else None
-        nets = Nets(networks.get("unet", self.model.unet), average, self.teacher)
+        nets = Nets(networks.get("unet", self.model.unet), average, self._taught(batch, told, draws))
         each, logs = self.objective(nets, x0, told, draws)
         loss = each.mean()
         yield self.trained.player, loss, {"loss": loss, EACH_LOSS: each, **logs}
 
+    def _taught(self, batch: Batch | LatentBatch, told: Condition, draws: Draws) -> Denoiser | None:
+        return None if self.teacher is None else self.teacher(told, self.inputs.untold(batch, told, draws))
+
     def validate(self) -> dict[str, float]:
         """Two means over held-out samples, whose noise and level are the same at every call.
 
-        `validation/loss` is w(sigma) |D - x0|^2 on plain noise. `validation/error` is (1 + 1 / sigma^2) |D - x0|^2 with
+        `validation/loss` is w(sigma) |D - x0|^2 on plain noise, or the objective's own loss where the network is taught
+        by a teacher or by itself. `validation/error` is (1 + 1 / sigma^2) |D - x0|^2 with
         ln sigma ~ N(0, 1): it means the same for every schedule, target, weight and draw, and is 1 for a denoiser that
         knows nothing but that data have zero mean and unit variance. Then the figures of scripts/evaluate.py on few
         pictures, if they are asked for.
@@ -167,14 +179,12 @@ class DiffusionStage:
         course, law, network = self.course, self.model.law, self.model.unet
         if not course.data.validation:
             return self._figures()
-        plain = regress(
-            law, dataclasses.replace(course.loss, stratified=False, offset_noise=0.0, input_perturbation=0.0)
-        )
         loss, error, count = 0.0, 0.0, 0
         for batch in validation_batches(course.data, course.loop.global_batch, self.model.encoder.rows):
             draws = Draws(course.loop.seed, "validation", batch.key, self.inputs.device)
             x0, told = self.inputs(batch, draws)
-            loss += float(plain(Nets(network), x0, told, draws)[0].sum())
+            nets = Nets(network, teacher=self._taught(batch, told, draws))
+            loss += float(self.held_out(nets, x0, told, draws)[0].sum())
             n = draws.normal("noise", x0.shape[1:])
             sigma = draw_levels(COMMON_LEVELS, law.schedule, draws.uniform("common level"))
             output = output_of(network, law, x0 + per_picture(sigma, x0) * n, sigma, told)
@@ -207,7 +217,7 @@ class DiffusionStage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptNotice)  # the plan has said it
             image = self.model.txt2img(
-                sample.prompts or "", label=sample.labels or None, cfg=sample.cfg, steps=sample.steps, seed=seed
+                sample.prompts or "", label=sample.labels or None, seed=seed, settings=self.course.drawing
             )
         save_png(grid(image.cpu(), columns=min(8, len(image))), output / "samples" / f"{step:08d}.png", {})
 
@@ -251,13 +261,16 @@ def diffusion_stage(
         config.loop,
         made.loss,
         config.sample,
+        drawn_by(config.objective, config.sample),
         config.figures,
         config.latents,
         began.notices,
     )
     inputs = Inputs(model.codec, model.encoder, config.data.size, device, takes=takes)
+    objective, teacher = make_objective(config, model.law, made.loss, network)
     trained = _lora_of(model, config, began) if config.lora.rank else _network_of(model, config.optimizer)
-    return DiffusionStage(model, inputs, regress(model.law, made.loss), trained, course, check=rank == 0)
+    held_out = None if isinstance(config.objective, Regress) else objective
+    return DiffusionStage(model, inputs, objective, trained, course, teacher, held_out, check=rank == 0)
 
 
 def _open_batches(
@@ -304,11 +317,11 @@ def _check_figures(course: Course, device: str) -> None:
         raise UserError(f"the figures of figures.pictures={course.figures.pictures} cannot be told: {error}") from error
 
 
-def _check_pictures(model: Model, sample: SampleConfig, seed: int) -> Sequence[str]:
+def _check_pictures(model: Model, sample: SampleConfig, drawing: Settings, seed: int) -> Sequence[str]:
     """Raise UserError unless `model` could draw the run's grids; what a reader should know of their prompts."""
     try:
         requests = of_prompts(sample.prompts or "", seed=seed, label=sample.labels or None)
-        generate.make_sigmas(model, Settings(sample.cfg, sample.steps).plan())
+        generate.make_sigmas(model, drawing.plan())
         return generate.prompt_notices(model, requests)
     except UserError as error:
         given = "sample.prompts" if sample.prompts else "sample.labels"
