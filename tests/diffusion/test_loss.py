@@ -243,7 +243,7 @@ def test_the_gradient_reaches_the_output_only_through_the_error() -> None:
 
 
 def test_an_unknown_weight_is_refused() -> None:
-    with pytest.raises(UserError, match="uniform, snr, min_snr, edm, elbo"):
+    with pytest.raises(UserError, match="uniform, snr, min_snr, truncated, edm, elbo"):
         weight(DiffusionLossConfig(weight="p2"), Law(SCHEDULE, PARAMETERIZATIONS["v"]), SIGMA)
 
 
