@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from ldm.config import ModelConfig
     from ldm.inputs import Picture
     from ldm.inverted import Inverted
+    from ldm.networks import AnyNetwork
     from ldm.sampling import Step
     from ldm.unet.maps import Maps
-    from ldm.unet.unet import UNet
 
 
 INVERSION = Settings(sampler="dpmpp_2m", cfg=1.0)
@@ -318,7 +318,7 @@ def assemble(
     config: ModelConfig,
     codec: Codec,
     towers: Mapping[str, TextTower],
-    unet: UNet,
+    unet: AnyNetwork,
     name: str = "",
     path: Path | None = None,
 ) -> LatentDiffusion:

@@ -236,7 +236,7 @@ class DiffusionTraining:
     text: str = ""  # a model whose text towers are taken, as of train_clip.py
     text_2: str = ""  # another one, whose text tower stands beside that of `text`
     latents: str = ""  # shards that tools/precompute_latents.py wrote; empty: encode data.shards on the fly
-    model: UNetConfig = UNetConfig()
+    model: UNetConfig | MMDiTConfig = UNetConfig()
     encoder: EncoderConfig = EncoderConfig()  # what the network is told beside the caption
     schedule: ScheduleConfig = ScheduleConfig()
     parameterization: str = ""  # eps, x0, v, flow, score, edm; empty: that of init, else v

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ldm.conditioning.encoder import Encoder
     from ldm.diffusion.law import Law
     from ldm.jobs.adapters import Adapter
-    from ldm.unet.unet import UNet
+    from ldm.networks import AnyNetwork
 
 
 class CheckpointNotice(UserWarning):
@@ -44,7 +44,7 @@ class Model:
     config: ModelConfig
     codec: Codec
     encoder: Encoder
-    unet: UNet
+    unet: AnyNetwork
     law: Law
     name: str = ""
     path: Path | None = None
@@ -106,7 +106,7 @@ def assemble(
     config: ModelConfig,
     codec: Codec,
     towers: Mapping[str, TextTower],
-    unet: UNet,
+    unet: AnyNetwork,
     name: str = "",
     path: Path | None = None,
 ) -> Model:

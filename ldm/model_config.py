@@ -113,6 +113,8 @@ class EncoderConfig:
     pooled: bool = False  # the vector begins with the features of the whole caption, of each tower that projects
     sizes: Whole = 0  # width of each of six sizes and crops in the vector (SDXL: 256); 0: they are not told
     score: bool = False  # the last of them is an aesthetic score in place of the target size (SDXL's refiner)
+    width: Whole = 0  # of the context, filled up with zeros (SD 3: 4096); 0: as wide as the towers together
+    t5_tokens: Whole = 0  # of T5 behind the others along the context, zeros where there is no T5 (SD 3: 77)
     empty: str = "encoded"  # what an empty text is told as: encoded like any other, or zeros (SDXL's base)
 
 
@@ -156,7 +158,7 @@ class ModelConfig:
 
     autoencoder: AutoencoderConfig | None = None  # picture <-> latent
     text: TextConfig | None = None  # prompt -> context
-    unet: UNetConfig | None = None  # noisy latent, t, context -> prediction
+    unet: UNetConfig | MMDiTConfig | None = None  # noisy latent, t, context -> prediction
     schedule: ScheduleConfig | None = None  # its noise
     parameterization: str = "eps"  # eps, x0, v, flow (n - x0), score, edm
     sigma_data: Positive = 1.0  # the data's deviation, for edm; latents have 1, pixels about 0.5

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ldm.adapters.changes import Factors
 from ldm.adapters.lora import Lora, Rows
 from ldm.errors import UserError
+from ldm.mmdit.blocks import Projections
+from ldm.networks import AnyNetwork
 from ldm.unet.attention import CrossAttention, SelfAttention
-from ldm.unet.unet import UNet
 
 LAYERS = ("attention", "transformer", "all")
 
@@ -50,7 +51,7 @@ class AdaptedUNet(nn.Module):
     below 1.
     """
 
-    def __init__(self, unet: UNet, rank: int, alpha: float, layers: str):
+    def __init__(self, unet: AnyNetwork, rank: int, alpha: float, layers: str):
         super().__init__()
         if layers not in LAYERS:
             raise UserError(f"lora.layers is '{layers}'; choose one of {', '.join(LAYERS)}")
@@ -95,12 +96,14 @@ def _adding(change: LowRank) -> Any:
     return hook
 
 
-def _chosen(unet: UNet, layers: str) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """attention: the four projections of each attention; transformer: all in the spatial transformers; all: all."""
-    attentions = [name for name, module in unet.named_modules() if isinstance(module, SelfAttention | CrossAttention)]
+def _chosen(unet: AnyNetwork, layers: str) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    """attention: the projections of each attention; transformer: all in the spatial transformers; all: all."""
+    kinds = SelfAttention | CrossAttention | Projections
+    attentions = [name for name, module in unet.named_modules() if isinstance(module, kinds)]
     for name, module in unet.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         in_attention = name.rpartition(".")[0] in attentions
-        if layers == "all" or in_attention or (layers == "transformer" and ".transformer." in name):
+        in_transformer = ".transformer." in name or name.startswith("blocks.")
+        if layers == "all" or in_attention or (layers == "transformer" and in_transformer):
             yield name, module

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.model_config import AutoencoderConfig, MMDiTConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
 
 CLIP_L = TextConfig(
     width=768, heads=12, layers=12, embed_dim=0, quick_gelu=True, layer="last", padding="eot", cleaning="plain"
@@ -46,11 +46,20 @@ KNOWN = {
     "Stable Diffusion v2 depth": SD_V2_DEPTH,
 }
 
+TRANSFORMERS = {
+    "Stable Diffusion 3 medium": MMDiTConfig(),
+    "Stable Diffusion 3.5 medium": MMDiTConfig(qk_norm=True, second_attention=13, grid=384),
+    "Stable Diffusion 3.5 large": MMDiTConfig(width=2432, depth=38, heads=38, qk_norm=True),
+}
+
 MASK, DEPTH = 5, 1  # channels beside the latent's: a mask and the masked picture's latent; a depth map
 
 
 def name_of(config: ModelConfig) -> str:
     """The known architecture that `config` is, or what it has: "U-Net and autoencoder"."""
+    named = {mmdit: name for name, mmdit in TRANSFORMERS.items()}
+    if isinstance(config.unet, MMDiTConfig):
+        return named.get(replace(config.unet, side=MMDiTConfig.side), "transformer of our own")
     for name, known in KNOWN.items():
         if _shape(config) == _shape(known):
             return name
@@ -67,7 +76,7 @@ def extra_channels(config: ModelConfig) -> int:
 
 def assumed_prediction(config: ModelConfig) -> str:
     """eps or v, where nothing says which: see the rules above."""
-    assert config.unet is not None
+    assert isinstance(config.unet, UNetConfig)
     if config.schedule is not None and config.schedule.zero_terminal_snr:
         return "v"  # the last level is pure noise, in which eps says nothing of a picture
     return "v" if config.unet.linear_projection and config.unet.in_channels == config.unet.out_channels else "eps"
@@ -75,7 +84,7 @@ def assumed_prediction(config: ModelConfig) -> str:
 
 def assumed_side(config: ModelConfig) -> int:
     """The pictures' size where nothing says it: see the rules above."""
-    v2 = config.unet is not None and config.unet.linear_projection
+    v2 = isinstance(config.unet, UNetConfig) and config.unet.linear_projection
     return 768 if v2 and config.parameterization == "v" else 512
 
 
@@ -86,7 +95,7 @@ def _shape(config: ModelConfig) -> tuple[object, ...]:
         layers = text.layers - (text.layer == "penultimate")
         text = replace(text, embed_dim=0, layers=layers, layer="last", cleaning="plain")
     unet = config.unet
-    if unet is not None:
+    if isinstance(unet, UNetConfig):
         heads = tuple(unet.heads or unet.channels * m // unet.head_width for m in unet.multipliers)
         unet = replace(unet, heads=0, head_width=0, attention_levels=tuple(sorted(unet.attention_levels)))
         return config.autoencoder, text, unet, heads, config.parameterization

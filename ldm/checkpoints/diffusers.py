@@ -32,8 +32,9 @@ from ldm.errors import UserError
 from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig
 from ldm.plain import read_json
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-PICKLES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
+NETWORKS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model")
+WEIGHTS = {**NETWORKS, "text_encoder": "model"}
+PICKLES = {**NETWORKS, "text_encoder": "pytorch_model"}
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
 UNUSED = r"position_ids$|^text_projection\.weight$"  # computed; of the joint space, which nothing here draws with
 
@@ -131,8 +132,8 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
         where = path / "unet" / "config.json"
         plain = read_json(where)
         settings |= {"unet": configs.read_unet(plain, str(where)), "schedule": ScheduleConfig()}
-        source = _open_weights(path / "unet", "unet", raw=weights == "raw")
-        parts["unet"] = _part(source, path / "unet", unet_names, GROUPS)
+        source = open_weights(path / "unet", "unet", raw=weights == "raw")
+        parts["unet"] = part_of(source, path / "unet", unet_names, GROUPS)
         where = path / "scheduler" / "scheduler_config.json"
         said, remarks = read_scheduler(read_json(where), _scheduler_class(index), str(where))
         said += by_tensors(source)
@@ -140,17 +141,17 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
     else:
         side = None
     if (path / "vae").is_dir():
-        settings["autoencoder"], parts["autoencoder"], _ = _autoencoder(path / "vae")
+        settings["autoencoder"], parts["autoencoder"], _ = autoencoder_in(path / "vae")
     if (path / "text_encoder").is_dir():
         where = path / "text_encoder" / "config.json"
-        padding = _padding(path / "tokenizer")
+        padding = padding_of(path / "tokenizer")
         if padding is None:
             padding = "eot"
             assumed.append("text.padding")
         settings["text"] = configs.read_text(read_json(where), padding, str(where))
-        source = _open_weights(path / "text_encoder", "text_encoder")
+        source = open_weights(path / "text_encoder", "text_encoder")
         prefix = "text_model." if "text_model.final_layer_norm.weight" in source else ""
-        parts["text"] = _part(source, path / "text_encoder", partial(clip_names, prefix=prefix), 0)
+        parts["text"] = part_of(source, path / "text_encoder", partial(clip_names, prefix=prefix), 0)
     if not parts:
         raise UserError(f"{path} has a model_index.json and none of the folders unet, vae and text_encoder")
     config = follow(ModelConfig(**settings), settle(said, path, decided))
@@ -176,7 +177,7 @@ def open_autoencoder(path: Path, tensors: Tensors | None) -> Checkpoint:
     weights, `tensors`; a config.json beside it is read.
     """
     if tensors is None:
-        config, part, assumed = _autoencoder(path)
+        config, part, assumed = autoencoder_in(path)
     else:
         part = _autoencoder_part(tensors, path)
         if (path.parent / "config.json").is_file():
@@ -188,9 +189,9 @@ def open_autoencoder(path: Path, tensors: Tensors | None) -> Checkpoint:
     return Checkpoint(path, "diffusers autoencoder", ModelConfig(config), {"autoencoder": part}, told)
 
 
-def _autoencoder(folder: Path) -> tuple[AutoencoderConfig, Part, bool]:
+def autoencoder_in(folder: Path) -> tuple[AutoencoderConfig, Part, bool]:
     config, assumed = _autoencoder_config(folder / "config.json")
-    part = _autoencoder_part(_open_weights(folder, "vae"), folder)
+    part = _autoencoder_part(open_weights(folder, "vae"), folder)
     return config, part, assumed
 
 
@@ -205,10 +206,10 @@ def _autoencoder_config(where: Path) -> tuple[AutoencoderConfig, bool]:
 
 def _autoencoder_part(source: Source, where: Path) -> Part:
     old = "encoder.mid_block.attentions.0.query.weight" in source
-    return _part(source, where, partial(autoencoder_names, old=old), 0)
+    return part_of(source, where, partial(autoencoder_names, old=old), 0)
 
 
-def _part(source: Source, where: Path, names: Any, groups: int) -> Part:
+def part_of(source: Source, where: Path, names: Any, groups: int) -> Part:
     scope = tuple(name for name in source if not re.search(UNUSED, name) and not marker(name))
     return Part(source, names, scope, str(where), groups)
 
@@ -216,7 +217,7 @@ def _part(source: Source, where: Path, names: Any, groups: int) -> Part:
 # ---------------------------------------------------------------- files
 
 
-def _open_weights(folder: Path, kind: str, raw: bool = False) -> Source:
+def open_weights(folder: Path, kind: str, raw: bool = False) -> Source:
     """The tensors of a network's folder: safetensors before pickles, the plain variant before fp16 and others."""
     variants = ["non_ema"] if raw else ["", "fp16", "bf16"]
     for stem, ending in ((WEIGHTS[kind], "safetensors"), (PICKLES[kind], "bin")):
@@ -248,7 +249,7 @@ def _open_shards(index: Path) -> Source:
     return joined
 
 
-def _padding(folder: Path) -> str | None:
+def padding_of(folder: Path) -> str | None:
     """What the tokenizer pads with: "zero", "eot", or None if it does not say. Raises UserError for a third.
 
     A special_tokens_map.json goes before tokenizer_config.json unless that lists its added tokens, as transformers has

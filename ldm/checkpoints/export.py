@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoder.blocks import usual_groups
-from ldm.checkpoints import diffusers, native, networks, original_file
+from ldm.checkpoints import diffusers, native, networks, original_file, sd3, sd3_directory
 from ldm.checkpoints import diffusers_configs as configs
 from ldm.checkpoints.architectures import DEPTH, MASK, extra_channels
 from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
@@ -23,7 +23,7 @@ from ldm.checkpoints.writing import write_tensors
 from ldm.conditioning.clip import VOCABULARY
 from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_text
-from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig, UNetConfig
+from ldm.model_config import AutoencoderConfig, MMDiTConfig, ModelConfig, ScheduleConfig, UNetConfig
 
 States = Mapping[str, Mapping[str, Tensor]]
 """Part ("autoencoder", "text", "unet") -> its tensors."""
@@ -45,16 +45,26 @@ def write(path: str | Path, config: ModelConfig, states: States, to: str) -> lis
     """
     path = Path(path)
     _refuse(config, states, to)
+    if isinstance(config.unet, MMDiTConfig) and config.autoencoder is not None:
+        if to == "original":
+            sd3.write_single_file(_checked(path, to), config, states)
+        else:
+            _write_autoencoder(_checked(path, to) / "vae", config.autoencoder, states["autoencoder"])
+            for place, plain, kind, tensors in sd3_directory.folders(config, states):
+                _network(path / place, plain, tensors, kind) if kind else _json(path / place, plain)
+            sd3_directory.write_tokenizers(path, config)
+        return []
     config, states, remarks = prepare(config, states, to)
-    if to == "original":
-        if path.suffix != ".safetensors":
-            raise UserError(f"{path}: the original layout is one file; name it so that it ends in .safetensors")
-        original_file.write_original(path, config, states)
-    else:
-        if path.suffix == ".safetensors" or (path.exists() and not path.is_dir()):
-            raise UserError(f"{path} would be a file, and the diffusers layout is a directory; name one")
-        write_diffusers(path, config, states)
+    (original_file.write_original if to == "original" else write_diffusers)(_checked(path, to), config, states)
     return remarks
+
+
+def _checked(path: Path, to: str) -> Path:
+    if to == "original" and path.suffix != ".safetensors":
+        raise UserError(f"{path}: the original layout is one file; name it so that it ends in .safetensors")
+    if to == "diffusers" and (path.suffix == ".safetensors" or (path.exists() and not path.is_dir())):
+        raise UserError(f"{path} would be a file, and the diffusers layout is a directory; name one")
+    return path
 
 
 def prepare(config: ModelConfig, states: States, to: str) -> tuple[ModelConfig, States, list[str]]:
@@ -132,7 +142,7 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
         assert config.autoencoder is not None
         _write_autoencoder(path, config.autoencoder, states["autoencoder"])
         return
-    assert config.unet and config.autoencoder and config.text
+    assert isinstance(config.unet, UNetConfig) and config.autoencoder and config.text
     _write_autoencoder(path / "vae", config.autoencoder, states["autoencoder"])
     side = config.image_size // config.autoencoder.factor
     names = diffusers.unet_names(states["unet"])
@@ -195,6 +205,8 @@ def where_to(config: ModelConfig) -> str:
 
 def reasons(config: ModelConfig, parts: Collection[str], to: str) -> list[str]:
     """What of a model with these parts, all or an autoencoder alone, format `to` has no words for; names settings."""
+    if isinstance(config.unet, MMDiTConfig) and "unet" in parts:
+        return sd3.unsayable(config, to)
     found = []
     if config.autoencoder is not None:
         plain = AutoencoderConfig()
@@ -218,7 +230,7 @@ def reasons(config: ModelConfig, parts: Collection[str], to: str) -> list[str]:
         tower = networks.skeleton("text", config, "the model")
         if getattr(tower, "causal_mask", None) is None:
             found.append(f"text.arch={config.text.arch}, whose tokens see those behind them")
-    if config.unet is not None and "unet" in parts:
+    if isinstance(config.unet, UNetConfig) and "unet" in parts:
         plain_unet = UNetConfig()
         for name in ("time_embedding", "time_injection", "classes", "vector_width"):
             if getattr(config.unet, name) != getattr(plain_unet, name):
@@ -249,7 +261,7 @@ def _refuse(config: ModelConfig, parts: Collection[str], to: str) -> None:
 
 
 def _complete(parts: Collection[str]) -> bool:
-    return set(parts) in ({"autoencoder"}, {"autoencoder", "text", "unet"}, set(native.PARTS))
+    return set(parts) == {"autoencoder"} or {"autoencoder", "text", "unet"} <= set(parts)
 
 
 def _norm_groups(config: AutoencoderConfig) -> set[int]:

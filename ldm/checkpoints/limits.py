@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ldm.errors import UserError
-from ldm.model_config import ModelConfig
+from ldm.model_config import MMDiTConfig, ModelConfig
 
 MAX_BLOCKS = 1024  # of one network, counted level by level; Stable Diffusion XL's U-Net has 90
 MAX_CONTEXT = 4096  # tokens; the causal mask is square
+MAX_GRID = 1024  # patches along a side of the table of positions
 MAX_STEPS = 1_000_000  # of the schedule's table
 MAX_SIDE = 16_384  # pixels
 
@@ -20,8 +21,11 @@ def check_size(config: ModelConfig, where: str) -> ModelConfig:
         found.append((f"{name}.layers", t.layers, MAX_BLOCKS))
         found.append((f"{name}.context_length", t.context_length, MAX_CONTEXT))
     if (u := config.unet) is not None:
-        blocks = len(u.multipliers) * (u.blocks + 1) * max(1, u.transformer_depth, *u.depths)
-        found.append(("unet levels x blocks", blocks, MAX_BLOCKS))
+        if isinstance(u, MMDiTConfig):
+            found += [("unet.depth", u.depth, MAX_BLOCKS), ("unet.grid", u.grid, MAX_GRID)]
+        else:
+            blocks = len(u.multipliers) * (u.blocks + 1) * max(1, u.transformer_depth, *u.depths)
+            found.append(("unet levels x blocks", blocks, MAX_BLOCKS))
     if (s := config.schedule) is not None:
         found.append(("schedule.steps", s.steps, MAX_STEPS))
     for name, value, most in found:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.changed import Changed, Made
 from ldm.checkpoints.diffusers_configs import Plain, refuse_others, value
 from ldm.checkpoints.state import Names, Rules, Shape, Source, names_by, rename
 from ldm.errors import UserError
@@ -80,28 +81,16 @@ def diffusers_names(keys: Iterable[str]) -> Names:
 # ---------------------------------------------------------------- the order of shift and scale
 
 
-class HalvesSwapped:
-    """A source of diffusers' tensors in which scale and shift of the last modulations stand in our order.
+def halves_in_order(source: Source) -> Source:
+    """diffusers' tensors with shift before scale in the last modulations too, as everywhere else here.
 
     Theirs are (scale, shift) where an AdaLayerNormContinuous makes them: at the end, and of the last context.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._swapped = swapped_names(source)
+    def made(name: str) -> Made:
+        return Made(source.form(name)[1], lambda: halves_swapped(source[name]), name)
 
-    def form(self, name: str) -> tuple[torch.dtype, Shape]:
-        return self._source.form(name)
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self._source[name]
-        return halves_swapped(value) if name in self._swapped else value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._source
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source)
+    return Changed(source, {name: made(name) for name in swapped_names(source) if name in source})
 
 
 def swapped_names(names: Iterable[str]) -> set[str]:

@@ -19,7 +19,7 @@ def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:
     """
     from ldm.autoencoder.kl import AutoencoderKL
     from ldm.conditioning.clip import TextTower
-    from ldm.unet.unet import UNet
+    from ldm.networks import make_network
 
     try:
         with torch.device("meta"):
@@ -28,7 +28,7 @@ def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:
             if name in config.towers:
                 return TextTower(config.towers[name])
             if name == "unet" and config.unet is not None:
-                return UNet(config.unet)
+                return make_network(config.unet)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:
         raise UserError(
             f"{where} describes a {name} that cannot be built ({first_line(error)}); check its settings"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints import diffusers, lora_names, native, original_file
+from ldm.checkpoints import diffusers, lora_names, native, original_file, sd3, sd3_directory
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.reading import Tensors, read_tensors
 from ldm.checkpoints.record import Checkpoint
@@ -28,6 +28,8 @@ class Layout:
 
 LAYOUTS = (
     Layout(native.is_native, lambda path, tensors, *_: native.open_native(path, tensors)),
+    Layout(sd3.is_single_file, sd3.open_single_file),
+    Layout(sd3_directory.is_directory, lambda path, _, *how: sd3_directory.open_directory(path, *how)),
     Layout(original_file.is_original, original_file.open_original, two_sets=True),
     Layout(diffusers.is_pipeline, lambda path, _, *how: diffusers.open_directory(path, *how), two_sets=True),
     Layout(diffusers.is_autoencoder, lambda path, tensors, *_: diffusers.open_autoencoder(path, tensors)),
@@ -35,7 +37,6 @@ LAYOUTS = (
 
 STRANGERS = {  # a tensor's name -> whose it is: said by name, since these are what people have lying about
     "conditioner.embedders.": "a Stable Diffusion XL checkpoint",
-    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint",
     "double_blocks.": "a Flux checkpoint",
     "control_model.": "a ControlNet",
     "modules.": "what a training goes on from (tools/export_state.py makes a model of its folder)",

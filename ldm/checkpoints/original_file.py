@@ -39,7 +39,7 @@ from ldm.checkpoints.state import Names, Shape, exported
 from ldm.checkpoints.writing import write_tensors
 from ldm.errors import UserError
 from ldm.files import atomic_write
-from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig
+from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
 from ldm.plain import parse_json
 from ldm.settings import from_dict, to_dict
 
@@ -229,7 +229,7 @@ def write_original(path: Path, config: ModelConfig, states: Mapping[str, Mapping
     hugging_face = False
     for name, state in states.items():
         if name == "unet":
-            assert config.unet is not None
+            assert isinstance(config.unet, UNetConfig)
             tensors |= exported(state, original.unet_names(state, config.unet))
         elif name == "autoencoder":
             assert config.autoencoder is not None

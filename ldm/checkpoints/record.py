@@ -23,7 +23,7 @@ from ldm.settings import from_dict, to_dict
 if TYPE_CHECKING:
     from ldm.autoencoder.codec import Codec
     from ldm.conditioning.clip import TextTower
-    from ldm.unet.unet import UNet
+    from ldm.networks import AnyNetwork
 
 WORDS = {"autoencoder": "autoencoder", "text": "text tower", "text_2": "second text tower", "unet": "U-Net"}
 
@@ -64,10 +64,10 @@ class Checkpoint:
     @overload
     def load(
         self, name: Literal["unet"], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> UNet: ...
+    ) -> AnyNetwork: ...
     def load(
         self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Codec | TextTower | UNet:
+    ) -> Codec | TextTower | AnyNetwork:
         """A part as a network, frozen and in evaluation mode; the autoencoder as the codec, with its shift and scale.
 
         Raises UserError for a part that is not there, torn, or of another architecture than its config says.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.conditioning import chunks
@@ -70,6 +71,9 @@ class Encoder(nn.Module):
             raise UserError(f"encoder.empty is '{config.empty[:40]}'; choose one of {', '.join(EMPTY)}")
         if config.score and not config.sizes:
             raise UserError("encoder.score is told beside sizes, which encoder.sizes=0 leaves out; set encoder.sizes")
+        widths = sum(tower.config.width for tower in towers.values())
+        if config.width and config.width < widths:
+            raise UserError(f"encoder.width is {config.width} and the text towers are {widths} wide together; set more")
         lengths = {tower.config.context_length for tower in towers.values()}
         if len(lengths) > 1:
             raise UserError(f"the text towers read {' and '.join(map(str, sorted(lengths)))} tokens; pair equal ones")
@@ -97,7 +101,7 @@ class Encoder(nn.Module):
     @property
     def context_width(self) -> int:
         """D, of the context that it makes; 0: none."""
-        return sum(tower.config.width for tower in self.named_towers.values())
+        return self.config.width or sum(tower.config.width for tower in self.named_towers.values())
 
     @property
     def known(self) -> str:
@@ -149,7 +153,7 @@ class Encoder(nn.Module):
         first = [
             each.tokens[:1].to(tower.positional_embedding.device) for tower, each in zip(towers, read, strict=True)
         ]
-        return Texts(torch.cat(states, dim=-1), self._pooled(first))
+        return Texts(self._filled(torch.cat(states, dim=-1)), self._pooled(first))
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
         """(B, L) long for each tower, where that is."""
@@ -160,7 +164,11 @@ class Encoder(nn.Module):
         """(B, L) long for each tower -> context (B, L, D) and, where the vector has it, pooled text (B, E)."""
         towers = self.named_towers.values()
         context = torch.cat([tower(own) for tower, own in zip(towers, tokens, strict=True)], dim=-1)
-        return context, self._pooled(tokens)
+        return self._filled(context), self._pooled(tokens)
+
+    def _filled(self, context: Tensor) -> Tensor:
+        """What the towers say (B, L, D), with zeros up to the context's width and, for a T5 that lacks, behind it."""
+        return F.pad(context, (0, self.context_width - context.shape[-1], 0, self.config.t5_tokens))
 
     def _pooled(self, tokens: Sequence[Tensor]) -> Tensor | None:
         """(B, E) of each tower that projects, joined; None where the vector has it not."""

@@ -24,8 +24,8 @@ from ldm.config import (
     to_dict,
 )
 from ldm.errors import UserError
+from ldm.networks import AnyNetwork
 from ldm.plain import leaves
-from ldm.unet.unet import UNet
 
 DECIDED = ("parameterization", "sigma_data", "learned_variance", "schedule", "model", "encoder")  # by the model of init
 
@@ -37,7 +37,7 @@ class Beginning:
     config: ModelConfig  # what the trained model is
     codec: Codec
     towers: Mapping[str, TextTower]  # none: the U-Net takes no captions
-    unet: UNet | None  # that of the model of init, ready to be trained; None: the training makes a new one
+    unet: AnyNetwork | None  # that of the model of init, ready to be trained; None: the training makes a new one
     sources: Mapping[str, Checkpoint]  # part -> where it came from; the identity codec and a new U-Net have no place
 
     @property
@@ -134,11 +134,12 @@ def _check_agreement(config: DiffusionTraining, model: ModelConfig, said: Collec
     for group in DECIDED:
         default, theirs = dict(leaves({group: usual[group]})), dict(leaves({group: of_init[group]}))
         for name, value in leaves({group: own[group]}):
-            if value in (theirs[name], "") or (value == default[name] and name not in said):
+            other = theirs.get(name, "not there")  # of another kind of network
+            if value in (other, "") or (value == default.get(name) and name not in said):
                 continue
             of_model = name.replace("model.", "unet.")
             told = f"[{of_model}={value}]" if group != "model" or name == "model.dropout" else ""
             raise UserError(
-                f"{name} is {value}, and that of the model {config.init} is {theirs[name]}; leave it out"
+                f"{name} is {value}, and that of the model {config.init} is {other}; leave it out"
                 + (f", or say init_set={told} if the model does not know itself" if told else "")
             )

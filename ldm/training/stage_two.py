@@ -45,6 +45,7 @@ from ldm.errors import UserError
 from ldm.image_io import grid, save_png
 from ldm.jobs import Settings, of_prompts
 from ldm.model import Model
+from ldm.networks import check_network, make_network
 from ldm.training.begin import Beginning, begin
 from ldm.training.draws import Draws
 from ldm.training.fewer_steps import Teacher, drawn_by, make_objective
@@ -54,9 +55,7 @@ from ldm.training.meters import EACH_LOSS
 from ldm.training.objectives import Nets, Objective, output_of, regress, relative_error
 from ldm.training.preflight import check_settings, check_validation, without_effect
 from ldm.training.stage import Batches, Judge, Player
-from ldm.unet import unet
 from ldm.unet.attention import check_backend
-from ldm.unet.unet import UNet
 
 VALIDATION_SAMPLES = 512  # held-out samples of the validation loss, at most
 COMMON_LEVELS = DiffusionLossConfig(levels="logit_normal")  # of the figure that compares all trainings
@@ -237,7 +236,7 @@ def diffusion_stage(
     check_backend(config.attention, device.type)
     torch.manual_seed(config.loop.seed)
     if not config.init:
-        unet.check(config.model, "model")
+        check_network(config.model, "model")
         check_size(ModelConfig(unet=config.model, schedule=config.schedule), "this run")
         check_used(config.schedule)
         if config.text and not config.model.context_width:
@@ -250,7 +249,7 @@ def diffusion_stage(
     made = began.config
     assert made.unet is not None and made.loss is not None
     takes = check_fits(began, config.data, config.latents, config.figures)
-    network = UNet(made.unet) if began.unet is None else began.unet
+    network = make_network(made.unet) if began.unet is None else began.unet
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.gradient_checkpointing = config.gradient_checkpointing
     network.set_attention_backend(config.attention)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from ldm.checkpoints.mmdit import (
-    HalvesSwapped,
     config_of_shapes,
     diffusers_names,
+    halves_in_order,
     original_names,
     read_config,
     write_config,
@@ -33,9 +34,14 @@ MEDIUM_35 = MMDiTConfig(qk_norm=True, second_attention=13, grid=384)
 VALUES = {"3 medium": 2_084_951_104, "3.5 medium": 2_469_663_936, "3.5 large": 8_146_280_768}
 
 
-class Held(dict[str, torch.Tensor]):
-    def form(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        return self[name].dtype, tuple(self[name].shape)
+def held(state: dict[str, torch.Tensor]) -> Any:
+    """A state dict as a file's tensors."""
+
+    class Held(dict[str, torch.Tensor]):
+        def form(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+            return self[name].dtype, tuple(self[name].shape)
+
+    return Held(state)
 
 
 def theirs_of(config: MMDiTConfig, side: int = 16):
@@ -51,7 +57,7 @@ def test_the_same_weights_give_the_same_answer(config: MMDiTConfig, size: tuple[
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     theirs.double()
-    source = HalvesSwapped(Held(theirs.state_dict()))
+    source = halves_in_order(held(theirs.state_dict()))
     ours = MMDiT(read_config(dict(theirs.config), "config.json")).double().eval()
     shapes = {key: tuple(value.shape) for key, value in ours.state_dict().items()}
     ours.load_state_dict(dict(Translated(source, diffusers_names(shapes), shapes, "the transformer", list(source))))
@@ -73,7 +79,7 @@ def test_the_published_ones_have_the_names_and_shapes_of_diffusers_and_are_told_
     state = ours.state_dict()
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     Translated(
-        HalvesSwapped(Held(theirs.state_dict())), diffusers_names(shapes), shapes, "it", list(theirs.state_dict())
+        halves_in_order(held(theirs.state_dict())), diffusers_names(shapes), shapes, "it", list(theirs.state_dict())
     )
     assert sum(value.numel() for value in state.values()) == VALUES[name]
     names = original_names(shapes)

@@ -1,0 +1,110 @@
+"""Stable Diffusion 3 as a directory of diffusers, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints import diffusers, mmdit, sd3
+from ldm.checkpoints import diffusers_configs as configs
+from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
+from ldm.checkpoints.reading import Tensors
+from ldm.checkpoints.record import Checkpoint
+from ldm.checkpoints.said import follow, settle
+from ldm.checkpoints.scheduler_config import read_scheduler
+from ldm.checkpoints.state import exported
+from ldm.errors import UserError
+from ldm.model_config import MMDiTConfig, ModelConfig, ScheduleConfig
+from ldm.plain import read_json
+
+FOLDERS = {"text": "text_encoder", "text_2": "text_encoder_2"}
+
+
+def is_directory(path: Path, tensors: Tensors | None) -> bool:
+    """Whether it is a directory of a Stable Diffusion 3 pipeline."""
+    index = path / "model_index.json"
+    return tensors is None and index.is_file() and _pipeline(path).startswith("StableDiffusion3")
+
+
+def _pipeline(path: Path) -> str:
+    return str(read_json(path / "model_index.json").get("_class_name", ""))
+
+
+def open_directory(path: Path, weights: str = "auto", decided: Collection[str] = ()) -> Checkpoint:
+    """The checkpoint in a directory with a model_index.json; its parts are those whose folders are there."""
+    settings: dict[str, Any] = {}
+    parts, assumed = {}, []
+    where = path / "transformer" / "config.json"
+    if not where.is_file():
+        raise UserError(f"{path} is a StableDiffusion3Pipeline without a folder transformer; copy it again")
+    plain = read_json(where)
+    settings["unet"] = mmdit.read_config(plain, str(where))
+    source = mmdit.halves_in_order(diffusers.open_weights(path / "transformer", "transformer"))
+    parts["unet"] = diffusers.part_of(source, path / "transformer", mmdit.diffusers_names, 0)
+    where = path / "scheduler" / "scheduler_config.json"
+    said, remarks = read_scheduler(read_json(where), "", str(where)) if where.is_file() else ([], ())
+    if (path / "vae").is_dir():
+        settings["autoencoder"], parts["autoencoder"], _ = diffusers.autoencoder_in(path / "vae")
+    for name, folder in FOLDERS.items():
+        if not (path / folder).is_dir():
+            continue
+        padding = diffusers.padding_of(path / _tokenizer(folder))
+        if padding is None:
+            padding = "eot" if name == "text" else "zero"
+            assumed.append(f"{name}.padding")
+        where = path / folder / "config.json"
+        text = configs.read_text(read_json(where), padding, str(where))
+        source = diffusers.open_weights(path / folder, "text_encoder")
+        inner = "text_model." if "text_model.final_layer_norm.weight" in source else ""
+        source, embed_dim = sd3.with_projection(source, sd3.PROJECTION, f"{inner}final_layer_norm.weight")
+        settings[name] = replace(text, embed_dim=embed_dim, layer="penultimate", final_norm=False)
+        parts[name] = sd3.clip_part(source, "", inner, path / folder)
+    config = follow(ModelConfig(schedule=ScheduleConfig("flow"), **settings), settle(said, path, decided))
+    side = plain.get("sample_size")
+    if isinstance(side, int) and config.autoencoder is not None:
+        config = replace(config, image_size=side * config.autoencoder.factor)
+    return Checkpoint(path, "diffusers directory", sd3.completed(config), parts, tuple(assumed), remarks)
+
+
+def folders(
+    config: ModelConfig, states: Mapping[str, Mapping[str, Tensor]]
+) -> Iterator[tuple[str, dict[str, Any], str, dict[str, Tensor]]]:
+    """What the directory of a StableDiffusion3Pipeline without T5 has beside its autoencoder and tokenizers.
+
+    Each is a folder of a network, its config.json, its kind and its tensors; or a JSON file, of no kind.
+    """
+    assert isinstance(config.unet, MMDiTConfig) and config.autoencoder is not None and config.schedule is not None
+    tensors = exported(states["unet"], mmdit.diffusers_names(states["unet"]))
+    tensors |= {name: mmdit.halves_swapped(tensors[name]) for name in mmdit.swapped_names(tensors) if name in tensors}
+    side = config.image_size // config.autoencoder.factor
+    yield "transformer", mmdit.write_config(config.unet, side), "transformer", tensors
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": "0.30.0",
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder_3": [None, None],
+        "tokenizer_3": [None, None],
+    }
+    for name, folder in FOLDERS.items():
+        plain = configs.write_text(config.towers[name]) | {"architectures": ["CLIPTextModelWithProjection"]}
+        yield folder, plain, "text_encoder", sd3.clip_tensors(states[name], "")
+        index |= {folder: ["transformers", "CLIPTextModelWithProjection"]}
+        index |= {_tokenizer(folder): ["transformers", "CLIPTokenizer"]}
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+    yield "scheduler/scheduler_config.json", scheduler | {"shift": config.schedule.shift}, "", {}
+    yield "model_index.json", index, "", {}
+
+
+def write_tokenizers(path: Path, config: ModelConfig) -> None:
+    for name, folder in FOLDERS.items():
+        write_tokenizer(path / _tokenizer(folder), config.towers[name])
+
+
+def _tokenizer(folder: str) -> str:
+    return folder.replace("text_encoder", "tokenizer")
