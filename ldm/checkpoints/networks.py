@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.errors import UserError, first_line
 from ldm.model_config import ModelConfig
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out what torch.nn.init does: there are no numbers on the meta device, and to draw them all the same torch
+    would import its compiler, for a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "triu_"):
+            return args[0]
+        return func(*args, **kwargs)
 
 
 def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:
@@ -22,7 +37,7 @@ def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:
     from ldm.networks import make_network
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             if name == "autoencoder" and config.autoencoder is not None:
                 return AutoencoderKL(config.autoencoder)
             if name in config.towers:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.open_clip_parts import part
 from ldm.conditioning.plain_tokenizer import PlainTokenizer
 from ldm.conditioning.torchvision_ops import declare_missing_operators
 from ldm.errors import UserError, nearest
@@ -150,10 +151,7 @@ class TextTower(nn.Module):
 @lru_cache(maxsize=1)
 def clip_tokenizer() -> SimpleTokenizer:
     """CLIP's byte-pair tokenizer; `.encode(text)` gives pieces without start, end and padding."""
-    declare_missing_operators()
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
+    return part("tokenizer").SimpleTokenizer()
 
 
 def tokenizer_for(config: TextConfig) -> SimpleTokenizer | PlainTokenizer:
@@ -193,12 +191,10 @@ def _token_rows(token_ids: tuple[int, ...]) -> Tensor | None:
 
 def _build(config: TextConfig) -> tuple[TextConfig, TextTransformer]:
     """open_clip's text tower with random weights, and the configuration completed by the architecture's numbers."""
-    declare_missing_operators()
-    from open_clip.transformer import QuickGELU, TextTransformer
-
+    transformer = part("transformer")
     config, extras = _complete(config)
     _check(config)
-    text = TextTransformer(
+    text = transformer.TextTransformer(
         context_length=config.context_length,
         vocab_size=len(config.token_ids) + 1 if config.token_ids else config.vocabulary,
         width=config.width,
@@ -207,7 +203,7 @@ def _build(config: TextConfig) -> tuple[TextConfig, TextTransformer]:
         mlp_ratio=extras.get("mlp_ratio", 4.0),
         no_causal_mask=extras.get("no_causal_mask", False),
         output_dim=config.embed_dim,
-        act_layer=QuickGELU if config.quick_gelu else nn.GELU,
+        act_layer=transformer.QuickGELU if config.quick_gelu else nn.GELU,
     )
     return config, text
 
@@ -216,6 +212,7 @@ def _complete(config: TextConfig) -> tuple[TextConfig, dict[str, Any]]:
     """Fill in the numbers of `config.arch`, and what else it says that no field of TextConfig holds."""
     if not config.arch:
         return config, {}
+    declare_missing_operators()
     import open_clip
 
     known = open_clip.list_models()
