@@ -17,6 +17,7 @@ from ldm.errors import UserError
 
 MAX_SEED = 2**63 - 1
 MAX_FLOAT = 3e38  # what single precision holds
+WEAKEST = 0.001  # the least strength of img2img but 0: of a thousand trained levels that is one
 MAX_SIDE = 16_384  # pixels of a picture: the latent alone of a square one is 270 MB, where f is 4
 
 

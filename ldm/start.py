@@ -16,6 +16,7 @@ from ldm.guidance import keep, windows
 from ldm.inputs import check_depths, check_images, check_masks
 from ldm.jobs import Plan
 from ldm.jobs.values import real
+from ldm.model_config import UNetConfig
 from ldm.sampling import Sampler, start, weakened
 from ldm.sampling.step import solver_state
 
@@ -76,7 +77,7 @@ class Picture:
     `depth`: (B, 1, H', W') of any scale, larger is nearer, for networks that take it.
     `window`: pixels; the network sees so much at a time, in windows that overlap by half. None: all of it at once.
 
-    Where f does not divide a side the picture is continued by its reflection, and `paste` takes that off again.
+    Where f (and a patch) does not divide a side the picture is continued by its reflection, which `paste` takes off.
     Raises UserError for anything else; `inputs` makes these of all that may be given.
     """
 
@@ -113,29 +114,27 @@ class Picture:
                     f"settings.{name} is {asked}, and the picture to begin from is {width} x {height} pixels, which is "
                     "the size of what is drawn; leave it out, or resize the picture"
                 )
-        f, least = (
-            model.codec.factor,
-            model.codec.factor * 2 ** (len(getattr(model.unet.config, "multipliers", "1")) - 1),
-        )
-        if min(height, width) < least:  # which the U-Net's deepest level sees as one pixel
-            raise UserError(f"the picture is {width} x {height} pixels; begin from one of {least} or more either way")
+        grain = _grain(model, height, width)
         if self.window is not None:
-            model.codec.overlap(self.window)
+            if self.window % grain:
+                raise UserError(f"a window of {self.window} pixels does not fit; choose a multiple of {grain}")
+            _grain(model, self.window, self.window, "the window")
             if model.extra_channels:
                 raise UserError(
                     f"the U-Net of {model.name or 'this model'} takes {model.extra_channels} channels beside the "
                     "latent, which is not drawn in windows; use a model without them"
                 )
-        return model.codec.latent_shape(*_multiples(height, width, f))
+        return model.codec.latent_shape(*_multiples(height, width, grain))
 
     def notices(self, model: Model) -> tuple[str, ...]:
-        """What a user should know of how the picture is taken."""
+        """What a user should know of how the picture is taken. Raises UserError for one that is too small."""
         height, width = self.image.shape[2:]
-        drawn_height, drawn_width = _multiples(height, width, model.codec.factor)
+        grain = _grain(model, height, width)
+        drawn_height, drawn_width = _multiples(height, width, grain)
         if (drawn_height, drawn_width) == (height, width):
             return ()
         return (
-            f"the picture is {width} x {height} pixels, and sides are multiples of {model.codec.factor}: it is drawn "
+            f"the picture is {width} x {height} pixels, and sides are multiples of {grain}: it is drawn "
             f"at {drawn_width} x {drawn_height}, continued by its reflection, and cropped back",
         )
 
@@ -208,6 +207,21 @@ class Pictures(Start, Protocol):
     def paste(self, drawn: Tensor) -> Tensor: ...
 
 
+def _grain(model: Model, height: int, width: int, what: str = "the picture") -> int:
+    """What the sides of what is drawn are multiples of: f, or a transformer's patch.
+
+    Raises UserError for one (`what`) so small that nothing is left of it on a U-Net's deepest level.
+    """
+    f, config = model.codec.factor, model.unet.config
+    if isinstance(config, UNetConfig):
+        grain, least = f, f * 2 ** (len(config.multipliers) - 1)
+    else:
+        grain = least = f * config.patch
+    if min(height, width) < least:
+        raise UserError(f"{what} is {width} x {height} pixels; choose one of {least} or more either way")
+    return grain
+
+
 def _multiples(height: int, width: int, factor: int) -> tuple[int, int]:
     """The sides, each at the next multiple of `factor`."""
     return -(-height // factor) * factor, -(-width // factor) * factor
@@ -216,7 +230,7 @@ def _multiples(height: int, width: int, factor: int) -> tuple[int, int]:
 def _continued(plane: Tensor, model: Model) -> Tensor:
     """(B, C, H, W) on the model's device, continued by its reflection to multiples of f."""
     height, width = plane.shape[2:]
-    down, across = _multiples(height, width, model.codec.factor)
+    down, across = _multiples(height, width, _grain(model, height, width))
     return F.pad(plane.to(model.device), (0, across - width, 0, down - height), mode="reflect")
 
 

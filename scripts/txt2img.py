@@ -16,6 +16,7 @@ from ldm.arguments import Parser
 from ldm.commands.drawing import draw, listed_samplers
 from ldm.commands.order import ordered
 from ldm.commands.words import add_many, drawing_parser, given_of
+from ldm.errors import UserError
 from ldm.jobs import Beginning
 
 HIRES_STRENGTH = 0.6
@@ -47,6 +48,8 @@ def parser() -> Parser:
 def main() -> None:
     given = given_of(parser())
     if not listed_samplers(given):
+        if {"strength", "window"} & set(given) and "enlarge" not in given:
+            raise UserError("--hires-strength and --window are of the second drawing; give --hires FACTOR with them")
         draw(given, ordered(given, Beginning(strength=HIRES_STRENGTH if "enlarge" in given else 1.0)))
 
 

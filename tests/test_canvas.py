@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import canvas, generate, pictures
-from ldm.api import LatentDiffusion, PictureNotice
+from ldm.api import LatentDiffusion, PictureNotice, assemble
 from ldm.errors import UserError
 from ldm.guidance import windows
 from ldm.image_io import to_pil
 from ldm.inputs import as_images
 from ldm.jobs import Request, Settings
 from ldm.start import Noise, Picture
+from ldm.unet import UNet
 
 PLAN = Settings(steps=2, cfg=1.0).plan()
 
@@ -78,7 +80,7 @@ def test_any_size_is_drawn_and_comes_back_as_it_was(tiny_model: LatentDiffusion,
 
 
 def test_a_picture_that_is_too_small(tiny_model: LatentDiffusion) -> None:
-    with pytest.raises(UserError, match="the picture is 7 x 40 pixels; begin from one of 8 or more either way"):
+    with pytest.raises(UserError, match="the picture is 7 x 40 pixels; choose one of 8 or more either way"):
         tiny_model.img2img(noisy(40, 7), "a cat", steps=2)
 
 
@@ -116,6 +118,17 @@ def test_bytes_outside_the_mask_stay(
     levels, outside = np.array(Image.open(tmp_path / "a.png")), mask[0, 0].numpy() == 0
     assert np.array_equal(levels[outside], image[outside])
     assert float((levels[~outside] != image[~outside]).mean()) > 0.5
+
+
+def test_a_network_of_nine_channels_is_given_mask_and_picture_of_any_size(tiny_model: LatentDiffusion) -> None:
+    assert tiny_model.config.unet
+    config = dataclasses.replace(tiny_model.config.unet, in_channels=9)
+    unet = UNet(config).eval().requires_grad_(False)
+    model = assemble(dataclasses.replace(tiny_model.config, unet=config), tiny_model.codec, tiny_model.towers, unet)
+    image, mask = noisy(30, 42), area(30, 42, slice(8, 20), slice(8, 20))
+    made = canvas.make(as_images(image), mask, feather=2)
+    painted, outside = np.array(to_pil(drawn(model, made)[0])), mask[0, 0].numpy() == 0
+    assert np.array_equal(painted[outside], image[outside]) and not np.array_equal(painted, image)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +212,7 @@ def test_a_large_picture_is_drawn_in_windows(tiny_model: LatentDiffusion) -> Non
         hook.remove()
     assert made.shape == (1, 3, 64, 48) and set(seen) == {(8, 8), (16, 12)}
     assert torch.equal(whole, generate.draw(tiny_model, [Request("a cat")], PLAN, picture=Picture(image, 0.5)))
-    with pytest.raises(UserError, match="a tile of 30 pixels"):
+    with pytest.raises(UserError, match="a window of 30 pixels does not fit"):
         generate.draw(tiny_model, [Request("a cat")], PLAN, picture=Picture(image, 0.5, window=30))
 
 

@@ -30,7 +30,10 @@ def inits(words: Iterable[str]) -> list[Path]:
     Raises UserError for what is not there or is no picture by its header, and for a folder without any.
     """
     found: list[Path] = []
-    for path in map(Path, words):
+    for word in words:
+        if not word.strip():
+            raise UserError("--init is empty; name a picture, several, or a folder")
+        path = Path(word)
         if not path.is_dir():
             found.append(path)
             continue

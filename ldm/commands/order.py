@@ -124,6 +124,8 @@ def between(given: Mapping[str, Any], usual: Beginning, frames: int) -> Order:
     if len(seeds) == 1 and paths:
         seeds = [seeds[0] + i for i in range(stops)]
     prompts, seeds = (list(each) * (stops if len(each) == 1 else 1) for each in (prompts, seeds))
+    if not paths and len({*zip(prompts, seeds, strict=True)}) == 1:
+        raise UserError("there is no way between one and itself; give another prompt, seed or picture")
     ways: list[list[tuple[Request, float]]] = [[] for _ in range(stops - 1)]
     for frame in range(frames):
         place = frame * (stops - 1) / (frames - 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.jobs.values import real, reals, whole
+from ldm.ranges import WEAKEST
 
 MAX_FACTOR = 16
 
@@ -38,6 +39,8 @@ class Beginning:
         )
         if not 0 <= made.strength <= 1:
             raise UserError(f"the strength is {made.strength:g}; choose it from 0 (as it is) to 1 (drawn anew)")
+        if 0 < made.strength < WEAKEST:
+            raise UserError(f"the strength is {made.strength:g}, which changes nothing; choose 0, or {WEAKEST} to 1")
         if not 1 <= made.enlarge <= MAX_FACTOR or not math.isfinite(made.enlarge):
             raise UserError(f"the factor is {made.enlarge:g}; choose it from 1 to {MAX_FACTOR}")
         if made.extend and (len(made.extend) != 4 or min(made.extend) < 0 or not any(made.extend)):

@@ -43,15 +43,13 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.jobs.catalogue import check_levels
+from ldm.ranges import WEAKEST
 
 RHO = 7.0
 """Karras et al. 2022, appendix D.1: 3 makes the errors of all steps even, 5 to 10 makes better pictures."""
 
 HIGHEST = 160.0
 """The SNR of unit-variance data is 4e-5 there. Just above the continuous variance-preserving law's end, 152."""
-
-WEAKEST = 0.001
-"""The least strength but 0: of a thousand trained levels that is one."""
 
 
 def trailing(schedule: Schedule, steps: int) -> Tensor:

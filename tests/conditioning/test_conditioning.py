@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.conditioning.condition import Condition, cat, drop
+from ldm.conditioning.condition import Condition, cat, drop, lerp
 
 
 def batch(size: int, seed: int = 0) -> Condition:
@@ -42,6 +42,17 @@ def test_contexts_of_different_lengths_are_joined_with_a_mask():
     assert cat([Condition(long), Condition(long)]).mask is None
     with pytest.raises(ValueError, match="belongs to a context"):
         Condition(long, mask=joined.mask[:2, :3])
+
+
+def test_between_two_conditions():
+    a, b = batch(3), batch(3, seed=1)
+    b = Condition(**{**b.parts(), "label": a.label})
+    assert equal(lerp(a, b, 0.0), a) and equal(lerp(a, b, 1.0), b)
+    short, long = Condition(torch.ones(1, 3, 8)), Condition(torch.zeros(1, 5, 8))
+    middle = lerp(short, long, 0.25)
+    assert middle.context[0, :, 0].tolist() == [0.75, 0.75, 0.75, 0, 0] and bool(middle.mask.all())
+    with pytest.raises(ValueError, match="same parts"):
+        lerp(short, Condition(torch.ones(1, 3, 8), vector=torch.ones(1, 2)), 0.5)
 
 
 def test_parts_must_agree():

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from ldm.config import ScheduleConfig
 from ldm.diffusion import Schedule, make_schedule
 from ldm.errors import UserError
+from ldm.ranges import WEAKEST
 from ldm.sampling import GRIDS, listed, make_grid, weakened
-from ldm.sampling.grid import HIGHEST, TRAINED_GRIDS, WEAKEST
+from ldm.sampling.grid import HIGHEST, TRAINED_GRIDS
 
 SCHEDULE = make_schedule(ScheduleConfig())
 PURE_NOISE = make_schedule(ScheduleConfig(zero_terminal_snr=True))

@@ -272,6 +272,8 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
         "--extend is 'a,b'": ["inpaint", *init, "--extend", "a,b"],
         "--extend is 1,2; give pixels for left,right,top,bottom": ["inpaint", *init, "--extend", "1,2"],
         "the factor is 0.5; choose it from 1 to 16": ["upscale", *init, "--factor", "0.5"],
+        "there is no way between one and itself; give another": ["interpolate", *["--prompt", "a", "--prompt", "a"]],
+        "are of the second drawing; give --hires": ["txt2img", "--prompt", "a cat", "--window", "64"],
         "--hires is nan": ["txt2img", "--prompt", "a cat", "--hires", "nan"],
         "there is no way between one and itself": ["interpolate", "--prompt", "a cat"],
         "2 prompts, 3 seeds were given": [*["interpolate", "--prompt", "a", "--prompt", "b", "--seeds", "1", "2", "3"]],
@@ -304,6 +306,6 @@ def test_masks_and_pictures_that_do_not_fit(command: Commands, tmp_path: Path) -
     assert "black everywhere" in command.refused("inpaint", *init, "--mask", tmp_path / "black.png")
     assert "no transparent parts to draw" in command.refused("inpaint", *init)
     noisy(tmp_path / "tiny.png", 4, 4)
-    assert "begin from one of 8 or more" in command.refused("img2img", "--init", tmp_path / "tiny.png", "--prompt", "a")
+    assert "choose one of 8 or more" in command.refused("img2img", "--init", tmp_path / "tiny.png", "--prompt", "a")
     code, _, err = command("img2img", "--init", tmp_path / "a.png", "--prompt", "a", "--width", 132, "--steps", 1)
     assert code == 0 and "drawn at 132 x 132 pixels, and the model was trained at 32" in err
