@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ldm.device import DEVICES, PRECISIONS
+from ldm.device import DEVICES, GPU, PRECISIONS
 from ldm.errors import UserError, instead
 from ldm.ranges import MAX_SEED, MAX_SIDE
 
@@ -152,8 +152,20 @@ SEED = Bounded(int, 0, MAX_SEED // 2)  # and as many pictures behind it as there
 
 def add_machine(add: Callable[..., Any], device: str | None = "auto", precision: str | None = "auto") -> None:
     """--device and --precision, by a parser's or group's `add_argument`."""
-    add("--device", choices=DEVICES, default=device, help="auto: a GPU where there is one")
+    add(
+        "--device",
+        type=_device,
+        metavar="NAME",
+        default=device,
+        help=f"{', '.join(DEVICES)}; auto: a GPU if there is one",
+    )
     add("--precision", choices=("auto", *PRECISIONS), default=precision, help="auto: fp16 on a GPU, else fp32")
+
+
+def _device(word: str) -> str:
+    if word not in DEVICES and not re.fullmatch(GPU, word):
+        raise UserError(f"--device is '{word[:100]}'{instead(word, DEVICES)}")
+    return word
 
 
 def add_fields(add: Callable[..., Any], cls: type, names: Sequence[str] = (), usual: Any = None) -> None:

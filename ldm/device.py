@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
@@ -9,17 +10,24 @@ from ldm.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+GPU = r"cuda:[0-9]{1,3}"  # one of several
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # names in torch
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """ "auto" is cuda, else mps, else the CPU. Raises UserError for a device that is not there."""
+    """ "auto" is cuda, else mps, else the CPU; "cuda:1" is the second GPU. Raises UserError for a device that is not
+    there."""
     import torch
 
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(device for device, there in here.items() if there))
+    if re.fullmatch(GPU, name) and here["cuda"]:
+        if int(name.removeprefix("cuda:")) >= torch.cuda.device_count():
+            raise UserError(f"there is no device '{name}'; torch sees cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        return torch.device(name)
+    name = "cuda" if re.fullmatch(GPU, name) else name
     if name not in here:
         raise UserError(f"there is no device '{name}'; choose one of {', '.join(DEVICES)}")
     if not here[name]:

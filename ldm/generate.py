@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ldm.backends import sparing
 from ldm.backends.sparing import InPieces, visiting
-from ldm.conditioning.condition import Condition, cat, lerp
+from ldm.conditioning.condition import Condition, cat, lerp, widths
 from ldm.diffusion import Branches, Denoiser, Fraction, LearnedVariance, bind
 from ldm.errors import UserError, out_of_memory
 from ldm.guidance import (
@@ -32,15 +32,16 @@ from ldm.guidance import (
 )
 from ldm.helpers import NONE, Helpers
 from ldm.jobs import Ask, Plan, Request, batches, catalogue, grammar
-from ldm.jobs.plan import Auto, Classifier, Guide, PerpNegative, Wrap
+from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Wrap
+from ldm.jobs.values import reals
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid
+from ldm.sampling.noise import Draws
 from ldm.sampling.slerp import varied
 from ldm.start import Noise, Pictures, Start
 
 if TYPE_CHECKING:
     from ldm.model import Model
 
-Noises = NoiseStream | BrownianPath
 THRESHOLDS = {"static": static_threshold, "dynamic": dynamic_threshold}
 LATENT_BOUND = 4.0  # deviations; the latents of 640 real pictures of the shipped model's reach 3.9 at most
 
@@ -87,7 +88,7 @@ def sample(
         model.codec.overlap(plan.tile)  # refused before the first step
     sigmas = make_sigmas(model, plan)
     with torch.no_grad(), _memory_told(count):
-        noise = varied(make_noise(plan, [request.seed for request in requests], shape, model.device), requests)
+        noise = make_noise(plan, requests, shape, model.device)
         with visiting(model, model.codec.autoencoder):
             planes = start.planes(model, shape, count)
         denoiser, fraction = make_denoiser(model, requests, plan, helpers, shape, planes)
@@ -122,10 +123,12 @@ def make_denoiser(
     pairs = [request.asks(shape[1] * f, shape[2] * f, plan.weighted) for request in requests]
     asks, others = zip(*pairs, strict=True)
     clauses, weights = grammar.conjunction(asks)
-    told = plan.guide.asks(clauses, others)
-    own = branches_of(model, told, planes)
+    told = (Cfg() if callable(plan.guide) else plan.guide).asks(clauses, others)
+    own = branches_of(model, told, planes, plan.network)
     branches = together(own, weights, len(told) + 1 - len(clauses)) if len(clauses) > 1 else own
-    if isinstance(plan.guide, Auto):
+    if callable(plan.guide):
+        denoiser = plan.guide(branches)
+    elif isinstance(plan.guide, Auto):
         worse = branches_of(helpers.models[plan.guide.model], [asks], planes)
         denoiser = autoguidance(branches, worse, *_how(plan.guide))
     elif isinstance(plan.guide, PerpNegative):
@@ -151,12 +154,17 @@ def _wrapped(denoiser: Denoiser, wrap: Wrap, model: Model, helpers: Helpers, cou
     return THRESHOLDS[wrap.kind](denoiser, wrap.bound or usual)
 
 
-def branches_of(model: Model, asks: Sequence[Sequence[Ask]], planes: Tensor | None = None) -> Branches:
-    """The model's predictions for K lists of B asks, each with the same `planes` (B, C, h, w) beside the latent."""
+def branches_of(
+    model: Model, asks: Sequence[Sequence[Ask]], planes: Tensor | None = None, network: Callable[..., Any] | None = None
+) -> Branches:
+    """The model's predictions for K lists of B asks, each with the same `planes` (B, C, h, w) beside the latent.
+
+    `network` stands in the place of the model's own; it means by x, t and its output what that means.
+    """
     with torch.no_grad():
         told = [replace(conditions(model, some), planes=planes) for some in asks]
-    network = InPieces(model.unet, None if model.works_on is None else 1)
-    return (LearnedVariance if model.law.learned_variance else bind)(network, told, model.law)
+    pieces = InPieces(network or model.unet, None if model.works_on is None else 1)
+    return (LearnedVariance if model.law.learned_variance else bind)(pieces, told, model.law)
 
 
 def conditions(model: Model, asks: Sequence[Ask]) -> Condition:
@@ -165,15 +173,24 @@ def conditions(model: Model, asks: Sequence[Ask]) -> Condition:
     Each ask is read by itself (and once): in a batch its last bits would depend on how many others there are.
     """
     with visiting(model, model.encoder):
-        read = {ask: _read(model, ask) for ask in dict.fromkeys(asks)}
+        read = {ask: _told(model, ask) for ask in dict.fromkeys(asks)}
     return cat([read[ask] for ask in asks]).to(model.device)
 
 
-def _read(model: Model, ask: Ask) -> Condition:
-    if ask.toward is None:
+def _told(model: Model, ask: Ask) -> Condition:
+    """One row: what the encoder makes of an ask, or of two, or what is given in its place, of the same parts."""
+    if ask.toward is not None:
+        (other, share), one = ask.toward, replace(ask, toward=None)
+        return lerp(model.encoder([one]), model.encoder([replace(one, text=other)]), share)
+    if ask.told is None:
         return model.encoder([ask])
-    (other, share), one = ask.toward, replace(ask, toward=None)
-    return lerp(model.encoder([one]), model.encoder([replace(one, text=other)]), share)
+    given, usual = ask.told.to(model.device), model.encoder([replace(ask, text="", label=None, told=None)])
+    if widths(given) != widths(usual):
+        raise UserError(
+            f"the condition that was given has {widths(given)}, and the network takes {widths(usual)} (the widths of "
+            "its parts); generate.conditions makes such ones"
+        )
+    return given
 
 
 def prompt_notices(model: Model, requests: Sequence[Request], weighted: bool = False) -> tuple[str, ...]:
@@ -214,6 +231,8 @@ def make_sampler(model: Model, plan: Plan, fraction: Fraction | None = None) -> 
 
     `fraction`: the variance that the model learned. Raises UserError for an option that makes no sense.
     """
+    if callable(plan.sampler):
+        return plan.sampler
     factory = SAMPLERS[plan.sampler]
     of_model = {"schedule": model.law.schedule, "fraction": fraction}
     taken = {name: of_model[name] for name in inspect.signature(factory).parameters if name in of_model}
@@ -224,13 +243,20 @@ def make_sigmas(model: Model, plan: Plan) -> Tensor:
     """(N + 1,) the plan's grid; raises UserError for one that the model's law does not have."""
     if plan.sigmas:
         return listed(model.law.schedule, plan.sigmas)
+    if callable(plan.spacing):
+        return listed(model.law.schedule, reals(plan.spacing(model.law.schedule, plan.steps), "the grid"))
     return make_grid(model.law.schedule, plan.steps, plan.spacing)
 
 
-def make_noise(plan: Plan, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> Noises:
-    """The kind of noise that the sampler wants, for one picture of `shape` (C, h, w) from each seed."""
-    kind = BrownianPath if catalogue.SAMPLERS[plan.sampler].noise == "path" else NoiseStream
-    return kind(seeds, shape, device)
+def make_noise(plan: Plan, requests: Sequence[Request], shape: tuple[int, int, int], device: torch.device) -> Draws:
+    """The plan's kind of noise, or the one that its sampler wants, for pictures of `shape` (C, h, w).
+
+    A sampler that is given as a value gets a Brownian path, as most of those with a name do.
+    """
+    kind = BrownianPath
+    if isinstance(plan.sampler, str) and catalogue.SAMPLERS[plan.sampler].noise != "path":
+        kind = NoiseStream
+    return varied((plan.noise or kind)([request.seed for request in requests], shape, device), requests)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from ldm.jobs import Plan
 from ldm.jobs.values import real
 from ldm.model_config import UNetConfig
 from ldm.sampling import Sampler, start, weakened
+from ldm.sampling.noise import Draws
 from ldm.sampling.step import solver_state
 
 if TYPE_CHECKING:
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
 Placed = tuple[Tensor, Tensor, Denoiser] | tuple[Tensor, Tensor, Denoiser, Sampler]
 """The state x (B, C, h, w), the grid from its level on, and the denoiser that takes it from there; fourth the sampler,
 where it is not the plan's."""
-
-
-class Draws(Protocol):
-    """The noise of a batch: that of the start, and that of each step."""
-
-    def initial(self) -> Tensor: ...
-
-    def __call__(self, sigma: float, sigma_next: float) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ class Picture:
         if self.depth is not None:
             check_depths(self.depth, len(self.image))
 
-    def rows(self, rows: slice) -> Picture:
+    def rows(self, rows: slice | list[int]) -> Picture:
         """Those of some of the pictures."""
         mask, depth = (None if part is None else part[rows] for part in (self.mask, self.depth))
         return replace(self, image=self.image[rows], mask=mask, depth=depth)
@@ -179,6 +172,54 @@ class Picture:
         return mask * drawn + (1 - mask) * self.image.cpu()
 
 
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """Latents (B, C, h, w) of unit variance, as `Codec.encode` makes them, noised to the grid's first level.
+
+    `strength`: as a Picture's, of the grid's way; None: all of the grid. Raises UserError for what is none.
+    """
+
+    latents: Tensor
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        given = self.latents
+        if not isinstance(given, Tensor) or given.ndim != 4 or not given.is_floating_point():
+            raise UserError(f"latents are a tensor of floats (B, C, h, w), and {given!r:.60} was given")
+        if not bool(given.isfinite().all()):
+            raise UserError("the latents have values that are not finite; look at how they were made")
+
+    def rows(self, rows: slice | list[int]) -> Latents:
+        return replace(self, latents=self.latents[rows])
+
+    def shape(self, model: Model, plan: Plan, count: int) -> tuple[int, int, int]:
+        channels, (height, width), f = model.codec.latent_channels, self.latents.shape[2:], model.codec.factor
+        sides = {(plan.height or height * f, plan.width or width * f)}
+        if len(self.latents) != count or self.latents.shape[1] != channels or sides != {(height * f, width * f)}:
+            raise UserError(
+                f"latents of {tuple(self.latents.shape)} were given for {count} pictures; the model takes ({count}, "
+                f"{channels}, height / {f}, width / {f}), of the size that is asked for, if one is"
+            )
+        return channels, height, width
+
+    def notices(self, model: Model) -> tuple[str, ...]:
+        return ()
+
+    def planes(self, model: Model, shape: tuple[int, int, int], count: int) -> Tensor | None:
+        return Noise().planes(model, shape, count)
+
+    def place(
+        self, model: Model, plan: Plan, sigmas: Tensor, noise: Draws, denoiser: Denoiser, planes: Tensor | None
+    ) -> Placed:
+        if self.strength is not None:
+            sigmas = weakened(model.law.schedule, sigmas, float(self.strength))
+        latents = solver_state(self.latents.to(model.device))
+        return latents + float(sigmas[0]) * noise.initial(), sigmas, denoiser
+
+    def paste(self, drawn: Tensor) -> Tensor:
+        return drawn
+
+
 def latent_of(model: Model, plan: Plan, image: Tensor) -> Tensor:
     """(B, C, h, w) of pictures of any size, in the plan's tiles."""
     codec, image = model.codec, _continued(image, model)
@@ -188,7 +229,7 @@ def latent_of(model: Model, plan: Plan, image: Tensor) -> Tensor:
 
 
 class Start(Protocol):
-    """What `generate.sample` asks of a start; those above are two."""
+    """What `generate.sample` asks of a start; those above are three."""
 
     def shape(self, model: Model, plan: Plan, count: int) -> tuple[int, int, int]: ...
 

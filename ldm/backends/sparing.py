@@ -29,22 +29,24 @@ T = TypeVar("T")
 
 
 class InPieces:
-    """Network -> Network: `network` on at most `rows` pictures at once; None: on all of them.
+    """Network -> Network: `network` on at most `rows` pictures at once; None: on all of them. What has no `prepare` is
+    told the conditions as they are.
 
     Where the memory does not suffice it goes on with half as many, down to one. What a piece is told is prepared once.
     """
 
-    def __init__(self, network: Network, rows: int | None = None) -> None:
+    def __init__(self, network: Network | Callable[..., Tensor], rows: int | None = None) -> None:
         self.network, self.rows = network, rows
 
     def prepare(self, told: Condition) -> Callable[[int, int], Any]:
         """(start, stop) -> what the network made of these rows."""
         kept: dict[tuple[int, int], Any] = {}
+        make = getattr(self.network, "prepare", lambda told: told)
 
         def prepared(start: int, stop: int) -> Any:
             if (start, stop) not in kept:
                 whole = stop - start == len(told)
-                kept[start, stop] = self.network.prepare(told if whole else told[start:stop])
+                kept[start, stop] = make(told if whole else told[start:stop])
             return kept[start, stop]
 
         return prepared

@@ -86,6 +86,12 @@ def lerp(a: Condition, b: Condition, share: float) -> Condition:
     return Condition(**kept)
 
 
+def widths(condition: Condition) -> dict[str, int]:
+    """How wide each part is that a network reads, by name: D, V, C, and 1 of a label."""
+    parts = {name: part for name, part in condition.parts().items() if name not in ("mask", "planes")}
+    return {name: part.shape[-1] if part.ndim > 1 else 1 for name, part in parts.items()}
+
+
 def drop(condition: Condition, null: Condition, keep: Tensor) -> Condition:
     """Rows where `keep` is False become the null condition's row, exactly; the others stay as they are.
 

@@ -84,7 +84,7 @@ def conjunction(asks: Sequence[Ask]) -> tuple[list[list[Ask]], list[list[float]]
 
     An ask of fewer has its first once more, with weight 0. Raises UserError as `clauses`.
     """
-    rows = [clauses(ask.text) if ask.weighted else [Part(ask.text)] for ask in asks]
+    rows = [clauses(ask.text) if ask.weighted and ask.told is None else [Part(ask.text)] for ask in asks]
     most = max(map(len, rows))
     rows = [row + [Part(row[0].text, 0.0)] * (most - len(row)) for row in rows]
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class PerpNegative:
     interval: Interval = None
 
     def asks(self, clauses: Sequence[Sequence[Ask]], others: Sequence[Ask]) -> list[Sequence[Ask]]:
-        return [clauses[0], [replace(other, text="") for other in others], others, *clauses[1:]]
+        return [clauses[0], [replace(other, text="", told=None) for other in others], others, *clauses[1:]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Auto:
     def asks(self, clauses: Sequence[Sequence[Ask]], others: Sequence[Ask]) -> list[Sequence[Ask]]:
         if len(clauses) > 1:
             raise UserError("prompts joined by AND do not go with a guide model; leave one of the two out")
-        if any(other.text for other in others):
+        if any(other.text or other.told is not None for other in others):
             raise UserError("a guide model stands in the negative prompt's place; leave one of the two out")
         return [clauses[0]]
 
@@ -83,19 +83,24 @@ Wrap = Classifier | Threshold
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, in the library's names. Made by `Settings.plan`, which has checked it: nobody does again."""
+    """What is to be done, in the library's names. Made by `Settings.plan`, which has checked it: nobody does again.
 
-    sampler: str = "ddim"
+    Where a name stands, a caller of the library may put what it names: see the types.
+    """
+
+    sampler: str | Callable[..., Any] = "ddim"  # sampling.Sampler
     options: Mapping[str, Any] = field(default_factory=dict)
-    spacing: str = "trailing"
+    spacing: str | Callable[..., Any] = "trailing"  # sampling.Grid: (schedule, steps) -> (steps + 1,)
     steps: int = 30
     sigmas: tuple[float, ...] = ()
     width: int | None = None
     height: int | None = None
     tile: int | None = None
     weighted: bool = False  # how prompts are read: an Ask's
-    guide: Guide = Cfg()
+    guide: Guide | Callable[..., Any] = Cfg()  # Branches of prompt and negative prompt -> Denoiser
     wraps: tuple[Wrap, ...] = ()
+    noise: Callable[..., Any] | None = None  # (seeds, shape, device) -> start.Draws; None: the sampler's kind
+    network: Callable[..., Any] | None = None  # diffusion.Network, or (x, t, told) -> F, in the model's own place
 
     @property
     def guide_model(self) -> str | None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
 from ldm.jobs.values import shown, whole
 from ldm.ranges import MAX_SEED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.conditioning.condition import Condition
 
 Labels = str | int | Iterable[str | int] | None
 
@@ -24,6 +29,7 @@ class Ask:
     crop: tuple[int, int] = (0, 0)  # top and left of what is seen of it, pixels after the resize
     target: tuple[int, int] | None = None  # height and width of what is seen
     weighted: bool = False  # whether the text is read by grammar.py, or each letter as it stands
+    told: Condition | None = None  # one row that is given, in the place of all that an encoder would make of this
     score: float = 6.0  # how much it pleases, of 10: for networks that are told it
     toward: tuple[str, float] | None = None  # another text, and how far from the one to the other it lies, in [0, 1]
 
@@ -38,12 +44,17 @@ class Request:
     label: str | int | None = None  # of a class-conditional model
     toward: tuple[str, float] | None = None  # another prompt, and the share of the way to it: between the two
     variation: tuple[int, float] | None = None  # another seed, and the share of the way to its noise
+    told: Condition | None = None  # one row in the place of prompt and label, and
+    told_not: Condition | None = None  # of the negative prompt
+    noise: Tensor | None = field(default=None, compare=False)  # (C, h, w) unit normals in the place of the seed's first
 
     def asks(self, height: int, width: int, weighted: bool = False) -> tuple[Ask, Ask]:
         """What the picture is to be, and what it is guided away from, at the size in pixels that is drawn."""
         whole = (height, width)
-        to = Ask(self.prompt, self.label, size=whole, target=whole, weighted=weighted, toward=self.toward)
-        return to, dataclasses.replace(to, text=self.negative, label=None, toward=None)
+        to = Ask(
+            self.prompt, self.label, size=whole, target=whole, weighted=weighted, told=self.told, toward=self.toward
+        )
+        return to, dataclasses.replace(to, text=self.negative, label=None, told=self.told_not, toward=None)
 
     @property
     def texts(self) -> tuple[str, ...]:

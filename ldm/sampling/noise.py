@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,14 @@ LEVELS = 16
 
 OCTAVE = 2**LEVELS
 """Points of an octave."""
+
+
+class Draws(Protocol):
+    """The noise of a batch: that of the start, and that of each step."""
+
+    def initial(self) -> Tensor: ...
+
+    def __call__(self, sigma: float, sigma_next: float) -> Tensor: ...
 
 
 class NoiseStream:

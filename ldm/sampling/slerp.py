@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.errors import UserError
 from ldm.jobs import Request
-from ldm.sampling.noise import BrownianPath, NoiseStream
+from ldm.sampling.noise import Draws, NoiseStream
 
 PARALLEL = 1e-4  # radians; below, the arc is its chord
 
@@ -33,7 +34,7 @@ def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
 class Varied:
     """`noise`, but that the start's lies so far towards another seed's as the requests say."""
 
-    noise: NoiseStream | BrownianPath
+    noise: Draws
     first: Tensor
 
     def initial(self) -> Tensor:
@@ -43,11 +44,25 @@ class Varied:
         return self.noise(sigma, sigma_next)
 
 
-def varied(noise: NoiseStream | BrownianPath, requests: Sequence[Request]) -> NoiseStream | BrownianPath | Varied:
-    """`noise`, whose rows are the requests', with their variations; itself where there are none."""
-    if all(request.variation is None for request in requests):
+def varied(noise: Draws, requests: Sequence[Request]) -> Draws:
+    """`noise`, whose rows are the requests', with the starts that they give and their variations; itself without any.
+
+    Raises UserError for a start of another shape, or not finite.
+    """
+    if all(request.variation is None and request.noise is None for request in requests):
         return noise
     first = noise.initial()
+    for i, request in enumerate(requests):
+        if request.noise is None:
+            continue
+        if request.noise.shape != first[i].shape or not bool(request.noise.isfinite().all()):
+            raise UserError(
+                f"noise of {tuple(request.noise.shape)} was given for a latent of {tuple(first[i].shape)}, or it is "
+                "not finite; give unit normals (B, C, h, w), one for each picture"
+            )
+        first[i] = request.noise
+    if all(request.variation is None for request in requests):
+        return Varied(noise, first)
     pairs = [request.variation or (request.seed, 0.0) for request in requests]
     shape = (first.shape[1], first.shape[2], first.shape[3])
     others = NoiseStream([seed for seed, _ in pairs], shape, first.device, first.dtype).initial()
