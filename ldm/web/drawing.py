@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm import image_io, provenance
 from ldm.errors import UserError
-from ldm.web import sent
+from ldm.web import attention, sent
 from ldm.web.job import Job
 from ldm.web.shelf import Shelf
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 BATCH = 4  # as txt2img.py has it, so that the last bits are the same
 SHARE = 0.2  # of the time, at most, goes into previews
 OFTEN = 0.2  # seconds between two previews, at least
+LOOKED = 16  # attention is shown of layers of so many positions either way, at most (Hertz et al. 2022)
 PREVIEW_SIDE = 384  # pixels; larger ones are made smaller
 
 
@@ -52,6 +54,7 @@ class Drawn:
     index: int
     seed: int
     png: bytes
+    words: tuple[tuple[str, bytes], ...] = ()  # each word of the prompt, and where it is looked at: a grey PNG
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def draw(
     `folder`, if there is one.
     """
     from ldm import generate, redraw
+    from ldm.unet.maps import attention_maps
 
     stop.begin()
     began, requests, plan = time.monotonic(), job.requests, shelf.with_paths(job.settings).plan()
@@ -124,13 +128,22 @@ def draw(
                 return step
         raise AssertionError("a sampler yields as many steps as it says")
 
-    with _stoppable(model, stop):
+    ends = [stop.check]
+    with ExitStack() as inside:
+        maps = None
+        if job.asked.attention:
+            maps = inside.enter_context(attention_maps(model.unet, model.text, LOOKED))
+            ends.append(partial(attention.bound, maps))
+        inside.enter_context(_before_each(model, ends))
         for first in range(0, len(requests), BATCH):
             batch = requests[first : first + BATCH]
+            if maps is not None:
+                maps.kept.clear()
             images = redraw.drawn(model, batch, plan, job.begin, made, helpers, watch)
             for index, request in enumerate(batch):
                 record = provenance.record(model, settings, batch, index, helpers.hashes, job.begin, inputs)
-                tell(Drawn(first + index, request.seed, _kept(images[index], record, folder)))
+                looked = () if maps is None else attention.words(maps, request.prompt, plan.weighted, index)
+                tell(Drawn(first + index, request.seed, _kept(images[index], record, folder), looked))
     tell(Done(tuple(dict.fromkeys(notices)), round(time.monotonic() - began, 2)))
 
 
@@ -157,8 +170,14 @@ class _Pace:
 
 
 @contextmanager
-def _stoppable(model: Model, stop: Stop) -> Iterator[None]:
-    handle = model.unet.register_forward_pre_hook(lambda *_: stop.check())
+def _before_each(model: Model, checks: Sequence[Callable[[], None]]) -> Iterator[None]:
+    """Inside, `checks` before each evaluation of the network."""
+
+    def check(*_: object) -> None:
+        for each in checks:
+            each()
+
+    handle = model.unet.register_forward_pre_hook(check)
     try:
         yield
     finally:

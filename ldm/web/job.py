@@ -30,6 +30,7 @@ class Asked:
     model: str | None = None  # None: the first that the server was started with
     loras: dict[str, float] = field(default_factory=dict)  # how strongly each acts
     embeddings: tuple[str, ...] = ()  # whose words the prompt may use
+    attention: bool = False  # show also where the network looks at each word
 
 
 @dataclass(frozen=True)

@@ -418,3 +418,27 @@ def test_multipart_parts_are_the_job(server: Server):
 
 def test_parse_event_is_the_events_own_form():
     assert parse_event('event: done\ndata: {"a": 1}') == ("done", {"a": 1})
+
+
+# ---------------------------------------------------------------- attention
+
+
+def test_where_the_network_looks_at_each_word(server: Server, tiny_model: Any):
+    job = {"prompt": "a (red:1.2) heart", "steps": 3, "seed": 4, "n": 2}
+    shown = server.draw(JSON, **job, attention=True).json["pictures"]
+    plain = server.draw(JSON, **job).json["pictures"]
+    assert [each["png"] for each in shown] == [each["png"] for each in plain]  # no bit of a picture changes
+    assert [word for word, _ in shown[1]["words"]] == ["a", "red", "heart"] and plain[0]["words"] == []
+    with tiny_model.attention_maps(16) as maps:
+        tiny_model.txt2img("a (red:1.2) heart", seed=4, n=2, settings=Settings(steps=3, prompt_syntax="weighted"))
+    _, wanted = maps.words("a red heart", row=1)[2]
+    found = pixels(b64decode(shown[1]["words"][2][1]))
+    assert found.shape == wanted.shape and found.max() == 255
+    assert abs(found / 255 - (wanted / wanted.max()).numpy()).max() < 0.01
+    assert server.draw(JSON, prompt="a AND b", attention=True).json["pictures"][0]["words"] == []
+
+
+def test_attention_of_endless_evaluations_is_bounded(server: Server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ldm.web.attention.MOST_BYTES", 10**5)
+    answer = server.draw(sampler="langevin", options={"moves": 10**6}, attention=True)
+    assert answer.status == 400 and "leave attention out" in answer.error

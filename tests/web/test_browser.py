@@ -70,7 +70,8 @@ class Page:
         """The picture on the stage, when it is there."""
         wait_for(lambda: self.status.startswith("drawn in") or "wrong" in self.one("#status").get_attribute("class"))
         assert self.status.startswith("drawn in"), self.status
-        assert self.one("#shown figure img").get_attribute("src") == self.one("#gallery img").get_attribute("src")
+        shown, newest = self.one("#shown .looked img"), self.one("#gallery img")
+        assert shown.get_attribute("src") == newest.get_attribute("src")
         return self.newest()
 
     def newest(self) -> bytes:
@@ -334,3 +335,17 @@ def test_the_picture_that_was_drawn_is_begun_from(page: Page):
     assert again.shape == pixels(first).shape
     page.drop(b"no picture", "#begin", "letter.png")
     wait_for(lambda: "letter.png is no picture" in page.status)
+
+
+def test_a_word_shows_where_it_is_looked_at(page: Page):
+    page.fill(prompt="a red heart", steps=2)
+    page.js("const box = document.querySelector('[name=attention]'); box.closest('details').open = true; box.click()")
+    page.draw()
+    page.drawn()
+    words = page.all(".words button")
+    assert [word.text for word in words] == ["a", "red", "heart"]
+    words[1].click()
+    wait_for(lambda: page.js("return document.querySelector('.heat')?.naturalWidth"))
+    assert page.one(".heat").size == page.one(".looked img").size
+    words[1].click()
+    assert not page.all(".heat")

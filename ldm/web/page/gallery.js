@@ -36,8 +36,8 @@ export async function gallery(list, choose) {
   }
 
   async function add(entry) {
-    const { png, settings, files } = entry;
-    if (base) entry.id = await asked(store("readwrite").add({ png, settings, files })).catch(() => undefined);
+    const { png, settings, files, words } = entry;
+    if (base) entry.id = await asked(store("readwrite").add({ png, settings, files, words })).catch(() => undefined);
     show(entry);
     while (list.children.length > KEPT) list.lastElementChild.remove();
     if (base) {

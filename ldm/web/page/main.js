@@ -44,7 +44,8 @@ async function draw() {
         drawn += 1;
         const settings = { ...job, seed: event.seed };
         delete settings.n;
-        const entry = { png: server.blob(event.png, "image/png"), settings, files };
+        const words = event.words.map(([word, map]) => [word, server.blob(map, "image/png")]);
+        const entry = { png: server.blob(event.png, "image/png"), settings, files, words };
         await pictures.add(entry);
         at("empty").hidden = true;
         show(entry);
@@ -116,13 +117,34 @@ function show(entry) {
     element(
       "figure",
       {},
-      element("img", { src: address, alt: settings.prompt || "the picture" }),
+      element("div", { className: "looked" }, element("img", { src: address, alt: settings.prompt || "the picture" })),
+      ...attention(entry.words || []),
       element("figcaption", {}, element("span", { className: "caption" }, settings.prompt || ""), ` seed ${settings.seed}`),
       element("div", { className: "buttons" }, use, again, save, remove),
     ),
   );
   for (const each of document.querySelectorAll("#gallery [aria-current]")) each.removeAttribute("aria-current");
   entry.node.querySelector("button").setAttribute("aria-current", "true");
+}
+
+// A button for each word, which darkens the picture where the network does not look at it.
+function attention(words) {
+  if (!words.length) return [];
+  const buttons = words.map(([word, map]) => {
+    const button = element("button", { type: "button", className: "quiet", ariaPressed: "false" }, word);
+    button.addEventListener("click", () => {
+      const on = button.ariaPressed === "true";
+      for (const each of shown.querySelectorAll(".heat")) each.remove();
+      for (const each of buttons) each.ariaPressed = "false";
+      if (on) return;
+      button.ariaPressed = "true";
+      const heat = element("img", { className: "heat", alt: `where it looks at ${word}`, src: URL.createObjectURL(map) });
+      heat.addEventListener("load", () => URL.revokeObjectURL(heat.src));
+      shown.querySelector(".looked").append(heat);
+    });
+    return button;
+  });
+  return [element("div", { className: "words", role: "group", ariaLabel: "Where it looks at a word" }, ...buttons)];
 }
 
 async function begin(file, mask = null) {
