@@ -86,7 +86,7 @@ def form(recipe: Recipe, shelf: Shelf) -> dict[str, Any]:
         found[key] = here if kind == "lora" else list(here)
     if recipe.request.toward or recipe.request.variation:
         missing.append("it lies between two prompts or seeds, of which only the first is taken")
-    changed = {n: value for n, value in found.items() if n in usual and value not in (usual[n], None, (), {})}
+    changed = {n: value for n, value in found.items() if n in usual and value not in (usual[n], None, (), [], {})}
     if changed.get("seed", 0) > 2**53:  # what a browser holds of a whole number; a text is read too
         changed["seed"] = str(changed["seed"])
     return finite({"settings": changed, "notices": missing})

@@ -2,7 +2,7 @@
 
 import { element } from "./form.js";
 
-const PAINT = "rgb(230 60 130)";
+const PAINT = "rgb(50 80 255)";
 
 export function painter(root) {
   const base = element("canvas", { className: "base" });
@@ -131,7 +131,7 @@ export function painter(root) {
     const context = canvas.getContext("2d");
     context.drawImage(await createImageBitmap(file), 0, 0);
     const data = context.getImageData(0, 0, canvas.width, canvas.height);
-    for (let i = 0; i < data.data.length; i += 4) data.data.set([230, 60, 130, data.data[i]], i);
+    for (let i = 0; i < data.data.length; i += 4) data.data.set([50, 80, 255, data.data[i]], i);
     context.putImageData(data, 0, 0);
     return { layer: canvas };
   }
