@@ -138,7 +138,8 @@ def test_the_walk_for_ones_own_pictures() -> None:
 
 
 EXTRAS = {
-    "scripts/web.py": "web", "tools/plot_run.py": "plot", "tools/experiments.py": "plot", "--sweep ": "plot", "--picture ": "plot",
+    "scripts/web.py": "web",
+    "tools/plot_run.py": "plot", "tools/experiments.py": "plot", "--sweep ": "plot", "--picture ": "plot",
     "tools/build_icons.py": "icons", "xformers": "xformers", "hf:": "hub", "s3:": "remote", "lpips": "lpips",
     "loop.trackers": "track", ".parquet": "tables", "benchmark.py train": "peers", "benchmark.py load": "peers",
 }  # fmt: skip
