@@ -165,6 +165,19 @@ class Magnitude:
         return lengths / norm * direction - weight
 
 
+@dataclass(frozen=True)
+class HalvesSwapped:
+    """`inner`, of a weight whose rows stand there with the second half first."""
+
+    inner: Change
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return shape[0] % 2 == 0 and self.inner.fits(shape)
+
+    def of(self, weight: Tensor) -> Tensor:
+        return torch.cat(self.inner.of(torch.cat(weight.chunk(2)[::-1])).chunk(2)[::-1])
+
+
 def _flat(shape: Sequence[int]) -> tuple[int, int]:
     """Of a weight as a matrix: its outputs and the rest."""
     return shape[0], math.prod(shape[1:])

@@ -13,14 +13,14 @@ Where nothing says alpha, it is the rank. Other kinds are refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters.changes import Change, Difference, Factors, Hadamard, Kronecker, Magnitude, Product
+from ldm.adapters.changes import Change, Difference, Factors, Hadamard, HalvesSwapped, Kronecker, Magnitude, Product
 from ldm.adapters.lora import Lora, Rows
 from ldm.checkpoints import lora_names
 from ldm.checkpoints.peft_settings import Strength
@@ -30,6 +30,7 @@ from ldm.checkpoints.textual_inversion import BUNDLED
 from ldm.checkpoints.writing import write_tensors
 from ldm.errors import UserError
 from ldm.files import atomic_write
+from ldm.networks import AnyNetwork
 from ldm.unet.unet import UNet
 
 LAYOUTS = ("diffusers", "kohya")
@@ -37,7 +38,7 @@ KOHYA = {"unet": "lora_unet_", "text": "lora_te_text_model_"}
 DIFFUSERS = {"unet": "unet.", "text": "text_encoder.text_model."}
 
 
-def read_lora(path: str | Path, unet: UNet, text: nn.Module | None) -> Lora:
+def read_lora(path: str | Path, unet: AnyNetwork, text: nn.Module | None) -> Lora:
     """The changes that the file at `path` makes to these networks.
 
     Raises UserError if it is no LoRA file, has tensors that fit nothing in them, or misses half of a change. (Shapes
@@ -69,12 +70,13 @@ def read_lora(path: str | Path, unet: UNet, text: nn.Module | None) -> Lora:
         if not found:
             raise UserError(f"{path} has no LoRA for this model: its tensors are {some(strangers or list(tensors))}")
         raise UserError(f"{path} has {len(strangers)} tensors that fit nothing in this model ({some(strangers)})")
-    strength = Strength(path, tensors)
+    strength, swapped = Strength(path, tensors), lora_names.swapped_modules(unet)
     changes: dict[str, dict[Rows, Change]] = {}
     for (part, key), said in found.items():
         for leaf, change in _changes(said, strength).items():
             if leaf not in tables[part][key]:
                 raise said.error(f"is of a {leaf}, which this model does not have there")
+            change = HalvesSwapped(change) if part == "unet" and key in swapped else change
             changes.setdefault(part, {})[tables[part][key][leaf]] = change
     return Lora(changes, str(path))
 
@@ -192,7 +194,7 @@ def _product(said: _Said, left: str, right: str, core: str) -> Product:
 def save_lora(
     path: str | Path,
     lora: Lora,
-    unet: UNet,
+    unet: AnyNetwork,
     text: nn.Module | None,
     layout: str = "diffusers",
     words: Mapping[str, str] | None = None,
@@ -204,15 +206,21 @@ def save_lora(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"the layouts are {LAYOUTS}, not {layout!r}")
-    names = {"unet": lora_names.unet_names(unet)} | ({"text": lora_names.text_names(text)} if text is not None else {})
+    of_unet = lora_names.unet_names(unet)
+    if layout == "kohya" and not isinstance(unet, UNet):  # its trainer of these has the original's modules
+        of_unet = lora_names.original_names(unet)
+    names = {"unet": of_unet} | ({"text": lora_names.text_names(text)} if text is not None else {})
+    swapped = lora_names.swapped_modules(unet)
     tensors: dict[str, Tensor] = {}
     ranks, alphas = set(), set()
     for part, changes in lora.changes.items():
-        for rows, factors in changes.items():
+        for rows, factors in _pieces(changes, names[part]):
             if not isinstance(factors, Factors) or factors.core is not None:
                 raise ValueError(f"the change of {rows.name} is not of low rank, and others are not written")
             module = names[part][rows].removesuffix(".weight")
             down, up = factors.down.detach().cpu(), factors.up.detach().cpu()
+            if part == "unet" and module.replace(".", "_") in swapped:
+                up = torch.cat(up.chunk(2)[::-1])
             ranks.add(factors.rank)
             alphas.add(factors.alpha)
             if layout == "kohya":
@@ -220,13 +228,25 @@ def save_lora(
                 tensors[f"{flat}.lora_down.weight"], tensors[f"{flat}.lora_up.weight"] = down, up
                 tensors[f"{flat}.alpha"] = torch.tensor(float(factors.alpha))
             else:
-                whole = DIFFUSERS[part] + module
+                whole = (DIFFUSERS[part] if part != "unet" or isinstance(unet, UNet) else "transformer.") + module
                 tensors[f"{whole}.lora_A.weight"] = down
                 tensors[f"{whole}.lora_B.weight"] = up * (factors.alpha / factors.rank)
     said = {"ss_network_dim": _one(ranks), "ss_network_alpha": _one(alphas)}
     metadata = {"format": "pt", "ss_network_module": "networks.lora", **said, **(words or {})}
     with atomic_write(path) as temporary:
         write_tensors({name: value.clone() for name, value in tensors.items()}, temporary, metadata)
+
+
+def _pieces(changes: Mapping[Rows, Change], names: Mapping[Rows, str]) -> Iterator[tuple[Rows, Change]]:
+    """The changes, a low-rank one of queries, keys and values together cut where `names` have them apart."""
+    for rows, change in changes.items():
+        count = max((other.pieces for other in names if other.name == rows.name), default=rows.pieces)
+        if rows in names or not isinstance(change, Factors) or rows.pieces != 1:
+            yield rows, change
+            continue
+        alpha = change.alpha
+        for piece, up in enumerate(change.up.chunk(count)):
+            yield Rows(rows.name, piece, count), Factors(change.down, up, alpha)
 
 
 def _one(values: Collection[float]) -> str:

@@ -4,6 +4,7 @@
     diffusers   unet.down_blocks.0....to_q                    text_encoder.text_model.encoder.layers.0....
     ComfyUI     diffusion_model.input_blocks.1.1....to_q      text_encoders.clip_l.transformer.text_model....
     OneTrainer  unet.input_blocks.1.1....to_q                 clip_l.text_model....      (and kohya's)
+    SD 3        lora_unet_joint_blocks_0_x_block_attn_qkv      transformer.transformer_blocks.0.attn.to_q
     peft        base_model.model.down_blocks.0....to_q        LyCORIS  lycoris_down_blocks_0_..._to_q
 
 Behind the prefix stands diffusers' name of a module or the original checkpoint's, with dots or without.
@@ -18,8 +19,9 @@ from typing import TypeAlias
 from torch import nn
 
 from ldm.adapters.lora import Rows
-from ldm.checkpoints import diffusers, original
+from ldm.checkpoints import diffusers, mmdit, original
 from ldm.checkpoints.common_names import clip_names
+from ldm.networks import AnyNetwork
 from ldm.unet.unet import UNet
 
 Table: TypeAlias = dict[str, dict[str, Rows]]
@@ -31,6 +33,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {  # the first that fits -> the networks 
     "lora_te1_": ("text",),
     "lycoris_": ("unet", "text"),
     "unet.": ("unet",),
+    "transformer.": ("unet",),
+    "lora_transformer_": ("unet",),
     "diffusion_model.": ("unet",),
     "model.diffusion_model.": ("unet",),
     "text_encoder.": ("text",),
@@ -111,17 +115,36 @@ def stranger(names: Iterable[str]) -> str:
     return next((kind for name in names for pattern, kind in STRANGERS if re.search(pattern, name)), "")
 
 
-def make_tables(unet: UNet, text: nn.Module | None) -> dict[str, Table]:
+def make_tables(unet: AnyNetwork, text: nn.Module | None) -> dict[str, Table]:
     """All modules of the networks in all foreign names."""
     table = _table(unet_names(unet))
-    for rows, theirs in _paired(original.unet_names(_parameters(unet), unet.config)).items():
-        _enter(table, theirs.removeprefix(original.UNET), rows)
+    for rows, theirs in original_names(unet).items():
+        _enter(table, theirs, rows)
     return {"unet": table} | ({"text": _table(text_names(text))} if text is not None else {})
 
 
-def unet_names(unet: UNet) -> dict[Rows, str]:
+def unet_names(unet: AnyNetwork) -> dict[Rows, str]:
     """Each weight and bias -> its name in diffusers."""
-    return _paired(diffusers.unet_names(_parameters(unet)))
+    keys = _parameters(unet)
+    if isinstance(unet, UNet):
+        return _paired(diffusers.unet_names(keys))
+    return _paired(mmdit.diffusers_names(keys))
+
+
+def swapped_modules(unet: AnyNetwork) -> set[str]:
+    """Those of diffusers' modules, their dots gone, whose rows stand in another order there (checkpoints/mmdit.py)."""
+    if isinstance(unet, UNet):
+        return set()
+    return {name.rpartition(".")[0].replace(".", "_") for name in mmdit.swapped_names(unet_names(unet).values())}
+
+
+def original_names(unet: AnyNetwork) -> dict[Rows, str]:
+    """Each weight and bias -> its name in the original checkpoint."""
+    keys = _parameters(unet)
+    if not isinstance(unet, UNet):
+        return _paired(mmdit.original_names(keys))
+    names = _paired(original.unet_names(keys, unet.config))
+    return {rows: theirs.removeprefix(original.UNET) for rows, theirs in names.items()}
 
 
 def text_names(text: nn.Module) -> dict[Rows, str]:
