@@ -139,6 +139,8 @@ class Api:
 
         try:
             await self.turns.run(work, stop, box.put)
+        except UserError as error:
+            raise UserError(self.shelf.without_paths(str(error))) from error
         except Full:
             raise HTTPException(503, f"{self.limits.most_waiting} requests wait already; try again later") from None
         finally:

@@ -144,7 +144,7 @@ def draw(
                 record = provenance.record(model, settings, batch, index, helpers.hashes, job.begin, inputs)
                 looked = () if maps is None else attention.words(maps, request.prompt, plan.weighted, index)
                 tell(Drawn(first + index, request.seed, _kept(images[index], record, folder), looked))
-    tell(Done(tuple(dict.fromkeys(notices)), round(time.monotonic() - began, 2)))
+    tell(Done(tuple(dict.fromkeys(map(shelf.without_paths, notices))), round(time.monotonic() - began, 2)))
 
 
 def _whole(made: Canvas, ahead: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A client never gives a path. What goes out to it, a picture's recipe too, has na
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -91,6 +92,14 @@ class Shelf:
             classifier=None if classifier is None else _found(classifier, self.classifiers, "classifier"),
         )
 
+    def without_paths(self, sentence: str) -> str:
+        """A sentence for a client, names in the place of paths."""
+        known = {path: name for kind in (self.models, self.loras, self.embeddings, self.classifiers)
+                 for name, path in kind.items() if os.sep in path}  # fmt: skip
+        for path in sorted(known, key=len, reverse=True):
+            sentence = sentence.replace(path, known[path])
+        return sentence
+
     def model_for(self, asked: Asked) -> Model:
         """The model with the adapters that are asked for. Raises UserError for what does not fit."""
         from ldm.adapters import use
@@ -107,8 +116,7 @@ class Shelf:
                 self._adapted.popitem(last=False)
             made = use.apply(base, adapters)
             hidden = tuple(replace(one, path=Path(one.path).name) for one in made.adapters)
-            told = tuple(_without_paths(line, [one.path for one in made.adapters]) for line in made.told)
-            self._adapted[key] = replace(made, adapters=hidden, told=told)
+            self._adapted[key] = replace(made, adapters=hidden)
         self._adapted.move_to_end(key)
         return self._adapted[key]
 
@@ -123,9 +131,3 @@ def _found(name: str, known: Mapping[str, str], what: str) -> str:
     if name not in known:
         raise UserError(f"there is no {what} '{name[:60]}' here{instead(name, known) if known else ''}")
     return known[name]
-
-
-def _without_paths(line: str, paths: Iterable[str]) -> str:
-    for path in paths:
-        line = line.replace(path, Path(path).name)
-    return line

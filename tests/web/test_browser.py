@@ -200,6 +200,8 @@ def test_a_png_dropped_onto_the_page_brings_its_settings(page: Page, server: Ser
     assert page.drawn() == made.body
     page.drop(b"no picture", "body")
     wait_for(lambda: "not a PNG" in page.status)
+    page.drop(noise(), "body")  # a picture that carries no settings
+    wait_for(lambda: "begin from" in page.status)
 
 
 def test_what_is_wrong_is_said_on_the_page(page: Page):
@@ -207,7 +209,11 @@ def test_what_is_wrong_is_said_on_the_page(page: Page):
     page.draw()
     wait_for(lambda: "multiples of 4" in page.status)
     assert "wrong" in page.one("#status").get_attribute("class")
-    page.fill(width="", prompt="xyzzyx", steps=2)
+    page.fill(width="", prompt="xyzzyx", cfg_rescale=3)
+    page.js("for (const each of document.querySelectorAll('details')) each.open = false")
+    page.draw()
+    wait_for(lambda: page.status.startswith("cfg rescale: ") and page.one("#more").get_property("open"))
+    page.fill(cfg_rescale=0, steps=2)
     page.draw()
     page.drawn()
     assert "xyzzyx" in page.one("#notices").text

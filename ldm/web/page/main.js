@@ -152,6 +152,7 @@ async function begin(file, mask = null) {
   try {
     await paint.open(file, mask);
     say("the picture to begin from is in the form");
+    return true;
   } catch {
     say(`${file.name || "the file"} is no picture that this browser shows; choose a PNG, JPEG or WebP`, true);
   }
@@ -169,7 +170,7 @@ async function dropped(file) {
     say("its settings are in the form");
     tell(missing);
   } catch (error) {
-    say(error.message, true);
+    if (!(await begin(file))) say(error.message, true);
   }
 }
 
@@ -179,8 +180,20 @@ at("form").addEventListener("submit", (event) => {
   event.preventDefault();
   draw();
 });
+at("form").addEventListener(
+  "invalid",
+  (event) => {
+    const field = event.target; // it may be in a part that is folded up, where the browser would say nothing
+    for (let each = field.parentElement; each; each = each.parentElement) if (each.matches("details")) each.open = true;
+    say(`${field.labels[0]?.textContent.trim() || field.name}: ${field.validationMessage}`, true);
+  },
+  true,
+);
 at("cancel").addEventListener("click", () => running?.abort());
-at("reset").addEventListener("click", () => form.write({}));
+at("reset").addEventListener("click", () => {
+  form.write({});
+  paint.close();
+});
 addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("form").requestSubmit();

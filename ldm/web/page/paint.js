@@ -8,6 +8,7 @@ export function painter(root) {
   const base = element("canvas", { className: "base" });
   const cover = element("canvas", { className: "cover", tabIndex: 0, role: "application" });
   cover.setAttribute("aria-label", "Mask: paint what is to be drawn anew. Arrows move the brush, space paints.");
+  const brush = cover.getContext("2d", { willReadFrequently: true });
   const cursor = element("div", { className: "cursor", hidden: true });
   const stack = element("div", { className: "stack" }, base, cover, cursor);
   const size = element("input", { type: "range", id: "brush", min: 1, max: 100, value: 45 });
@@ -50,20 +51,19 @@ export function painter(root) {
   }
 
   function redraw() {
-    const context = cover.getContext("2d");
-    context.clearRect(0, 0, cover.width, cover.height);
-    for (const each of strokes) trace(context, each);
+    brush.clearRect(0, 0, cover.width, cover.height);
+    for (const each of strokes) trace(brush, each);
   }
 
   function begin(point) {
     current = { width: width(), erase: erase.checked, points: [point] };
     strokes.push(current);
-    trace(cover.getContext("2d"), current);
+    trace(brush, current);
   }
 
   function move(point) {
     if (!current) return;
-    trace(cover.getContext("2d"), { ...current, points: [current.points.at(-1), point] });
+    trace(brush, { ...current, points: [current.points.at(-1), point] });
     current.points.push(point);
   }
 
@@ -111,7 +111,7 @@ export function painter(root) {
 
   // The mask's file, white where painted, black elsewhere; null where nothing is.
   async function mask() {
-    const data = cover.getContext("2d").getImageData(0, 0, cover.width, cover.height);
+    const data = brush.getImageData(0, 0, cover.width, cover.height);
     let some = false;
     for (let i = 0; i < data.data.length; i += 4) {
       const painted = data.data[i + 3] > 0;
