@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", bound=nn.Module)
 
-BACKENDS = ("auto", "torch", "compile")
+BACKENDS = ("auto", "torch", "compile", "graph")
 
 
 def check(backend: str) -> None:
@@ -25,13 +25,22 @@ def run_by(backend: str, network: M, main: bool = False) -> M:
 
     auto: on a CPU by oneDNN with packed weights (packed.py), elsewhere as torch runs it. torch: as torch runs it,
     layer by layer. compile: what torch.compile makes of the `main` network, the one that is run at every step; it takes
-    minutes to begin with, and again when a picture of another size is drawn.
+    minutes to begin with, and once more when a picture of another size is drawn. graph: on a GPU its step as one CUDA
+    graph (graph.py). Raises UserError for one that does not work here.
     """
     check(backend)
+    on = {parameter.device.type for parameter in network.parameters()}
     if backend == "compile":
         if main:
             network.compile(fullgraph=True)
-    elif backend == "auto" and all(parameter.device.type == "cpu" for parameter in network.parameters()):
+    elif backend == "graph":
+        from ldm.backends.graph import graphed
+
+        if on != {"cuda"}:
+            raise UserError("the backend 'graph' needs a CUDA device; choose auto")
+        if main:
+            graphed(network)
+    elif backend == "auto" and on == {"cpu"}:
         from ldm.backends.packed import packed
 
         return packed(network)

@@ -97,3 +97,24 @@ def test_a_side_that_is_not_there(benchmark, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         benchmark("alone", "--of", "step", "--shape", "tiny", "--sides", "openvino")
     assert "pip install -e '.[openvino]'" in capsys.readouterr().err
+
+
+def test_without_a_gpu_its_check_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "tools" / "gpu_check.py"), run_name="__main__")
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_what_a_gpus_check_and_the_page_run_is_understood(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    made = runpy.run_path(TOOL)
+    parts = runpy.run_path(str(ROOT / "tools" / "gpu_check.py"))["PARTS"]
+    assert {made["parse"]([*words, "--device", "cuda"]).kind for words in parts} == {
+        "step",
+        "sample",
+        "decode",
+        "train",
+    }
+    assert all(made["parse"](list(words)).shape in ("small", "sd", "icons") for words in made["PAGES"])

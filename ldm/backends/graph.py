@@ -1,0 +1,94 @@
+"""A network's step as one CUDA graph: a thousand kernels started by one call, for batches too small to fill the GPU.
+
+A graph is recorded for each set of shapes, after three runs that warm up; memory is that of one step more for each that
+is kept. What the network is told is copied into the graph's own tensors once a trajectory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+KEPT = 2  # graphs of a network, those used last
+WARM = 3
+
+
+def graphed(network: M, record: Callable[..., Any] | None = None) -> M:
+    """`network`, itself, replayed from graphs where no gradient is asked; `record` makes one (`Recorded`)."""
+    record, kept = record or Recorded, {}
+
+    def forward(*inputs: Any) -> Tensor:
+        plain = type(network).forward
+        if network.training or torch.is_grad_enabled() or not all(map(_static, inputs)):
+            return plain(network, *inputs)
+        shapes = tuple((value.shape, value.dtype) for value in tensors(inputs))
+        graph = kept.pop(shapes, None) or record(lambda *given: plain(network, *given), inputs)
+        kept[shapes] = graph  # the last used is the last here
+        while len(kept) > KEPT:
+            del kept[next(iter(kept))]
+        return graph(inputs)
+
+    network.forward = forward
+    return network
+
+
+class Recorded:
+    """One graph."""
+
+    def __init__(self, call: Callable[..., Tensor], inputs: tuple[Any, ...]) -> None:
+        self.inputs = _map(inputs, torch.clone)
+        self.last: list[Any] = [None] * len(inputs)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM):
+                call(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = call(*self.inputs)
+
+    def __call__(self, inputs: tuple[Any, ...]) -> Tensor:
+        for index, (own, given) in enumerate(zip(self.inputs, inputs, strict=True)):
+            if (
+                isinstance(given, Tensor) or given is not self.last[index]
+            ):  # what is told is a value, and stays as it is
+                for here, there in zip(tensors(own), tensors(given), strict=True):
+                    here.copy_(there)
+                self.last[index] = given
+        self.graph.replay()
+        return self.output.clone()
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Those in a tensor, a tuple or a record, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from tensors(each)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors(getattr(value, field.name))
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same with each tensor replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_map(each, function) for each in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _map(getattr(value, field.name), function) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def _static(value: Any) -> bool:
+    """Whether a graph can take it: tensors and records of them, or nothing."""
+    return value is None or isinstance(value, Tensor) or dataclasses.is_dataclass(value)

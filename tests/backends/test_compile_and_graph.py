@@ -1,0 +1,127 @@
+"""torch.compile takes the U-Net whole; a graph gives what the network gives; the loop never waits for the device."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+from unet.small import inputs, relative, small_unet
+
+import ldm
+from ldm.backends import BACKENDS, run_by
+from ldm.backends.graph import graphed
+from ldm.conditioning.condition import Condition
+from ldm.errors import UserError
+
+SIZES = ((8, 8), (12, 16), (20, 12))
+
+
+@pytest.mark.slow
+def test_one_graph_without_a_break_and_one_recompilation_over_three_sizes():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    unet, plain = (small_unet().requires_grad_(False) for _ in range(2))
+    unet.compile(fullgraph=True, backend="eager")  # a break in the graph is an error
+    with torch.no_grad():
+        for height, width in SIZES:
+            x, t, context = inputs(height=height, width=width)
+            told = unet.prepare(Condition(context))
+            assert torch.equal(unet(x, t, told), plain(x, t, told))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first size's, and one for all sizes
+
+
+class Replayed:
+    """Stands in for a CUDA graph: it sees, and may use, its own tensors alone."""
+
+    made: list[Replayed] = []  # noqa: RUF012
+
+    def __init__(self, call: Any, given: tuple[Any, ...]) -> None:
+        from ldm.backends.graph import _map, tensors
+
+        self.call, self.own, self.tensors = call, _map(given, torch.clone), tensors
+        Replayed.made.append(self)
+
+    def __call__(self, given: tuple[Any, ...]) -> Tensor:
+        for here, there in zip(self.tensors(self.own), self.tensors(given), strict=True):
+            here.copy_(there)
+        return self.call(*self.own)
+
+
+def test_graphs_are_kept_by_shape_and_told_anew():
+    Replayed.made.clear()
+    unet, plain = graphed(small_unet().requires_grad_(False), Replayed), small_unet()
+    with torch.no_grad():
+        for size in (8, 12, 8, 16, 12):
+            x, t, context = inputs(height=size)
+            for scale in (1.0, 0.5):
+                told = plain.prepare(Condition(scale * context))
+                assert torch.equal(unet(x, t, told), plain(x, t, told))
+    assert len(Replayed.made) == 4  # 12 was let go when 16 came
+    x, t, context = inputs()
+    unet(x.requires_grad_(), t, context).sum().backward()  # not through a graph
+    assert x.grad is not None and len(Replayed.made) == 4
+
+
+def test_a_graph_needs_cuda():
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        run_by("graph", small_unet())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+def test_on_a_gpu_a_step_is_the_same_by_each_backend(backend: str):
+    unet, plain = (small_unet().requires_grad_(False).cuda() for _ in range(2))
+    run_by(backend, unet, main=True)
+    with torch.no_grad():
+        for height, width in SIZES:
+            x, t, context = (value.cuda() for value in inputs(height=height, width=width))
+            told = plain.prepare(Condition(context))
+            for _ in range(2):
+                assert relative(unet(x, t, told), plain(x, t, told)) < 1e-3  # TF32 of the one, and not of the other
+
+
+class Waits(TorchDispatchMode):
+    """Counts what asks for the numbers of tensors that come of `seeds`: on a GPU, whoever asks waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_device, self.asked = WeakTensorKeyDictionary(), []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inner = [
+            each for arg in (*args, *(kwargs or {}).values()) for each in (arg if isinstance(arg, list) else [arg])
+        ]
+        if any(isinstance(each, Tensor) and each in self.on_device for each in inner):
+            if func.overloadpacket in (
+                torch.ops.aten._local_scalar_dense,
+                torch.ops.aten.nonzero,
+                torch.ops.aten.equal,
+            ):
+                self.asked.append(str(func))
+            for each in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(each, Tensor):
+                    self.on_device[each] = True
+        return out
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "ddpm"])
+def test_the_loop_never_waits_for_the_device(tiny_model: ldm.LatentDiffusion, sampler: str):
+    with Waits() as waits:
+        hook = tiny_model.unet.register_forward_hook(lambda *given: waits.on_device.__setitem__(given[2], True))
+        try:
+            steps = list(tiny_model.sample("a heart", steps=4, cfg=3.0, sampler=sampler))
+        finally:
+            hook.remove()
+        assert steps[-1].x in waits.on_device and not waits.asked
+        bool(steps[-1].x.isfinite().all())
+        assert waits.asked  # what is counted is counted
+
+
+def test_no_gpu_part_is_imported_on_a_cpu():
+    assert torch.cuda.is_available() or "triton" not in sys.modules
