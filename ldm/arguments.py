@@ -182,7 +182,7 @@ def add_fields(add: Callable[..., Any], cls: type, names: Sequence[str] = (), us
         text = about.get(field.name, "").replace("None:", "default:").replace("%", "%%")
         value = field.default if usual is None else getattr(usual, field.name)
         if isinstance(value, int | float | str) and not isinstance(value, bool) and value != "":
-            text += f" [{value:g}]" if isinstance(value, float) else f" [{value}]"
+            text += f" [{value:g}]" if isinstance(value, float) else f" [{value}]".replace("%", "%%")
         add(f"--{field.name.replace('_', '-')}", dest=field.name, help=text.strip(), **_form(hints[field.name]))
 
 

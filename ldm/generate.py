@@ -27,12 +27,14 @@ from ldm.guidance import (
     classifier_guidance,
     dynamic_threshold,
     perpendicular_negative,
+    refined,
     static_threshold,
     together,
 )
 from ldm.helpers import NONE, Helpers
 from ldm.jobs import Ask, Plan, Request, batches, catalogue, grammar
-from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Wrap
+from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Refine, Threshold
+from ldm.jobs.request import Sizes
 from ldm.jobs.values import reals
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid
 from ldm.sampling.noise import Draws
@@ -97,7 +99,7 @@ def sample(
         sampler = own[0] if own else make_sampler(model, plan, fraction)
         # From a single level there is nowhere to go: the state is what comes out.
         steps = sampler(denoiser, x, sigmas, noise) if len(sigmas) > 1 else iter([Step(0, 1, 0.0, 0.0, x, x)])
-    with visiting(model, model.unet, *(worse.unet for worse in helpers.models.values())):
+    with visiting(model, model.unet, *(other.unet for other in helpers.readers)):
         while True:
             with torch.no_grad(), _memory_told(count):  # not across the yield: the mode is the caller's own
                 step = next(steps, None)
@@ -119,8 +121,48 @@ def make_denoiser(
     And, of a model that learned its variance, what it says of that for the prompts themselves. Latents have `shape`;
     `planes` are what stands beside them. Raises UserError for prompts that the plan's guide does not take.
     """
+    check_told(model, plan, helpers)
+    denoiser, fraction = _guided(model, requests, plan, helpers, shape, planes)
+    for wrap in plan.wraps:
+        if isinstance(wrap, Refine):
+            other = helpers.refiners[wrap.model]
+            own = replace(plan, network=None)  # what stands in the base's place is no refiner
+            refiner, _ = _guided(other, requests, own, helpers, shape, planes if other.extra_channels else None)
+            denoiser = refined(denoiser, refiner, _below(other, wrap))
+        else:
+            denoiser = _wrapped(denoiser, wrap, model, helpers, len(requests))
+    return denoiser, fraction
+
+
+def check_told(model: Model, plan: Plan, helpers: Helpers) -> None:
+    """Raise UserError if the plan says sizes or scores, and none of the networks that draw is told any."""
+    told = [each.encoder.config for each in (model, *helpers.refiners.values())]
+    sizes, usual = plan.sizes, Sizes()
+    if not any(config.sizes for config in told) and replace(sizes, scores=usual.scores) != usual:
+        raise UserError(f"{model.name or 'this model'} is told no sizes; leave out original_size, crop and target_size")
+    if not any(config.score for config in told) and sizes.scores != usual.scores:
+        raise UserError(f"{model.name or 'this model'} is told no score; leave out score and negative_score")
+
+
+def _below(refiner: Model, wrap: Refine) -> float:
+    """The sigma below which it draws: the share is of the levels that it was trained under, those of whole t below."""
+    if wrap.sigma is not None:
+        return wrap.sigma
+    schedule = refiner.law.schedule
+    return float(schedule.sigma(torch.tensor(max(wrap.share * schedule.steps - 0.5, 0.0), dtype=torch.float64)))
+
+
+def _guided(
+    model: Model,
+    requests: Sequence[Request],
+    plan: Plan,
+    helpers: Helpers,
+    shape: tuple[int, int, int],
+    planes: Tensor | None,
+) -> tuple[Denoiser, Fraction | None]:
+    """One model with the plan's guide; see `make_denoiser`."""
     f = model.codec.factor
-    pairs = [request.asks(shape[1] * f, shape[2] * f, plan.weighted) for request in requests]
+    pairs = [request.asks(shape[1] * f, shape[2] * f, plan.weighted, plan.sizes) for request in requests]
     asks, others = zip(*pairs, strict=True)
     clauses, weights = grammar.conjunction(asks)
     told = (Cfg() if callable(plan.guide) else plan.guide).asks(clauses, others)
@@ -135,8 +177,6 @@ def make_denoiser(
         denoiser = perpendicular_negative(branches, plan.guide.weight, *_how(plan.guide))
     else:
         denoiser = cfg(branches, *_how(plan.guide))
-    for wrap in plan.wraps:
-        denoiser = _wrapped(denoiser, wrap, model, helpers, len(requests))
     return denoiser, own.fraction if isinstance(own, LearnedVariance) else None
 
 
@@ -144,7 +184,7 @@ def _how(guide: Guide) -> tuple[float, float, tuple[float, float] | None]:
     return guide.scale, guide.rescale, guide.interval
 
 
-def _wrapped(denoiser: Denoiser, wrap: Wrap, model: Model, helpers: Helpers, count: int) -> Denoiser:
+def _wrapped(denoiser: Denoiser, wrap: Classifier | Threshold, model: Model, helpers: Helpers, count: int) -> Denoiser:
     if isinstance(wrap, Classifier):
         classifier = helpers.classifiers[wrap.folder]
         trained = classifier.config.sigma_min, classifier.config.sigma_max

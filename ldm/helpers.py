@@ -25,12 +25,15 @@ class Helpers:
     """Networks on the drawing model's device, by the name or folder that a plan has for them."""
 
     models: Mapping[str, Model] = field(default_factory=dict)
+    refiners: Mapping[str, Model] = field(default_factory=dict)
     classifiers: Mapping[str, NoisyClassifier] = field(default_factory=dict)
 
     def check(self, plan: Plan) -> None:
         """Raise UserError unless all that `plan` names is here."""
-        named = {plan.guide_model} - {None} | {wrap.folder for wrap in plan.classifiers}
-        missing = sorted(str(name) for name in named - self.models.keys() - self.classifiers.keys())
+        named = {plan.guide_model} - {None} - self.models.keys()
+        named |= {wrap.model for wrap in plan.refiners} - self.refiners.keys()
+        named |= {wrap.folder for wrap in plan.classifiers} - self.classifiers.keys()
+        missing = sorted(map(str, named))
         if missing:
             raise UserError(f"{missing[0]} has not been opened; pass helpers=open_helpers(model, plan)")
 
@@ -40,12 +43,18 @@ class Helpers:
         from ldm.checkpoints import native
 
         models = [("guide_model", model.hash) for model in self.models.values()]
+        models += [("refiner", model.hash) for model in self.refiners.values()]
         return dict([*models, *(("classifier", native.fingerprint(each)) for each in self.classifiers.values())])
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What a user should know of the guide models, as `Model.notices`."""
-        return tuple(notice for model in self.models.values() for notice in model.notices)
+        """What a user should know of the other models, as `Model.notices`."""
+        return tuple(notice for model in self.readers for notice in model.notices)
+
+    @property
+    def readers(self) -> tuple[Model, ...]:
+        """The other models that read the prompts."""
+        return *self.models.values(), *self.refiners.values()
 
 
 NONE = Helpers()
@@ -55,6 +64,8 @@ def check_paths(plan: Plan) -> None:
     """Raises UserError, without torch, if what `plan` names is not there."""
     if plan.guide_model is not None:
         find(plan.guide_model)
+    for refine in plan.refiners:
+        find(refine.model)
     for classifier in plan.classifiers:
         if not Path(classifier.folder).is_dir():
             raise UserError(
@@ -69,18 +80,20 @@ def open_helpers(model: Model, plan: Plan, opened: Helpers = NONE) -> Helpers:
     Raises UserError for what is not there or damaged, for one of other latents than the model's, and for a class that
     the classifier does not know.
     """
-    if plan.guide_model is None and not plan.classifiers:
+    if plan.guide_model is None and not plan.classifiers and not plan.refiners:
         return NONE
     check_paths(plan)
     models = {name: opened.models.get(name) or _open_model(model, name) for name in [plan.guide_model] if name}
+    refining = [wrap.model for wrap in plan.refiners]
+    refiners = {name: opened.refiners.get(name) or _open_model(model, name, "refiner") for name in refining}
     classifiers: dict[str, NoisyClassifier] = {}
     for wrap in plan.classifiers:
         classifiers[wrap.folder] = opened.classifiers.get(wrap.folder) or _open_classifier(model, wrap.folder)
         classifiers[wrap.folder].places([wrap.label])
-    return Helpers(models, classifiers)
+    return Helpers(models, refiners, classifiers)
 
 
-def _open_model(model: Model, name: str) -> Model:
+def _open_model(model: Model, name: str, kind: str = "guide model") -> Model:
     from ldm.device import precision_name
     from ldm.guidance.latents import latent_probe, same_latents
     from ldm.loading import load_model
@@ -91,7 +104,7 @@ def _open_model(model: Model, name: str) -> Model:
         latent_probe(model.codec), latent_probe(worse.codec)
     ):
         raise UserError(
-            f"the guide model {name} has another autoencoder than {model.name or 'the model'}, so "
+            f"the {kind} {name} has another autoencoder than {model.name or 'the model'}, so "
             "its latents mean other pictures; use a model that was trained on the same latents"
         )
     return worse

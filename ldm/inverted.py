@@ -119,7 +119,7 @@ def invert(
         done = sum(map(len, states))
         own = picture.rows(slice(done, done + len(batch)))
         denoiser, x = of_picture(model, batch, plan, helpers, own, sigmas)
-        with torch.no_grad(), visiting(model, model.unet, *(worse.unet for worse in helpers.models.values())):
+        with torch.no_grad(), visiting(model, model.unet, *(other.unet for other in helpers.readers)):
             if exact:
                 first, second = edict_up(denoiser, x, sigmas)
                 seconds.append(second)

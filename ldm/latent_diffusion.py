@@ -67,7 +67,7 @@ class LatentDiffusion(Model):
 
         for notice in of_start:
             warnings.warn(notice, PictureNotice, stacklevel=3)
-        for reader in (self, *helpers.models.values()):
+        for reader in (self, *helpers.readers):
             for notice in generate.prompt_notices(reader, requests, plan.weighted):
                 warnings.warn(notice, PromptNotice, stacklevel=3)
 

@@ -164,7 +164,8 @@ def refuse_to_fetch(recipe: Recipe, given: Container[str]) -> None:
 
     A picture may be a stranger's: what is fetched from the network is what its user names, and nothing else.
     """
-    named = {"model": recipe.model, "vae": recipe.vae, "guide_model": recipe.settings.guide_model}
+    settings = recipe.settings
+    named = {"model": recipe.model, "vae": recipe.vae, "guide_model": settings.guide_model, "refiner": settings.refiner}
     for option, model in named.items():
         if option not in given and (model or "").startswith("hf:"):
             raise UserError(f"the picture was made with {model}; say --{option.replace('_', '-')} {model} to fetch it")

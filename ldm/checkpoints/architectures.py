@@ -13,13 +13,22 @@ rules that hold for the models as published; a config beside the weights goes be
                     24th was left out as unused, and its last block is meant; prompts are read as open_clip reads them
     noise           scaled linear betas, 0.00085 to 0.012 over 1000 steps
     latent          0.18215 times the autoencoder's
+    XL              a U-Net that takes a vector: eps, 1024 pixels, the rest in sdxl.py
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ldm.model_config import AutoencoderConfig, MMDiTConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.model_config import (
+    AutoencoderConfig,
+    EncoderConfig,
+    MMDiTConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+)
 
 CLIP_L = TextConfig(
     width=768, heads=12, layers=12, embed_dim=0, quick_gelu=True, layer="last", padding="eot", cleaning="plain"
@@ -46,6 +55,53 @@ KNOWN = {
     "Stable Diffusion v2 depth": SD_V2_DEPTH,
 }
 
+CLIP_L_XL = replace(CLIP_L, layer="penultimate", final_norm=False)
+OPENCLIP_BIGG = TextConfig(
+    width=1280,
+    heads=20,
+    layers=32,
+    embed_dim=1280,
+    layer="penultimate",
+    padding="zero",
+    cleaning="open_clip",
+    final_norm=False,
+)
+XL_UNET = replace(
+    V2_UNET,
+    multipliers=(1, 2, 4),
+    attention_levels=(1, 2),
+    transformer_depth=10,
+    depths=(2, 10),
+    context_width=2048,
+    vector_width=2816,
+)
+SD_XL = ModelConfig(
+    AutoencoderConfig(scale=(0.13025,)),
+    CLIP_L_XL,
+    XL_UNET,
+    ScheduleConfig(),
+    parameterization="eps",
+    image_size=1024,
+    encoder=EncoderConfig(pooled=True, sizes=256, empty="zeros"),
+    text_2=OPENCLIP_BIGG,
+)
+SD_XL_REFINER = replace(
+    SD_XL,
+    text=OPENCLIP_BIGG,
+    text_2=None,
+    unet=replace(
+        XL_UNET,
+        channels=384,
+        multipliers=(1, 2, 4, 4),
+        transformer_depth=4,
+        depths=(),
+        context_width=1280,
+        vector_width=2560,
+    ),
+    encoder=EncoderConfig(pooled=True, sizes=256, score=True),
+)
+KNOWN |= {"Stable Diffusion XL": SD_XL, "Stable Diffusion XL refiner": SD_XL_REFINER}
+
 TRANSFORMERS = {
     "Stable Diffusion 3 medium": MMDiTConfig(),
     "Stable Diffusion 3.5 medium": MMDiTConfig(qk_norm=True, second_attention=13, grid=384),
@@ -63,7 +119,7 @@ def name_of(config: ModelConfig) -> str:
     for name, known in KNOWN.items():
         if _shape(config) == _shape(known):
             return name
-    words = {"unet": "U-Net", "autoencoder": "autoencoder", "text": "text tower"}
+    words = {"unet": "U-Net", "autoencoder": "autoencoder", "text": "text tower", "text_2": "second text tower"}
     return " and ".join(word for part, word in words.items() if getattr(config, part) is not None) or "nothing"
 
 
@@ -79,24 +135,30 @@ def assumed_prediction(config: ModelConfig) -> str:
     assert isinstance(config.unet, UNetConfig)
     if config.schedule is not None and config.schedule.zero_terminal_snr:
         return "v"  # the last level is pure noise, in which eps says nothing of a picture
+    if config.unet.vector_width:
+        return "eps"
     return "v" if config.unet.linear_projection and config.unet.in_channels == config.unet.out_channels else "eps"
 
 
 def assumed_side(config: ModelConfig) -> int:
     """The pictures' size where nothing says it: see the rules above."""
+    if isinstance(config.unet, UNetConfig) and config.unet.vector_width:
+        return 1024
     v2 = isinstance(config.unet, UNetConfig) and config.unet.linear_projection
     return 768 if v2 and config.parameterization == "v" else 512
 
 
 def _shape(config: ModelConfig) -> tuple[object, ...]:
     """What distinguishes the known ones; whether a text tower keeps what it does not use does not count."""
-    text = config.text
-    if text is not None:
-        layers = text.layers - (text.layer == "penultimate")
-        text = replace(text, embed_dim=0, layers=layers, layer="last", cleaning="plain")
+    towers = tuple(
+        replace(
+            tower, embed_dim=0, layers=tower.layers - (tower.layer == "penultimate"), layer="last", cleaning="plain"
+        )
+        for tower in config.towers.values()
+    )
     unet = config.unet
     if isinstance(unet, UNetConfig):
         heads = tuple(unet.heads or unet.channels * m // unet.head_width for m in unet.multipliers)
         unet = replace(unet, heads=0, head_width=0, attention_levels=tuple(sorted(unet.attention_levels)))
-        return config.autoencoder, text, unet, heads, config.parameterization
-    return config.autoencoder, text, unet, config.parameterization
+        return config.autoencoder, towers, unet, heads, config.parameterization
+    return config.autoencoder, towers, unet, config.parameterization

@@ -43,8 +43,9 @@ CLIP: Rules = (
 )
 
 
-def clip_names(keys: Iterable[str], prefix: str = "text_model.") -> Names:
-    """open_clip's names (ours) -> Hugging Face's, in which q, k and v are three; the projection has no place there."""
+def clip_names(keys: Iterable[str], prefix: str = "text_model.", projection: str = "") -> Names:
+    """open_clip's names (ours) -> Hugging Face's, in which q, k and v are three; the projection is called `projection`,
+    where it has a place."""
     names = {}
     for key in keys:
         if ".attn.in_proj_" in key:
@@ -52,6 +53,8 @@ def clip_names(keys: Iterable[str], prefix: str = "text_model.") -> Names:
             names[key] = tuple(f"{prefix}{layer}.self_attn.{which}_proj.{kind}" for which in "qkv")
         elif key != "text_projection":
             names[key] = (prefix + rename(key, CLIP),)
+        elif projection:
+            names[key] = (projection,)
     return names
 
 

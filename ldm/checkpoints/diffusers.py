@@ -5,6 +5,7 @@
     vae/        config.json  diffusion_pytorch_model.safetensors
     text_encoder/  config.json  model.safetensors      in Hugging Face's names (transformers 5 dropped "text_model.")
     tokenizer/  tokenizer_config.json  vocab.json  merges.txt  ...
+    text_encoder_2/  tokenizer_2/                      of XL, with a projection; its refiner has no others
     scheduler/  scheduler_config.json                  the noise schedule, and whether eps or v is predicted
 
 A folder of an autoencoder alone, and its weights alone, are read too.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import diffusers_configs as configs
+from ldm.checkpoints import sdxl
 from ldm.checkpoints.architectures import assumed_side
 from ldm.checkpoints.common_names import GROUPS, TRANSFORMER, autoencoder_of_shapes, clip_names
 from ldm.checkpoints.reading import Tensors, read_tensors
@@ -27,20 +29,24 @@ from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.said import Said, by_tensors, follow, marker, settle
 from ldm.checkpoints.scaled import unscaled
 from ldm.checkpoints.scheduler_config import read_scheduler
-from ldm.checkpoints.state import Joined, Names, Rules, Source, names_by, rename, some
+from ldm.checkpoints.state import Joined, Names, Rules, Source, Turned, names_by, rename, some
 from ldm.errors import UserError
-from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig
+from ldm.model_config import TOWERS, AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig
 from ldm.plain import read_json
 
 NETWORKS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model")
 WEIGHTS = {**NETWORKS, "text_encoder": "model"}
 PICKLES = {**NETWORKS, "text_encoder": "pytorch_model"}
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
+TOWERS_THERE = ("", "_2")  # the ends of the names of text towers' folders
+PROJECTION = "text_projection.weight"
 UNUSED = r"position_ids$|^text_projection\.weight$"  # computed; of the joint space, which nothing here draws with
 
 BLOCKS: Rules = (
     (r"^time_embedding\.linear_in", "time_embedding.linear_1"),
     (r"^time_embedding\.linear_out", "time_embedding.linear_2"),
+    (r"^vector_embedding\.linear_in", "add_embedding.linear_1"),
+    (r"^vector_embedding\.linear_out", "add_embedding.linear_2"),
     (r"^norm_out", "conv_norm_out"),
     (r"^middle\.0\.residual", "mid_block.resnets.0"),
     (r"^middle\.0\.transformer", "mid_block.attentions.0"),
@@ -121,8 +127,10 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
     """
     index = read_json(path / "model_index.json")
     pipeline = str(index.get("_class_name", ""))
-    if not pipeline.startswith("StableDiffusion") or pipeline.startswith(("StableDiffusionXL", "StableDiffusion3")):
-        raise UserError(f"{path} is a {pipeline[:60] or 'nameless pipeline'}; only Stable Diffusion v1 and v2 are read")
+    if not pipeline.startswith("StableDiffusion") or pipeline.startswith("StableDiffusion3"):
+        raise UserError(
+            f"{path} is a {pipeline[:60] or 'nameless pipeline'}; only Stable Diffusion v1, v2 and XL are read"
+        )
     parts: dict[str, Part] = {}
     settings: dict[str, Any] = {}
     assumed: list[str] = []
@@ -142,19 +150,22 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
         side = None
     if (path / "vae").is_dir():
         settings["autoencoder"], parts["autoencoder"], _ = autoencoder_in(path / "vae")
-    if (path / "text_encoder").is_dir():
-        where = path / "text_encoder" / "config.json"
-        padding = padding_of(path / "tokenizer")
+    folders = [f"text_encoder{which}" for which in TOWERS_THERE if (path / f"text_encoder{which}").is_dir()]
+    for part, folder in zip(TOWERS, folders, strict=False):
+        padding = padding_of(path / folder.replace("text_encoder", "tokenizer"))
         if padding is None:
             padding = "eot"
-            assumed.append("text.padding")
-        settings["text"] = configs.read_text(read_json(where), padding, str(where))
-        source = open_weights(path / "text_encoder", "text_encoder")
-        prefix = "text_model." if "text_model.final_layer_norm.weight" in source else ""
-        parts["text"] = part_of(source, path / "text_encoder", partial(clip_names, prefix=prefix), 0)
+            assumed.append(f"{part}.padding")
+        settings[part], parts[part] = _tower(path / folder, padding)
     if not parts:
         raise UserError(f"{path} has a model_index.json and none of the folders unet, vae and text_encoder")
-    config = follow(ModelConfig(**settings), settle(said, path, decided))
+    config = ModelConfig(**settings)
+    if "unet" in parts and sdxl.is_xl(config) != pipeline.startswith("StableDiffusionXL"):
+        taken = "a" if sdxl.is_xl(config) else "no"
+        raise UserError(f"{path} is a {pipeline[:60]}, and its U-Net is told {taken} vector of sizes; copy it again")
+    if sdxl.is_xl(config):
+        config = _said_of_xl(sdxl.completed(config, path), index)
+    config = follow(config, settle(said, path, decided))
     if isinstance(side, int) and config.autoencoder is not None:
         config = replace(config, image_size=side * config.autoencoder.factor)
     elif "unet" in parts:
@@ -164,6 +175,33 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
     if "_diffusers_version" in index:
         facts["diffusers"] = str(index["_diffusers_version"])[:40]
     return Checkpoint(path, "diffusers directory", config, parts, tuple(assumed), remarks, facts=facts)
+
+
+def _tower(folder: Path, padding: str) -> tuple[TextConfig, Part]:
+    """A text tower; only that of a second folder is used with its projection, which v1's and v2's may have too."""
+    where = folder / "config.json"
+    config = configs.read_text(read_json(where), padding, str(where))
+    source = open_weights(folder, "text_encoder")
+    prefix = "text_model." if "text_model.final_layer_norm.weight" in source else ""
+    if folder.name == "text_encoder" or PROJECTION not in source:
+        return config, part_of(source, folder, partial(clip_names, prefix=prefix), 0)
+    config = replace(config, embed_dim=source.form(PROJECTION)[1][0])
+    names = partial(clip_names, prefix=prefix, projection=PROJECTION)
+    return config, part_of(Turned(source, PROJECTION), folder, names, 0)
+
+
+def _said_of_xl(config: ModelConfig, index: Mapping[str, Any]) -> ModelConfig:
+    """`config` with what model_index.json says of how an XL model is told empty prompts and scores."""
+    encoder = config.encoder
+    zeros, score = index.get("force_zeros_for_empty_prompt"), index.get("requires_aesthetics_score")
+    if isinstance(zeros, bool):
+        encoder = replace(encoder, empty="zeros" if zeros else "encoded")
+    if isinstance(score, bool) and score != encoder.score:
+        raise UserError(
+            f"requires_aesthetics_score is {score} in model_index.json, which does not go with "
+            f"{len(config.towers)} text towers: the refiner has one and is told a score"
+        )
+    return replace(config, encoder=encoder)
 
 
 def _scheduler_class(index: Mapping[str, Any]) -> str:

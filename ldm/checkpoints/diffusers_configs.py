@@ -33,7 +33,6 @@ UNET_FIXED: Plain = {  # the value of Stable Diffusion, which is also diffusers'
     "encoder_hid_dim_type": None,
     "dual_cross_attention": False,
     "class_embed_type": None,
-    "addition_embed_type": None,
     "num_class_embeds": None,
     "resnet_time_scale_shift": "default",
     "resnet_skip_time_act": False,
@@ -45,7 +44,6 @@ UNET_FIXED: Plain = {  # the value of Stable Diffusion, which is also diffusers'
     "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
-    "projection_class_embeddings_input_dim": None,
     "attention_type": "default",
     "class_embeddings_concat": False,
     "cross_attention_norm": None,
@@ -81,6 +79,9 @@ def read_unet(plain: Plain, where: str) -> UNetConfig:
     head_widths = {width // count for width, count in zip(widths, by_level, strict=True)}
     if not same and len(head_widths) != 1:
         raise UserError(f"{where}: attention_head_dim {heads} is neither one number of heads nor one width of them")
+    given = plain.get("transformer_layers_per_block")
+    depths = _spread(1 if given is None else given, len(widths), "transformer_layers_per_block", where)
+    own = tuple(depths[level] for level in attention)  # the middle has as many as the last level, attended or not
     return UNetConfig(
         in_channels=value(plain, "in_channels", 4, where),
         out_channels=value(plain, "out_channels", 4, where),
@@ -88,13 +89,26 @@ def read_unet(plain: Plain, where: str) -> UNetConfig:
         multipliers=_multipliers(widths, where),
         blocks=_one(plain, "layers_per_block", 2, len(widths), where),
         attention_levels=attention,
-        transformer_depth=_one(plain, "transformer_layers_per_block", 1, len(widths), where),
+        transformer_depth=depths[-1],
         heads=by_level[0] if same else 0,
         head_width=0 if same else head_widths.pop(),
         context_width=_one(plain, "cross_attention_dim", 1280, len(widths), where),
         linear_projection=bool(plain.get("use_linear_projection", False)),
         dropout=value(plain, "dropout", 0.0, where),
+        vector_width=_vector_width(plain, where),
+        depths=() if set(own) <= {depths[-1]} else own,
     )
+
+
+def _vector_width(plain: Plain, where: str) -> int:
+    """V of a network that is told pooled text and sizes, as Stable Diffusion XL's; 0: it is told no vector."""
+    kind, width = plain.get("addition_embed_type"), plain.get("projection_class_embeddings_input_dim")
+    if kind not in (None, "text_time") or (kind is None) != (width is None):
+        raise UserError(
+            f"{where}: addition_embed_type is {str(kind)[:60]} and projection_class_embeddings_input_dim "
+            f"{str(width)[:60]}; only networks with neither, or with text_time and a width, are read"
+        )
+    return 0 if kind is None else value(plain, "projection_class_embeddings_input_dim", 0, where)
 
 
 def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
@@ -148,8 +162,8 @@ def read_text(plain: Plain, padding: str, where: str) -> TextConfig:
 # ---------------------------------------------------------------- writing
 
 
-def write_unet(config: UNetConfig, latent_side: int) -> dict[str, Any]:
-    """unet/config.json of a U-Net that diffusers can hold (`diffusers.writable` checks that)."""
+def write_unet(config: UNetConfig, latent_side: int, sizes: int = 0) -> dict[str, Any]:
+    """unet/config.json of a U-Net that diffusers can hold (`export.reasons`); `sizes` is the encoder's."""
     widths = [config.channels * multiplier for multiplier in config.multipliers]
     down, up = _block_types(len(widths), config.attention_levels)
     return {
@@ -162,7 +176,10 @@ def write_unet(config: UNetConfig, latent_side: int) -> dict[str, Any]:
         "down_block_types": list(down),
         "up_block_types": list(up),
         "layers_per_block": config.blocks,
-        "transformer_layers_per_block": config.transformer_depth,
+        "transformer_layers_per_block": _depths(config),
+        "addition_embed_type": "text_time" if config.vector_width else None,
+        "addition_time_embed_dim": sizes or None,
+        "projection_class_embeddings_input_dim": config.vector_width or None,
         "attention_head_dim": config.heads or [width // config.head_width for width in widths],
         "cross_attention_dim": config.context_width,
         "use_linear_projection": config.linear_projection,
@@ -194,9 +211,9 @@ def write_autoencoder(config: AutoencoderConfig, groups: int) -> dict[str, Any]:
 
 
 def write_text(config: TextConfig) -> dict[str, Any]:
-    """text_encoder/config.json of a tower whose last block is the one that is used."""
+    """text_encoder/config.json; of a tower with a projection, that of Stable Diffusion XL's second."""
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if config.embed_dim else "CLIPTextModel"],
         "model_type": "clip_text_model",
         "hidden_size": config.width,
         "intermediate_size": 4 * config.width,
@@ -240,6 +257,15 @@ def write_scheduler(schedule: ScheduleConfig, parameterization: str) -> dict[str
 
 
 # ---------------------------------------------------------------- inside
+
+
+def _depths(config: UNetConfig) -> int | list[int]:
+    """As diffusers has it: the last number is the middle's too."""
+    if not config.depths:
+        return config.transformer_depth
+    of_level = dict(zip(config.attention_levels, config.depths, strict=True))
+    last = len(config.multipliers) - 1
+    return [config.transformer_depth if level == last else of_level.get(level, 1) for level in range(last + 1)]
 
 
 def _block_types(levels: int, attention: Sequence[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:

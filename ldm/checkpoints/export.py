@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoder.blocks import usual_groups
-from ldm.checkpoints import diffusers, native, networks, original_file, sd3, sd3_directory
+from ldm.checkpoints import diffusers, native, networks, original_file, sd3, sd3_directory, sdxl
 from ldm.checkpoints import diffusers_configs as configs
 from ldm.checkpoints.architectures import DEPTH, MASK, extra_channels
 from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
@@ -23,7 +23,8 @@ from ldm.checkpoints.writing import write_tensors
 from ldm.conditioning.clip import VOCABULARY
 from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_text
-from ldm.model_config import AutoencoderConfig, MMDiTConfig, ModelConfig, ScheduleConfig, UNetConfig
+from ldm.model_config import AutoencoderConfig, MMDiTConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.unet.unet import level_depths
 
 States = Mapping[str, Mapping[str, Tensor]]
 """Part ("autoencoder", "text", "unet") -> its tensors."""
@@ -71,40 +72,48 @@ def prepare(config: ModelConfig, states: States, to: str) -> tuple[ModelConfig, 
     """`config` and `states` in the words of format `to`, and a sentence for each change."""
     remarks: list[str] = []
     found = dict(states)
-    autoencoder, text = config.autoencoder, config.text
-    if autoencoder is not None and _unsayable(autoencoder, to, whole="unet" in states):
-        found["autoencoder"] = fold(found["autoencoder"], autoencoder)
-        autoencoder = replace(autoencoder, shift=(0.0,), scale=(OUTER_SCALE,))
+    autoencoder = config.autoencoder
+    outer = sdxl.SCALE if sdxl.is_xl(config) else OUTER_SCALE
+    if autoencoder is not None and _unsayable(autoencoder, to, outer if "unet" in states else 0):
+        found["autoencoder"] = fold(found["autoencoder"], autoencoder, outer)
+        autoencoder = replace(autoencoder, shift=(0.0,), scale=(outer,))
         remarks.append("the latent's own shift and scale are folded into the autoencoder's 1x1 convolutions")
-    if text is not None:
-        state = dict(found["text"])
-        if text.token_ids:
-            state["token_embedding.weight"] = _all_rows(state["token_embedding.weight"], text.token_ids)
-            text = replace(text, token_ids=(), vocabulary=VOCABULARY)
-            remarks.append(f"the token table is written with all {VOCABULARY:,} rows, those of unknown tokens alike")
-        hugging_face = to == "diffusers" or original_file.in_hugging_face_names(text, state)
-        if (text.cleaning == "plain") != hugging_face:
-            how = "does not resolve" if hugging_face else "resolves"
-            remarks.append(
-                f"what reads this layout {how} mojibake and HTML entities (&amp;) in prompts, unlike this model"
-            )
-        if to == "diffusers":
-            if text.layer == "penultimate":
-                last = f"transformer.resblocks.{text.layers - 1}."
-                state = {key: value for key, value in state.items() if not key.startswith(last)}
-                text = replace(text, layer="last", layers=text.layers - 1)
-                remarks.append("the text tower's last block, which is not used, is left out")
-            if state.pop("text_projection", None) is not None:
-                remarks.append("the text tower's projection, which drawing does not use, is left out")
-            text = replace(text, embed_dim=0)
-        found["text"] = state
-    return replace(config, autoencoder=autoencoder, text=text), found, remarks
+    towers = dict(config.towers)
+    for name in towers:
+        towers[name], found[name], told = _tower(towers[name], found[name], to, sdxl.is_xl(config))
+        remarks += [remark for remark in told if remark not in remarks]
+    return replace(config, autoencoder=autoencoder, **towers), found, remarks
 
 
-def fold(state: Mapping[str, Tensor], config: AutoencoderConfig) -> dict[str, Tensor]:
-    """The autoencoder that, with shift 0 and scale OUTER_SCALE, does what that of `config` does with its own.
+def _tower(
+    text: TextConfig, given: Mapping[str, Tensor], to: str, xl: bool
+) -> tuple[TextConfig, Mapping[str, Tensor], list[str]]:
+    """`prepare` of one text tower; those of an `xl` model keep the block and the projection that others do not use."""
+    state, remarks = dict(given), list[str]()
+    if text.token_ids:
+        state["token_embedding.weight"] = _all_rows(state["token_embedding.weight"], text.token_ids)
+        text = replace(text, token_ids=(), vocabulary=VOCABULARY)
+        remarks.append(f"the token table is written with all {VOCABULARY:,} rows, those of unknown tokens alike")
+    hugging_face = to == "diffusers" or original_file.in_hugging_face_names(text, state)
+    if (text.cleaning == "plain") != hugging_face:
+        how = "does not resolve" if hugging_face else "resolves"
+        remarks.append(f"what reads this layout {how} mojibake and HTML entities (&amp;) in prompts, unlike this model")
+    if to == "diffusers" and not xl:
+        if text.layer == "penultimate":
+            last = f"transformer.resblocks.{text.layers - 1}."
+            state = {key: value for key, value in state.items() if not key.startswith(last)}
+            text = replace(text, layer="last", layers=text.layers - 1)
+            remarks.append("the text tower's last block, which is not used, is left out")
+        if state.pop("text_projection", None) is not None:
+            remarks.append("the text tower's projection, which drawing does not use, is left out")
+        text = replace(text, embed_dim=0)
+    return text, state, remarks
 
-    Its latent is (z - shift) r with r = scale / OUTER_SCALE. Both ends are affine in it: the mean's row c of the last
+
+def fold(state: Mapping[str, Tensor], config: AutoencoderConfig, outer: float = OUTER_SCALE) -> dict[str, Tensor]:
+    """The autoencoder that, with shift 0 and scale `outer`, does what that of `config` does with its own.
+
+    Its latent is (z - shift) r with r = scale / outer. Both ends are affine in it: the mean's row c of the last
     convolution of the encoder is shifted and scaled, its log-variance gets 2 ln r_c, and the first convolution of the
     decoder undoes it. Computed in float64, rounded once.
     """
@@ -112,7 +121,7 @@ def fold(state: Mapping[str, Tensor], config: AutoencoderConfig) -> dict[str, Te
     shift, scale = (
         torch.tensor(values, dtype=torch.float64).expand(channels) for values in (config.shift, config.scale)
     )
-    ratio = scale / OUTER_SCALE
+    ratio = scale / outer
     weight, bias = (state[f"to_moments.{name}"].double() for name in ("weight", "bias"))
     mean, logvar = weight.chunk(2)
     mean_bias, logvar_bias = bias.chunk(2)
@@ -126,14 +135,15 @@ def fold(state: Mapping[str, Tensor], config: AutoencoderConfig) -> dict[str, Te
     return dict(state) | {name: value.to(state[name].dtype) for name, value in made.items()}
 
 
-def _unsayable(config: AutoencoderConfig, to: str, whole: bool) -> bool:
+def _unsayable(config: AutoencoderConfig, to: str, outer: float) -> bool:
     """Whether format `to` has no word for shift and scale, or one that its readers pass over: the original layout's
-    take any whole model's scale for 0.18215, and no pipeline of diffusers' Stable Diffusion looks at a shift.
+    take any whole model's scale for `outer` (0: no whole one), and no pipeline of diffusers' Stable Diffusion looks at
+    a shift.
     """
     if not config.latent_convs:  # of Stable Diffusion 3's kind, which does have them
         return False
-    other = to == "original" and whole and config.scale[0] != OUTER_SCALE
-    return len(set(config.scale)) > 1 or any(config.shift) or other
+    other = to == "original" and outer and config.scale[0] != outer
+    return len(set(config.scale)) > 1 or any(config.shift) or bool(other)
 
 
 def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
@@ -145,28 +155,57 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
     assert isinstance(config.unet, UNetConfig) and config.autoencoder and config.text
     _write_autoencoder(path / "vae", config.autoencoder, states["autoencoder"])
     side = config.image_size // config.autoencoder.factor
+    xl = sdxl.is_xl(config)
     names = diffusers.unet_names(states["unet"])
-    _network(path / "unet", configs.write_unet(config.unet, side), exported(states["unet"], names), "unet")
-    tower = exported(states["text"], diffusers.clip_names(states["text"]))
-    _network(path / "text_encoder", configs.write_text(config.text), tower, "text_encoder")
-    write_tokenizer(path / "tokenizer", config.text)
+    written = configs.write_unet(config.unet, side, config.encoder.sizes)
+    _network(path / "unet", written, exported(states["unet"], names), "unet")
     schedule = config.schedule or ScheduleConfig()
     _json(path / "scheduler" / "scheduler_config.json", configs.write_scheduler(schedule, config.parameterization))
     index = {
-        "_class_name": PIPELINES[extra_channels(config)],
+        "_class_name": _pipeline(config),
         "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
         "scheduler": ["diffusers", configs.SCHEDULER],
         "feature_extractor": [None, None],
     }
+    for name, tower in config.towers.items():
+        end = "_2" if xl and tower.embed_dim else ""  # the refiner's only tower is its second
+        index |= {f"text_encoder{end}": _write_tower(path, end, tower, states[name])}
+        index |= {f"tokenizer{end}": ["transformers", "CLIPTokenizer"]}
+    if xl:
+        index |= {"image_encoder": [None, None], "force_zeros_for_empty_prompt": config.encoder.empty == "zeros"}
+        index |= {"requires_aesthetics_score": True} if config.encoder.score else {}
+        _json(path / "model_index.json", index)
+        return
     if extra_channels(config) == DEPTH:
         index["depth_estimator"] = [None, None]
     else:
         index |= {"safety_checker": [None, None], "image_encoder": [None, None], "requires_safety_checker": False}
     _json(path / "model_index.json", index)
+
+
+def _pipeline(config: ModelConfig) -> str:
+    """The class that opens it; XL's inpaints by any network, and its refiner begins with a picture."""
+    if not sdxl.is_xl(config):
+        return PIPELINES[extra_channels(config)]
+    if extra_channels(config) == MASK:
+        return "StableDiffusionXLInpaintPipeline"
+    return "StableDiffusionXLImg2ImgPipeline" if config.encoder.score else "StableDiffusionXLPipeline"
+
+
+def _write_tower(path: Path, end: str, config: TextConfig, state: Mapping[str, Tensor]) -> list[str]:
+    """A text tower and its tokenizer; what model_index.json says of it."""
+    projection = diffusers.PROJECTION if config.embed_dim else ""
+    tensors = exported(state, diffusers.clip_names(state, projection=projection))
+    if projection:
+        tensors[projection] = tensors[projection].T.contiguous()  # a linear layer there
+    written = configs.write_text(config)
+    _network(path / f"text_encoder{end}", written, tensors, "text_encoder")
+    write_tokenizer(path / f"tokenizer{end}", config)
+    return ["transformers", written["architectures"][0]]
 
 
 def _write_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor]) -> None:
@@ -226,13 +265,16 @@ def reasons(config: ModelConfig, parts: Collection[str], to: str) -> list[str]:
                 f"an autoencoder whose norms have {' and '.join(map(str, sorted(groups)))} groups "
                 f"(autoencoder.norm_groups={config.autoencoder.norm_groups})"
             )
-    if config.text is not None and config.text.arch and "text" in parts:
-        tower = networks.skeleton("text", config, "the model")
-        if getattr(tower, "causal_mask", None) is None:
-            found.append(f"text.arch={config.text.arch}, whose tokens see those behind them")
+    for name, text in config.towers.items():
+        if text.arch and name in parts and networks.skeleton(name, config, "the model").causal_mask is None:
+            found.append(f"{name}.arch={text.arch}, whose tokens see those behind them")
     if isinstance(config.unet, UNetConfig) and "unet" in parts:
         plain_unet = UNetConfig()
-        for name in ("time_embedding", "time_injection", "classes", "vector_width"):
+        if sdxl.is_xl(config):
+            found += sdxl.unsayable(config)
+        elif len(config.towers) > 1:
+            found.append("two text towers of a U-Net that is told no vector")
+        for name in ("time_embedding", "time_injection", "classes"):
             if getattr(config.unet, name) != getattr(plain_unet, name):
                 found.append(f"unet.{name}={getattr(config.unet, name)}")
         if not config.unet.context_width or not config.unet.attention_levels:
@@ -247,6 +289,9 @@ def reasons(config: ModelConfig, parts: Collection[str], to: str) -> list[str]:
             found.append(f"schedule.kind={config.schedule.kind}")
         if config.learned_variance:
             found.append("learned_variance=true")
+        last = len(config.unet.multipliers) - 1
+        if to == "diffusers" and level_depths(config.unet).get(last) not in (None, config.unet.transformer_depth):
+            found.append(f"unet.depths={list(config.unet.depths)}, whose last is not transformer_depth")
         if to == "diffusers" and extra_channels(config) not in PIPELINES:
             found.append(f"unet.in_channels={config.unet.in_channels}")
     return found

@@ -36,7 +36,6 @@ LAYOUTS = (
 )
 
 STRANGERS = {  # a tensor's name -> whose it is: said by name, since these are what people have lying about
-    "conditioner.embedders.": "a Stable Diffusion XL checkpoint",
     "double_blocks.": "a Flux checkpoint",
     "control_model.": "a ControlNet",
     "modules.": "what a training goes on from (tools/export_state.py makes a model of its folder)",

@@ -5,6 +5,7 @@ model_ema.*                                     its running average, the dots of
 first_stage_model.*                             the autoencoder; stand-alone autoencoders have no prefix
 cond_stage_model.transformer.text_model.*       v1's text tower, in Hugging Face's names
 cond_stage_model.model.*                        v2's, in open_clip's, which are ours
+conditioner.embedders.0., conditioner.embedders.1.    XL's towers, of either kind
 betas, alphas_cumprod, ...                      the noise schedule, as tables
 """
 
@@ -25,14 +26,16 @@ from ldm.errors import UserError
 from ldm.model_config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 
 UNET, EMA, AUTOENCODER = "model.diffusion_model.", "model_ema.", "first_stage_model."
-TEXT, CLIP_TEXT, OPEN_CLIP_TEXT = "cond_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."
+CLIP_TEXT, OPEN_CLIP_TEXT = "cond_stage_model.transformer.", "cond_stage_model.model."
+XL_TEXT = "conditioner.embedders."
 
 UNUSED = (  # what nothing here reads, and why that is right
     r"^(lvlb_weights|logvar|scale_factor|(log_|sqrt_)?(one_minus_|recip(m1)?_)*(betas|alphas_cumprod(_prev)?))$",
     r"^posterior_(variance|log_variance_clipped|mean_coef[12])$",  # tables of the schedule
     r"^model_ema\.(decay|num_updates)$",
     r"\.position_ids$",  # 0, 1, 2, ...
-    r"^cond_stage_model\.(model\.)?(logit_scale|attn_mask)$",  # of contrastive training; computed
+    r"^(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?(logit_scale|attn_mask)$",  # of CLIP's training
+    r"^denoiser\.sigmas$",  # a table of the schedule, which some merges of XL have
     r"^cond_stage_model\.text_projection$",
     r"^(first_stage_model\.)?loss\.",  # the discriminator and the perceptual network of the first stage's training
     r"^depth_model\.",  # v2 depth: the network that estimates the depth map (MiDaS)
@@ -50,6 +53,8 @@ RESIDUAL: Rules = (
 ENDS: Rules = (
     (r"^time_embedding\.linear_in", "time_embed.0"),
     (r"^time_embedding\.linear_out", "time_embed.2"),
+    (r"^vector_embedding\.linear_in", "label_emb.0.0"),
+    (r"^vector_embedding\.linear_out", "label_emb.0.2"),
     (r"^conv_in", "input_blocks.0.0"),
     (r"^norm_out", "out.0"),
     (r"^conv_out", "out.2"),
@@ -134,17 +139,22 @@ def autoencoder_names(keys: Iterable[str], config: AutoencoderConfig, prefix: st
 
 
 def text_names(keys: Iterable[str], prefix: str) -> Names:
-    """Our names -> theirs; `prefix` is what `text_prefix` found."""
-    if prefix == OPEN_CLIP_TEXT:
+    """Our names -> theirs; `prefix` is one that `text_prefixes` found."""
+    if in_open_clip(prefix):
         return names_by(keys, lambda key: prefix + key)
     return clip_names(keys, prefix)
 
 
-def text_prefix(names: Iterable[str]) -> str:
-    """What stands before the text tower's names, and with it whose names they are: see TEXT; "" if there is none."""
+def text_prefixes(names: Iterable[str]) -> list[str]:
+    """What stands before each text tower's names, and with it whose names they are; XL's in their order."""
     tail = "token_embedding.weight"
-    found = [name for name in names if name.startswith((CLIP_TEXT, OPEN_CLIP_TEXT)) and name.endswith(tail)]
-    return found[0].removesuffix(tail).removesuffix("embeddings.") if found else ""
+    found = (name for name in names if name.startswith((CLIP_TEXT, OPEN_CLIP_TEXT, XL_TEXT)) and name.endswith(tail))
+    return sorted(name.removesuffix(tail).removesuffix("embeddings.") for name in found)
+
+
+def in_open_clip(prefix: str) -> bool:
+    """Whether names behind a text tower's prefix are open_clip's, and not Hugging Face's."""
+    return prefix.endswith(".model.")
 
 
 # ---------------------------------------------------------------- what shapes tell
@@ -153,7 +163,7 @@ def text_prefix(names: Iterable[str]) -> str:
 def unet_config(shapes: Mapping[str, Shape]) -> UNetConfig:
     """The architecture of the U-Net whose tensors (without the prefix) have these shapes; raises UserError."""
     widths: list[list[int]] = [[]]  # of the residual blocks on each level, on the way down
-    attention: set[int] = set()
+    attention: dict[int, int] = {}  # level -> blocks of its transformers
     block = 1
     try:
         channels, in_channels = shapes["input_blocks.0.0.weight"][:2]
@@ -164,34 +174,42 @@ def unet_config(shapes: Mapping[str, Shape]) -> UNetConfig:
             elif f"{place}0.in_layers.2.weight" in shapes:
                 widths[-1].append(shapes[f"{place}0.in_layers.2.weight"][0])
                 if f"{place}1.norm.weight" in shapes:
-                    attention.add(len(widths) - 1)
+                    attention[len(widths) - 1] = _depth(shapes, f"{place}1.")
             else:
                 break
             block += 1
         middle = "middle_block.1."
         linear = len(shapes[f"{middle}proj_in.weight"]) == 2
         context_width = shapes[f"{middle}transformer_blocks.0.attn2.to_k.weight"][1]
-        depth = 1 + max(int(n.split(".")[3]) for n in shapes if n.startswith(f"{middle}transformer_blocks."))
+        depth = _depth(shapes, middle)
         return UNetConfig(
             in_channels=in_channels,
             out_channels=shapes["out.2.weight"][0],
             channels=channels,
             multipliers=tuple(level[0] // channels for level in widths),
             blocks=len(widths[0]),
-            attention_levels=tuple(sorted(attention)),
+            attention_levels=tuple(attention),
             transformer_depth=depth,
             heads=0 if linear else 8,
             head_width=64 if linear else 0,
             context_width=context_width,
             linear_projection=linear,
+            vector_width=shapes.get("label_emb.0.0.weight", (0, 0))[1],
+            depths=() if set(attention.values()) <= {depth} else tuple(attention.values()),
         )
     except (LookupError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"the U-Net is not built as Stable Diffusion's ({error}), which alone is read") from error
 
 
+def _depth(shapes: Mapping[str, Shape], place: str) -> int:
+    """How many blocks the transformer at `place` has."""
+    start = f"{place}transformer_blocks."
+    return 1 + max(int(name.removeprefix(start).split(".")[0]) for name in shapes if name.startswith(start))
+
+
 def text_config(shapes: Mapping[str, Shape], prefix: str) -> TextConfig:
     """The same of the text tower; `shapes` are without `prefix`."""
-    open_clip = prefix == OPEN_CLIP_TEXT
+    open_clip = in_open_clip(prefix)
     embeddings = "" if open_clip else "embeddings."
     try:
         vocabulary, width = shapes[f"{embeddings}token_embedding.weight"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import original
+from ldm.checkpoints import original, sdxl
 from ldm.checkpoints.architectures import assumed_prediction, assumed_side
 from ldm.checkpoints.common_names import GROUPS, autoencoder_of_shapes
 from ldm.checkpoints.original_yaml import read_yaml
@@ -39,7 +39,7 @@ from ldm.checkpoints.state import Names, Shape, exported
 from ldm.checkpoints.writing import write_tensors
 from ldm.errors import UserError
 from ldm.files import atomic_write
-from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.model_config import TOWERS, AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
 from ldm.plain import parse_json
 from ldm.settings import from_dict, to_dict
 
@@ -51,7 +51,7 @@ COMPARED = ("parameterization", "schedule", ZERO_SNR, "text.layer")  # with our 
 
 def is_original(path: Path, tensors: Tensors | None) -> bool:
     """Whether it is a file of an original model or autoencoder."""
-    starts = (original.UNET, original.AUTOENCODER, "encoder.down.", original.CLIP_TEXT)
+    starts = (original.UNET, original.AUTOENCODER, "encoder.down.", original.CLIP_TEXT, original.XL_TEXT)
     return tensors is not None and any(name.startswith(starts) for name in tensors)
 
 
@@ -76,7 +76,7 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
         used.update(scope)
         parts[part] = Part(tensors, names, scope, str(path), GROUPS if part == "unet" else 0)
 
-    unet = autoencoder = text = None
+    unet = autoencoder = None
     averaged = any(name.startswith(original.EMA) and not original.unused(name) for name in shapes)
     if f"{original.UNET}input_blocks.0.0.weight" in shapes:
         unet = config.unet if config else original.unet_config(_within(shapes, original.UNET))
@@ -95,17 +95,20 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
             else autoencoder_of_shapes(_within(shapes, prefix), path, *original.FIRST_STAGE_PLACES)
         )
         add("autoencoder", prefix, partial(_autoencoder_names, config=autoencoder, prefix=prefix))
-    prefix = original.text_prefix(shapes)
-    if prefix:
-        text = config.text if config else original.text_config(_within(shapes, prefix), prefix)
-        add("text", prefix, partial(original.text_names, prefix=prefix))
-    shaped = ModelConfig(autoencoder, text, unet, ScheduleConfig() if unet else None)
-    config, assumed, told = _complete(config or shaped, config is not None, path, tensors, decided)
-    if config.text is not None and not own and config.text.layer != USUAL_LAYER[prefix == original.OPEN_CLIP_TEXT]:
+    prefixes = dict(zip(TOWERS, original.text_prefixes(shapes), strict=False))
+    for part, prefix in prefixes.items():
+        add(part, prefix, partial(original.text_names, prefix=prefix))
+    if config is None:
+        towers = {part: original.text_config(_within(shapes, prefix), prefix) for part, prefix in prefixes.items()}
+        config = ModelConfig(autoencoder, unet=unet, schedule=ScheduleConfig() if unet else None, **towers)
+        config = sdxl.completed(config, path) if sdxl.is_xl(config) else config
+    config, assumed, told = _complete(config, bool(own), path, tensors, decided)
+    usual = USUAL_LAYER[original.in_open_clip(prefixes.get("text", ""))]
+    if config.text is not None and not own and not sdxl.is_xl(config) and config.text.layer != usual:
         layers = "all its blocks" if config.text.layer == "last" else "all blocks but the last"
         remarks.append(f"the text tower's context is taken after {layers}")
     foreign = tuple(n for n in shapes if n not in used and not original.unused(n) and not marker(n))
-    layout = "original single file" if unet else "original autoencoder" if not text else "original networks"
+    layout = "original single file" if unet else "original autoencoder" if not prefixes else "original networks"
     facts = {key: value for key, value in tensors.metadata.items() if key not in (CONFIG, "format")}
     return Checkpoint(path, layout, config, parts, assumed, (*remarks, *told), foreign, facts, averaged)
 
@@ -138,7 +141,7 @@ def _complete(
 
     An `own` config is whole, and only compared with what else the file says.
     """
-    said = by_words(tensors.metadata, config.text)
+    said = by_words(tensors.metadata, None if sdxl.is_xl(config) else config.text)
     remarks = range_remark(tensors.metadata)
     if config.unet is not None:
         said += by_tensors(tensors)
@@ -161,7 +164,7 @@ def _complete(
     if config.unet is not None:
         # A whole model's scale is Stable Diffusion's, as its architecture is; a stand-alone autoencoder's is not known.
         open_ = [("unet", "parameterization"), ("unet", "image_size")]
-        if config.text is not None:
+        if config.text is not None and not sdxl.is_xl(config):
             open_ += [("text", f"text.{name}") for name in ("quick_gelu", "layer", "padding")]
     assumed = (key for part, key in open_ if getattr(config, part) is not None and key not in answers)
     return config, tuple(assumed), remarks
@@ -222,11 +225,11 @@ def in_hugging_face_names(config: TextConfig, state: Mapping[str, Tensor]) -> bo
 def write_original(path: Path, config: ModelConfig, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write one safetensors file of networks that `export.prepare` made fit for it, with our config in its metadata.
 
-    The text tower gets v1's names, Hugging Face's, if it has no more than v1's has, else v2's, which are open_clip's.
+    A text tower gets v1's names, Hugging Face's, if it has no more than v1's has, else v2's, which are open_clip's.
     What other readers would take to be otherwise is said in their words too: the prediction, the text tower's layer.
     """
     tensors: dict[str, Tensor] = {}
-    hugging_face = False
+    hugging_face, xl = False, sdxl.is_xl(config)
     for name, state in states.items():
         if name == "unet":
             assert isinstance(config.unet, UNetConfig)
@@ -236,9 +239,11 @@ def write_original(path: Path, config: ModelConfig, states: Mapping[str, Mapping
             prefix = original.AUTOENCODER if "unet" in states else ""
             tensors |= exported(state, original.autoencoder_names(state, config.autoencoder, prefix))
         else:
-            assert config.text is not None
-            hugging_face = in_hugging_face_names(config.text, state)
+            hugging_face = in_hugging_face_names(config.towers[name], state)
             prefix = f"{original.CLIP_TEXT}text_model." if hugging_face else original.OPEN_CLIP_TEXT
+            if xl:
+                number = list(config.towers).index(name)
+                prefix = prefix.replace("cond_stage_model.", f"{original.XL_TEXT}{number}.")
             tensors |= exported(state, original.text_names(state, prefix))
             if hugging_face:
                 length = state["positional_embedding"].shape[0]
@@ -246,13 +251,13 @@ def write_original(path: Path, config: ModelConfig, states: Mapping[str, Mapping
     words: dict[str, str] = {}
     if config.unet is not None and "unet" in states:
         schedule = config.schedule or ScheduleConfig()
-        tensors |= original.tables(schedule)
+        tensors |= {} if xl else original.tables(schedule)
         words["modelspec.prediction_type"] = PREDICTIONS[config.parameterization]
         if config.parameterization == "v" and (schedule.zero_terminal_snr or assumed_prediction(config) != "v"):
             tensors["v_pred"] = torch.empty(0)
         if schedule.zero_terminal_snr:
             tensors["ztsnr"] = torch.empty(0)
-    if config.text is not None and config.text.layer == "penultimate" and hugging_face:
+    if config.text is not None and config.text.layer == "penultimate" and hugging_face and not xl:
         words["modelspec.encoder_layer"] = "2"
     with atomic_write(path) as temporary:
         write_tensors(tensors, temporary, {"format": "pt", CONFIG: json.dumps(to_dict(config)), **words})

@@ -70,6 +70,27 @@ class Joined:
         return iter(self._of)
 
 
+class Turned:
+    """A source in which the matrix `name` is transposed: what is x W here is a linear layer, x W^T, there."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        self._source, self._name = source, name
+
+    def form(self, name: str) -> tuple[torch.dtype, Shape]:
+        """Type and shape, without reading it."""
+        dtype, shape = self._source.form(name)
+        return dtype, shape[::-1] if name == self._name else shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source[name].T.contiguous() if name == self._name else self._source[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._source
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+
 class Translated(Mapping[str, Tensor]):
     """Tensors under our names, each made of theirs when it is asked for; none is kept.
 

@@ -81,7 +81,7 @@ def _notices(model: LatentDiffusion, order: Order, plan: Plan, helpers: Helpers)
     from ldm import generate
 
     found = [*model.notices, *helpers.notices, *order.settings.without_effect(order.requests)]
-    for reader in (model, *helpers.models.values()):
+    for reader in (model, *helpers.readers):
         found += generate.prompt_notices(reader, order.requests, plan.weighted)
     if order.recipe is not None:
         found += provenance.differences(order.recipe, model, helpers.hashes)

@@ -147,12 +147,13 @@ def between(given: Mapping[str, Any], usual: Beginning, frames: int) -> Order:
 def _again(given: Mapping[str, Any]) -> Order:
     """What makes the picture of --reproduce again."""
     recipe = provenance.read(given["reproduce"])
-    named = {"guide_model"} if recipe.settings.guide_model else set()  # where the same one lies here
+    named = {name for name in ("guide_model", "refiner") if getattr(recipe.settings, name)}  # where the same lie here
     taken = sorted(set(given) - REPRODUCIBLE - named)
     if taken:
         raise UserError(f"{flag(taken[0])} does not go with --reproduce, which reads it in the file")
     provenance.refuse_to_fetch(recipe, given)
-    settings = dataclasses.replace(recipe.settings, guide_model=given.get("guide_model", recipe.settings.guide_model))
+    others = {name: given.get(name, getattr(recipe.settings, name)) for name in ("guide_model", "refiner")}
+    settings = dataclasses.replace(recipe.settings, **others)
     began = recipe.inputs.get("init")
     if began is None and {"init", "mask"} & set(given):
         raise UserError(f"{given['reproduce']} was drawn of a prompt alone; leave --init and --mask out")

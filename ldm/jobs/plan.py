@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.jobs.request import Ask
+from ldm.jobs.request import Ask, Sizes
 
 Interval = tuple[float, float] | None
 """(low, high] in sigma: guided there only."""
@@ -77,8 +77,20 @@ class Threshold:
     bound: float | None = None
 
 
+@dataclass(frozen=True)
+class Refine:
+    """Another model on the same latents takes over where less noise is left (Podell et al. 2023, section 2.5).
+
+    At a sigma below `sigma`, or where that is None at the lowest `share` of the trained levels. No noise is added.
+    """
+
+    model: str
+    sigma: float | None = None
+    share: float = 0.2
+
+
 Guide = Cfg | PerpNegative | Auto
-Wrap = Classifier | Threshold
+Wrap = Refine | Classifier | Threshold
 
 
 @dataclass(frozen=True)
@@ -101,11 +113,17 @@ class Plan:
     wraps: tuple[Wrap, ...] = ()
     noise: Callable[..., Any] | None = None  # (seeds, shape, device) -> start.Draws; None: the sampler's kind
     network: Callable[..., Any] | None = None  # diffusion.Network, or (x, t, told) -> F, in the model's own place
+    sizes: Sizes = Sizes()
 
     @property
     def guide_model(self) -> str | None:
         """The model beside the one that draws."""
         return self.guide.model if isinstance(self.guide, Auto) else None
+
+    @property
+    def refiners(self) -> list[Refine]:
+        """One or none."""
+        return [wrap for wrap in self.wraps if isinstance(wrap, Refine)]
 
     @property
     def classifiers(self) -> list[Classifier]:

@@ -28,10 +28,24 @@ class Ask:
     size: tuple[int, int] | None = None  # height and width of the picture before it was resized, pixels
     crop: tuple[int, int] = (0, 0)  # top and left of what is seen of it, pixels after the resize
     target: tuple[int, int] | None = None  # height and width of what is seen
+    score: float | None = None  # how much it pleases, of 10: for networks that are told it
     weighted: bool = False  # whether the text is read by grammar.py, or each letter as it stands
     told: Condition | None = None  # one row that is given, in the place of all that an encoder would make of this
-    score: float = 6.0  # how much it pleases, of 10: for networks that are told it
     toward: tuple[str, float] | None = None  # another text, and how far from the one to the other it lies, in [0, 1]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a network that is told sizes (SDXL) is told of the picture; None: that it is whole, and of the size drawn.
+
+    Sizes are height and width, crop is top and left, pixels. The scores are those of the prompt and of the negative
+    one, for networks that are told these (SDXL's refiner); the defaults are Stability's.
+    """
+
+    original: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target: tuple[int, int] | None = None
+    scores: tuple[float, float] = (6.0, 2.5)
 
 
 @dataclass(frozen=True)
@@ -48,13 +62,12 @@ class Request:
     told_not: Condition | None = None  # of the negative prompt
     noise: Tensor | None = field(default=None, compare=False)  # (C, h, w) unit normals in the place of the seed's first
 
-    def asks(self, height: int, width: int, weighted: bool = False) -> tuple[Ask, Ask]:
+    def asks(self, height: int, width: int, weighted: bool = False, sizes: Sizes = Sizes()) -> tuple[Ask, Ask]:
         """What the picture is to be, and what it is guided away from, at the size in pixels that is drawn."""
-        whole = (height, width)
-        to = Ask(
-            self.prompt, self.label, size=whole, target=whole, weighted=weighted, told=self.told, toward=self.toward
-        )
-        return to, dataclasses.replace(to, text=self.negative, label=None, told=self.told_not, toward=None)
+        whole, (score, other) = (height, width), sizes.scores
+        told = sizes.original or whole, sizes.crop, sizes.target or whole
+        to = Ask(self.prompt, self.label, *told, score, weighted, self.told, self.toward)
+        return to, dataclasses.replace(to, text=self.negative, label=None, score=other, told=self.told_not, toward=None)
 
     @property
     def texts(self) -> tuple[str, ...]:

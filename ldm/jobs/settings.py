@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.errors import UserError
 from ldm.jobs import catalogue
-from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Plan, Threshold, Wrap
-from ldm.jobs.request import Request
-from ldm.jobs.values import real, reals, shown, table, whole, word
+from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Plan, Refine, Threshold, Wrap
+from ldm.jobs.request import Request, Sizes
+from ldm.jobs.values import real, reals, shown, table, whole, wholes, word
 from ldm.ranges import MAX_SIDE, Level
 
 THRESHOLDS = ("static", "dynamic")
@@ -42,6 +43,13 @@ class Settings:
     threshold: str | None = None  # static or dynamic: keep x0 in the data's range at large guidance
     threshold_bound: float | None = None  # that range, either way; None: 1 for pixel models, 4 deviations of latents
     prompt_syntax: str | None = None  # weighted: (word:1.3), BREAK, AND, any length; plain; None: weighted in commands
+    original_size: tuple[int, int] | None = None  # SDXL: height and width it is told to have had; None: as drawn
+    crop: tuple[int, int] | None = None  # SDXL: top and left at which it is told to be cropped, in pixels; None: 0 0
+    target_size: tuple[int, int] | None = None  # SDXL: height and width it is told to have; None: as drawn
+    score: float = 6.0  # SDXL's refiner: the aesthetic score it is told for the prompt
+    negative_score: float = 2.5  # the same for the negative prompt
+    refiner: str | None = None  # a model on the same latents that takes over where little noise is left, as SDXL's
+    refine_below: str = "20%"  # from where on: that share of the trained levels, or a sigma, such as 0.57
     tile: int | None = None  # pixels of a tile's side: decode (and encode) piece by piece; None: the whole at once
 
     def check(self) -> Settings:
@@ -85,6 +93,7 @@ class Settings:
         if self.cfg_interval is not None and not self.cfg_interval[0] < self.cfg_interval[1]:
             low, high = self.cfg_interval
             raise UserError(f"the guidance interval ({low:g}, {high:g}] is empty; give low < high in sigma")
+        self._check_sizes()
         self._check_guides()
         return dataclasses.replace(
             self,
@@ -106,6 +115,9 @@ class Settings:
         elif checked.perp_negative is not None:
             guide = PerpNegative(checked.perp_negative, *how)
         wraps: list[Wrap] = []
+        if checked.refiner is not None:
+            sigma, share = _below(checked.refine_below)
+            wraps.append(Refine(checked.refiner, sigma, share))
         if checked.classifier is not None and checked.classifier_class is not None:
             wraps.append(Classifier(checked.classifier, checked.classifier_class, checked.classifier_scale))
         if checked.threshold is not None:
@@ -118,7 +130,13 @@ class Settings:
             weighted=checked.prompt_syntax == "weighted",
             guide=guide,
             wraps=tuple(wraps),
+            sizes=checked._sizes(),
         )
+
+    def _sizes(self) -> Sizes:
+        """What is told to networks that are told sizes."""
+        scores = self.score, self.negative_score
+        return Sizes(self.original_size, self.crop or (0, 0), self.target_size, scores)
 
     def without_effect(self, requests: Sequence[Request]) -> list[str]:
         """A sentence on what is asked for and does nothing."""
@@ -144,16 +162,34 @@ class Settings:
 
     def _typed(self) -> Settings:
         """The same in Python's own types (numpy's numbers are none for JSON); raises UserError for other things."""
-        convert = {"int": whole, "float": real, "str": word, "tuple": reals, "dict": table}
+        convert = {"tuple[int": wholes, "int": whole, "float": real, "str": word, "tuple": reals, "dict": table}
         given = {f.name: (getattr(self, f.name), str(f.type)) for f in dataclasses.fields(self)}
         made = {
-            name: convert[kind.partition(" ")[0].partition("[")[0]](value, name)
+            name: convert[kind.partition(",")[0] if "[int" in kind else re.split(r"[ \[]", kind)[0]](value, name)
             for name, (value, kind) in given.items()
             if value is not None or not kind.endswith("None")
         }
         if self.cfg_interval is not None and len(made["cfg_interval"]) != 2:
             raise UserError(f"cfg_interval is {shown(self.cfg_interval)}; give low and high in sigma")
         return dataclasses.replace(self, **made)
+
+    def _check_sizes(self) -> None:
+        for name, pair, least in (
+            ("original_size", self.original_size, 1),
+            ("target_size", self.target_size, 1),
+            ("crop", self.crop, 0),
+        ):
+            if pair is not None and (len(pair) != 2 or not least <= min(pair) <= max(pair) <= MAX_SIDE):
+                kind = "top and left" if name == "crop" else "height and width"
+                raise UserError(f"{name} is {shown(pair)}; give {kind}, from {least} to {MAX_SIDE} pixels")
+        for name in ("score", "negative_score"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}; choose a finite number, such as 6")
+        _below(self.refine_below)
+        if self.refiner is None and self.refine_below != Settings.refine_below:
+            raise UserError(f"refine_below is {self.refine_below}, and no refiner takes over there; name one with it")
+        if self.refiner is not None and self.guide_model is not None:
+            raise UserError("a refiner does not go with a guide model; choose one of the two")
 
     def _check_guides(self) -> None:
         weight, bound = self.perp_negative, self.threshold_bound
@@ -171,3 +207,17 @@ class Settings:
             raise UserError(catalogue.unknown("threshold", self.threshold, THRESHOLDS))
         if bound is not None and (self.threshold is None or not 0 < bound < math.inf):
             raise UserError(f"a threshold's bound is {bound:g}; choose it positive, and static or dynamic with it")
+
+
+def _below(text: str) -> tuple[float | None, float]:
+    """ "20%" -> (None, 0.2), "0.57" -> (0.57, 0.0): a share of the trained levels, or a sigma. Raises UserError."""
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    share = text.endswith("%")
+    if not 0 < number < (100 if share else math.inf):
+        raise UserError(
+            f"refine_below is '{text[:40]}'; give a share of the trained levels, such as 20%, or a sigma, such as 0.57"
+        )
+    return (None, number / 100) if share else (number, 0.0)

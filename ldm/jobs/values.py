@@ -40,6 +40,12 @@ def reals(value: Any, what: str) -> tuple[float, ...]:
     return tuple(real(one, f"a number of {what}") for one in value)
 
 
+def wholes(value: Any, what: str) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise UserError(f"{what} is {shown(value)}, which is not a list of whole numbers")
+    return tuple(whole(one, f"a number of {what}") for one in value)
+
+
 def table(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise UserError(f"{what} is {shown(value)}; give each by its name, as {{'eta': 1}}")

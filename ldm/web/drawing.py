@@ -110,7 +110,7 @@ def draw(
     helpers = shelf.helpers_for(job.asked, model, plan)
     settings, made, inputs, notices = sent.canvas_of(job, model)
     notices += (*model.notices, *helpers.notices, *settings.without_effect(requests))
-    for reader in (model, *helpers.models.values()):
+    for reader in (model, *helpers.readers):
         notices += generate.prompt_notices(reader, requests, plan.weighted)
     pace = _Pace()
 

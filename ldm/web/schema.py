@@ -72,8 +72,8 @@ def form(recipe: Recipe, shelf: Shelf) -> dict[str, Any]:
     """The settings of a picture, as `job.read` takes them, and sentences on what of them is not here."""
     usual = {field.name: field.default for part in PARTS for field in dataclasses.fields(part)}
     found = dataclasses.asdict(recipe.settings) | dataclasses.asdict(recipe.request) | recipe.begin.changed()
-    named = {"model": recipe.model, "guide_model": found["guide_model"], "classifier": found["classifier"]}
-    known = {"model": shelf.models, "guide_model": shelf.models, "classifier": shelf.classifiers}
+    named = {"model": recipe.model} | {name: found[name] for name in ("guide_model", "refiner", "classifier")}
+    known = dict.fromkeys(named, shelf.models) | {"classifier": shelf.classifiers}
     missing = ["it began with a picture, which is not in it; give that too"] if recipe.inputs else []
     for name, path in named.items():
         here = path if path in known[name] else Path(path or "").name
@@ -120,6 +120,7 @@ def _here(shelf: Shelf, limits: Limits) -> dict[str, dict[str, Any]]:
         "threshold": {"enum": [*THRESHOLDS, None]},
         "model": {"enum": models, "default": shelf.first},
         "guide_model": {"enum": [*models, None]},
+        "refiner": {"enum": [*models, None]},
         "classifier": {"enum": [*classifiers, None]},
         "loras": {"propertyNames": {"enum": [*shelf.loras]}},
         "embeddings": {"items": {"type": "string", "enum": [*shelf.embeddings]}},

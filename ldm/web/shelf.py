@@ -85,10 +85,11 @@ class Shelf:
 
     def with_paths(self, settings: Settings) -> Settings:
         """`settings` with paths in the place of names; raises UserError for a name that is not here."""
-        guide, classifier = settings.guide_model, settings.classifier
+        guide, refiner, classifier = settings.guide_model, settings.refiner, settings.classifier
         return replace(
             settings,
             guide_model=None if guide is None else _found(guide, self.models, "model"),
+            refiner=None if refiner is None else _found(refiner, self.models, "model"),
             classifier=None if classifier is None else _found(classifier, self.classifiers, "classifier"),
         )
 

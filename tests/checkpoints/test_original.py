@@ -290,7 +290,6 @@ def test_foreign_tensors_are_passed_over_and_told(file: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "whose"),
     [
-        ("conditioner.embedders.0.transformer.a", "Stable Diffusion XL"),
         ("lora_unet_down.lora_up.weight", "LoRA"),
         ("something.else", "of a kind"),
     ],
