@@ -234,7 +234,7 @@ class DiffusionTraining:
     lora: LoraConfig = LoraConfig()
     autoencoder: str = ""  # a model whose autoencoder is taken, as of train_autoencoder.py; empty: the identity codec
     text: str = ""  # a model whose text towers are taken, as of train_clip.py
-    text_2: str = ""  # another one, whose text tower stands beside that of `text`
+    text_2: str = ""  # another one, whose text tower stands beside that of `text`; both are read as SDXL's
     latents: str = ""  # shards that tools/precompute_latents.py wrote; empty: encode data.shards on the fly
     model: UNetConfig | MMDiTConfig = UNetConfig()
     encoder: EncoderConfig = EncoderConfig()  # what the network is told beside the caption

@@ -149,6 +149,7 @@ class DiffusionLossConfig:
     offset_noise: NotNegative = 0.0  # deviation of a constant added to each channel's noise; 0.1 is usual
     input_perturbation: NotNegative = 0.0  # deviation of noise that the input has beyond the target's; 0.1 is usual
     caption_dropout: Share = 0.1  # share of samples trained on the encoded empty prompt
+    lowest: Annotated[float, Range(least=0.001, most=1)] = 1.0  # share of the levels, the lowest: 0.2 of SDXL's refiner
     tower_dropout: Share = 0.0  # of each text tower by itself: share of samples in which zeros stand for what it says
 
 

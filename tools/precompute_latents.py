@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.autoencoder.codec import Codec
-    from ldm.conditioning.clip import TextTower
+    from ldm.conditioning.encoder import Encoder
     from ldm.data.latent_writing import LatentSources, LatentWriter, SourceBatch
 
 
@@ -70,22 +70,23 @@ def encode(arguments: argparse.Namespace, config: DiffusionTraining, folder: Pat
     """Write the latents of one of the equal parts that the pictures are divided into."""
     import torch
 
-    from ldm.checkpoints.opening import open_checkpoint
+    from ldm.checkpoints.opening import open_checkpoint, open_towers
+    from ldm.conditioning.encoder import Encoder
     from ldm.data.latent_writing import LatentSources, LatentWriter
     from ldm.data.latents import latent_fingerprint
 
     device = choose_device(arguments.device)
     dtype = choose_precision(arguments.precision, device)
     autoencoder = open_checkpoint(config.autoencoder).only("autoencoder")
-    text = open_checkpoint(config.text).only("text") if config.text else None
+    text = open_towers(config.text, config.text_2) if config.text else None
     for notice in (*autoencoder.notices, *(() if text is None else text.notices)):
         print(f"note: {notice}", file=sys.stderr)
     codec = autoencoder.load("autoencoder", device, dtype)
-    tower = None if text is None else text.load("text", device, dtype)
+    encoder = Encoder({} if text is None else text.load_towers(device, dtype), config.encoder, config.model.classes)
     codec.latent_shape(config.data.size, config.data.size)  # UserError for a size that f does not divide
 
     sources = LatentSources(config.data)
-    fingerprint = latent_fingerprint(autoencoder, text, config.data)
+    fingerprint = latent_fingerprint(autoencoder, text, config.data, config.encoder)
     first, stop = (len(sources) * edge // parts for edge in (part, part + 1))
     writer = LatentWriter(
         folder,
@@ -102,12 +103,11 @@ def encode(arguments: argparse.Namespace, config: DiffusionTraining, folder: Pat
     if writer.start > first:
         print(f"going on at sample {writer.start} of {len(sources)}", flush=True)
     with torch.inference_mode():
-        written, cut = precompute(codec, tower, device, sources, writer, config.data.flip, arguments.batch, stop)
+        written, cut = precompute(codec, encoder, device, sources, writer, config.data.flip, arguments.batch, stop)
     print(f"wrote {written} samples to {folder}")
-    if cut and tower is not None:
-        print(
-            f"note: {cut} captions are longer than the text tower's {tower.config.context_length} tokens and were cut"
-        )
+    if cut and encoder.text is not None:
+        length = encoder.text.config.context_length
+        print(f"note: {cut} captions are longer than the text tower's {length} tokens and were cut")
 
 
 def divide(arguments: argparse.Namespace, folder: Path) -> None:
@@ -213,7 +213,7 @@ def settings(arguments: argparse.Namespace) -> DiffusionTraining:
 
 def precompute(
     codec: Codec,
-    tower: TextTower | None,
+    encoder: Encoder,
     device: torch.device,
     sources: LatentSources,
     writer: LatentWriter,
@@ -229,25 +229,26 @@ def precompute(
             image = batch.image.to(device)
             moments = codec.posterior(image).moments()
             flipped = codec.posterior(image.flip(-1)).moments() if flip else None
-            contexts, too_long = encode_captions(tower, batch)
-            writer.add(batch, moments, flipped, contexts)
+            contexts, pooled, too_long = encode_captions(encoder, batch)
+            writer.add(batch, moments, flipped, contexts, pooled)
             written, cut = written + len(batch.key), cut + too_long
             bar.update(len(batch.key))
     writer.finish()
     return written, cut
 
 
-def encode_captions(tower: TextTower | None, batch: SourceBatch) -> tuple[list[Tensor], int]:
-    """For each sample the contexts (K, L, D) of its captions; and how many captions are longer than L. L and D are 0
-    where no tower reads them."""
+def encode_captions(encoder: Encoder, batch: SourceBatch) -> tuple[list[Tensor], list[Tensor], int]:
+    """For each sample the contexts (K, L, D) of its captions and, where the network is told that, their pooled text
+    (K, E); and how many captions are longer than L. L and D are 0 where no tower reads them."""
     import torch
 
-    if tower is None:
-        return [torch.zeros(len(texts), 0, 0) for texts in batch.captions], 0
-    captions = [text for texts in batch.captions for text in texts]
-    tokens, dropped = tower.tokenize(captions)
-    context = tower(tokens.to(tower.positional_embedding.device))
-    return list(context.split([len(texts) for texts in batch.captions])), sum(map(bool, dropped))
+    if encoder.text is None:
+        return [torch.zeros(len(texts), 0, 0) for texts in batch.captions], [], 0
+    captions, counts = [text for texts in batch.captions for text in texts], [len(texts) for texts in batch.captions]
+    made, (_, dropped) = encoder.texts(captions), encoder.text.tokenize(captions)
+    assert made.context is not None
+    pooled = [] if made.pooled is None else list(made.pooled.split(counts))
+    return list(made.context.split(counts)), pooled, sum(map(bool, dropped))
 
 
 if __name__ == "__main__":

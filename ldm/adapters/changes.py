@@ -34,6 +34,19 @@ class Change(Protocol):
 
 
 @dataclass(frozen=True)
+class Turned:
+    """A change of the transposed weight: of a matrix that is x W here and x W^T where the change was made."""
+
+    change: Change
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return self.change.fits(shape[::-1])
+
+    def of(self, weight: Tensor) -> Tensor:
+        return self.change.of(weight.T).T
+
+
+@dataclass(frozen=True)
 class Product:
     """left (m, r) @ right (r, n), or left alone; with a core (r, q, kh, kw) and right (q, n) it is (m, n * kh * kw)."""
 

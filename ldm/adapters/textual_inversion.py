@@ -16,13 +16,15 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """A word and the vectors (n, D) that stand in its place, one after the other. `source` names it in errors, `remark`
-    is what its user should know of how it was read ("; passed over: clip_g")."""
+    """A word and the vectors (n, D) that stand in its place, one after the other; `second`: those (n, E) for a model's
+    second text tower. `source` names it in errors, `remark` is what its user should know of how it was read ("; passed
+    over: t5")."""
 
     word: str
     vectors: Tensor
     source: str = "the embedding"
     remark: str = ""
+    second: Tensor | None = None
 
 
 class TowerWithWords(TextTower):

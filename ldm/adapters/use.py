@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +17,8 @@ from ldm.errors import UserError
 from ldm.jobs.adapters import Adapter, read_hash
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ldm.model import Model
 
 M = TypeVar("M", bound="Model")
@@ -28,13 +30,13 @@ def apply(model: M, adapters: Sequence[Adapter]) -> M:
     Its notices say which words were loaded, and which files were made for another model. Raises UserError for files
     that cannot be read or do not fit.
     """
-    read = [replace(adapter, hash=read_hash(adapter.path)) for adapter in adapters]
+    opened = [replace(adapter, hash=read_hash(adapter.path)) for adapter in adapters]
     loras: list[tuple[Lora, float]] = []
     words: list[Embedding] = []
     told: list[str] = []
-    for adapter in read:
+    for adapter in opened:
         if adapter.kind == "lora":
-            loras.append((read_lora(adapter.path, model.unet, model.text), adapter.scale))
+            loras.append((read_lora(adapter.path, model.unet, model.towers), adapter.scale))
             words += read_bundled(adapter.path)
         else:
             words += read_embeddings(adapter.path)
@@ -46,15 +48,41 @@ def apply(model: M, adapters: Sequence[Adapter]) -> M:
             )
     for word in words:
         vectors = f"{len(word.vectors)} vector{'s' if len(word.vectors) > 1 else ''}"
-        told.append(f"{word.source} brings the word '{word.word}', {vectors}{word.remark}")
+        other = "; it has others for a second text tower" if word.second is not None and len(model.towers) == 1 else ""
+        told.append(f"{word.source} brings the word '{word.word}', {vectors}{word.remark}{other}")
     if words and model.text is None:
         raise UserError("a word goes into a text tower, and this model has none; leave the embedding out")
     own = {"unet": model.unet, **model.towers}
     networks: dict[str, Any] = merged(own, loras)
     if networks["unet"] is not model.unet:
         run_by(model.backend, networks["unet"], main=True)
-    if words:
-        networks["text"] = TowerWithWords(networks["text"], words).eval()
+    read = [_vectors(word, {name: tower.config.width for name, tower in model.towers.items()}) for word in words]
+    for name in model.towers if words else ():
+        networks[name] = TowerWithWords(networks[name], _only(words, read, name)).eval()
+    for word, of in zip(words, read, strict=True):
+        if len(of) < len(model.towers):
+            told.append(
+                f"{word.source} has vectors for one text tower alone; the other reads '{word.word}' as it stands"
+            )
     encoder = model.encoder.with_towers({name: networks[name] for name in model.towers})
-    adapters = (*model.adapters, *read)
+    adapters = (*model.adapters, *opened)
     return replace(model, unet=networks["unet"], encoder=encoder, adapters=adapters, told=(*model.told, *told))
+
+
+def _vectors(word: Embedding, widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """Text tower -> the vectors that it reads the word as. What a file has for the second tower alone goes there."""
+    sets = [vectors for vectors in (word.vectors, word.second) if vectors is not None]
+    if len(widths) == 1:
+        return {
+            name: next((each for each in sets if each.shape[-1] == width), sets[0]) for name, width in widths.items()
+        }
+    first, second, *_ = widths
+    if word.second is not None:
+        return {first: word.vectors, second: word.second}
+    fitting = [name for name, width in widths.items() if word.vectors.shape[-1] == width]
+    return {name: word.vectors for name in fitting[:1] or [first]}  # the latter is refused, by its width
+
+
+def _only(words: Sequence[Embedding], read: Sequence[Mapping[str, Tensor]], name: str) -> list[Embedding]:
+    """The words that have vectors for one tower, with those."""
+    return [replace(word, vectors=of[name]) for word, of in zip(words, read, strict=True) if name in of]

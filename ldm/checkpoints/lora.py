@@ -20,7 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters.changes import Change, Difference, Factors, Hadamard, HalvesSwapped, Kronecker, Magnitude, Product
+from ldm.adapters.changes import (
+    Change,
+    Difference,
+    Factors,
+    Hadamard,
+    HalvesSwapped,
+    Kronecker,
+    Magnitude,
+    Product,
+    Turned,
+)
 from ldm.adapters.lora import Lora, Rows
 from ldm.checkpoints import lora_names
 from ldm.checkpoints.peft_settings import Strength
@@ -34,11 +44,14 @@ from ldm.networks import AnyNetwork
 from ldm.unet.unet import UNet
 
 LAYOUTS = ("diffusers", "kohya")
-KOHYA = {"unet": "lora_unet_", "text": "lora_te_text_model_"}
-DIFFUSERS = {"unet": "unet.", "text": "text_encoder.text_model."}
+KOHYA = {"unet": "lora_unet_", "text": "lora_te_text_model_", "text_2": "lora_te2_text_model_"}
+DIFFUSERS = {"unet": "unet.", "text": "text_encoder.text_model.", "text_2": "text_encoder_2.text_model."}
+
+Towers = nn.Module | Mapping[str, nn.Module] | None
+"""The text towers by the names of their parts ("text", "text_2"); one alone is the first."""
 
 
-def read_lora(path: str | Path, unet: AnyNetwork, text: nn.Module | None) -> Lora:
+def read_lora(path: str | Path, unet: AnyNetwork, text: Towers) -> Lora:
     """The changes that the file at `path` makes to these networks.
 
     Raises UserError if it is no LoRA file, has tensors that fit nothing in them, or misses half of a change. (Shapes
@@ -46,7 +59,7 @@ def read_lora(path: str | Path, unet: AnyNetwork, text: nn.Module | None) -> Lor
     """
     path = Path(path)
     tensors = read_tensors(path)
-    tables = lora_names.make_tables(unet, text)
+    tables = lora_names.make_tables(unet, _by_part(text))
     found: dict[tuple[str, str], _Said] = {}
     strangers = []
     for name in tensors:
@@ -76,9 +89,16 @@ def read_lora(path: str | Path, unet: AnyNetwork, text: nn.Module | None) -> Lor
         for leaf, change in _changes(said, strength).items():
             if leaf not in tables[part][key]:
                 raise said.error(f"is of a {leaf}, which this model does not have there")
+            rows = tables[part][key][leaf]
             change = HalvesSwapped(change) if part == "unet" and key in swapped else change
-            changes.setdefault(part, {})[tables[part][key][leaf]] = change
+            changes.setdefault(part, {})[rows] = Turned(change) if rows.name == lora_names.PROJECTION else change
     return Lora(changes, str(path))
+
+
+def _by_part(text: Towers) -> Mapping[str, nn.Module]:
+    if isinstance(text, nn.Module):
+        return {"text": text}
+    return text or {}
 
 
 # ---------------------------------------------------------------- one module
@@ -195,7 +215,7 @@ def save_lora(
     path: str | Path,
     lora: Lora,
     unet: AnyNetwork,
-    text: nn.Module | None,
+    text: Towers,
     layout: str = "diffusers",
     words: Mapping[str, str] | None = None,
 ) -> None:
@@ -206,11 +226,12 @@ def save_lora(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"the layouts are {LAYOUTS}, not {layout!r}")
-    of_unet = lora_names.unet_names(unet)
+    towers, of_unet = _by_part(text), lora_names.unet_names(unet)
     if layout == "kohya" and not isinstance(unet, UNet):  # its trainer of these has the original's modules
         of_unet = lora_names.original_names(unet)
-    names = {"unet": of_unet} | ({"text": lora_names.text_names(text)} if text is not None else {})
+    names = {"unet": of_unet} | {part: lora_names.text_names(own) for part, own in towers.items()}
     swapped = lora_names.swapped_modules(unet)
+    kohya = KOHYA | ({"text": "lora_te1_text_model_"} if len(towers) > 1 else {})
     tensors: dict[str, Tensor] = {}
     ranks, alphas = set(), set()
     for part, changes in lora.changes.items():
@@ -224,7 +245,7 @@ def save_lora(
             ranks.add(factors.rank)
             alphas.add(factors.alpha)
             if layout == "kohya":
-                flat = (KOHYA[part] + module).replace(".", "_")
+                flat = (kohya[part] + module).replace(".", "_")
                 tensors[f"{flat}.lora_down.weight"], tensors[f"{flat}.lora_up.weight"] = down, up
                 tensors[f"{flat}.alpha"] = torch.tensor(float(factors.alpha))
             else:

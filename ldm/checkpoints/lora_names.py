@@ -24,6 +24,9 @@ from ldm.checkpoints.common_names import clip_names
 from ldm.networks import AnyNetwork
 from ldm.unet.unet import UNet
 
+PROJECTION = "text_projection"
+"""Of a text tower: the one matrix that is x W here and x W^T, a linear layer's, in Hugging Face's names."""
+
 Table: TypeAlias = dict[str, dict[str, Rows]]
 """A module's foreign name, its dots gone -> "weight" and "bias" -> what they are here."""
 
@@ -31,6 +34,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {  # the first that fits -> the networks 
     "lora_unet_": ("unet",),
     "lora_te_": ("text",),
     "lora_te1_": ("text",),
+    "lora_te2_": ("text_2",),
     "lycoris_": ("unet", "text"),
     "unet.": ("unet",),
     "transformer.": ("unet",),
@@ -38,10 +42,13 @@ PREFIXES: dict[str, tuple[str, ...]] = {  # the first that fits -> the networks 
     "diffusion_model.": ("unet",),
     "model.diffusion_model.": ("unet",),
     "text_encoder.": ("text",),
+    "text_encoder_2.": ("text_2",),
     "text_encoders.clip_l.": ("text",),
     "text_encoders.clip_h.": ("text",),
+    "text_encoders.clip_g.": ("text_2",),
     "clip_l.": ("text",),
     "clip_h.": ("text",),
+    "clip_g.": ("text_2",),
     "": ("unet", "text"),
 }
 
@@ -100,11 +107,12 @@ def _strip(module: str) -> tuple[str, str]:
 
 
 def place(module: str, tables: Mapping[str, Table]) -> tuple[str, str] | None:
-    """The network ("unet", "text") and the key in its table of `module`, as a file names it; None if it has none."""
+    """The network ("unet", "text", "text_2") and the key in its table of `module`, as a file names it; None if it has
+    none."""
     prefix, name = _strip(module)
     flat = name.replace(".", "_")
     for part in PREFIXES[prefix]:
-        key = re.sub(r"^(transformer_)?text_model_", "", flat) if part == "text" else flat
+        key = re.sub(r"^(transformer_)?text_model_", "", flat) if part != "unet" else flat
         if key in tables.get(part, {}):
             return part, key
     return None
@@ -115,12 +123,17 @@ def stranger(names: Iterable[str]) -> str:
     return next((kind for name in names for pattern, kind in STRANGERS if re.search(pattern, name)), "")
 
 
-def make_tables(unet: AnyNetwork, text: nn.Module | None) -> dict[str, Table]:
-    """All modules of the networks in all foreign names."""
+def make_tables(unet: AnyNetwork, towers: Mapping[str, nn.Module]) -> dict[str, Table]:
+    """All modules of the networks in all foreign names; `towers` are the text towers by the names of their parts."""
     table = _table(unet_names(unet))
     for rows, theirs in original_names(unet).items():
         _enter(table, theirs, rows)
-    return {"unet": table} | ({"text": _table(text_names(text))} if text is not None else {})
+    found = {"unet": table}
+    for part, tower in towers.items():
+        found[part] = _table(text_names(tower))
+        if getattr(tower, PROJECTION, None) is not None:
+            found[part][PROJECTION] = {"weight": Rows(PROJECTION)}
+    return found
 
 
 def unet_names(unet: AnyNetwork) -> dict[Rows, str]:

@@ -17,7 +17,7 @@ MAX_PATTERN = 500  # letters of an expression; a module's name has a hundred
 UNUSUAL = re.compile(r"\{|\(\?(?![:=!]|<[=!])")  # counts, whose matching may fill the memory; recursion, flags, names
 MAX_SECONDS = 5.0  # of the processor, for all expressions of a file; those of a large model take a tenth
 
-PARTS = {"unet": "unet.", "text": "text_encoder."}
+PARTS = {"unet": "unet.", "text": "text_encoder.", "text_2": "text_encoder_2."}
 
 
 class Strength:

@@ -3,7 +3,7 @@
 diffusers            "<cat>": (n, D) or (D,)                      the key is the word
 AUTOMATIC1111 .pt    "string_to_param": {"*": (n, D)}, "name"     the file's name is the word, whatever it is inside
 AUTOMATIC1111        "emb_params"    OneTrainer "emp_params"      the same
-SD XL's, ComfyUI     "clip_l", "clip_g"                           the same; those of the first tower are taken
+SD XL's, ComfyUI     "clip_l", "clip_g"                           the same, for each of two towers
 in a LoRA's file     "bundle_emb.WORD.clip_l"                     OneTrainer's words that were trained along with it
 """
 
@@ -30,6 +30,9 @@ WORD = "modelspec.trigger_phrase"  # in our files' metadata
 BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_param\.)?(\*|[^.]+)")
 CONTAINERS = ("emb_params", "emp_params", "clip_l", "clip_h", "*", "clip_g", "t5", "t5xxl")
 """Keys that say where vectors go or that they are some, and no word; the first of them that is there is taken."""
+
+SECOND = "clip_g"
+"""What stands beside another of them is for a model's second tower."""
 
 _OUTPUTS = tuple(f"{key}_out" for key in CONTAINERS)  # OneTrainer's, added to what the tower gives
 _NO_WORD = re.compile(r"\W*|\d+|embs?|embeddings?|vec|vectors?|weights?|params?|tensors?|data", re.IGNORECASE)
@@ -62,8 +65,10 @@ def read_embeddings(path: str | Path) -> list[Embedding]:
         word = re.sub(r"\s+", "_", path.stem)  # a word has no white space
         inside = "".join(filter(str.isprintable, tensors.metadata.get("name", word))) if params else word
         remark = f"; inside it is called '{inside[:100]}', which means nothing here" if inside != word else ""
-        remark += _passed((*vectors, *outputs), first)
-        found.append(Embedding(word, _vectors(tensors, keys[first], path), str(path), remark))
+        second = SECOND if SECOND in vectors and first != SECOND else ""
+        remark += _passed((*vectors, *outputs), first, second)
+        other = _vectors(tensors, keys[second], path) if second else None
+        found.append(Embedding(word, _vectors(tensors, keys[first], path), str(path), remark, other))
     return found
 
 
@@ -92,12 +97,15 @@ def _bundled(tensors: Tensors, path: Path) -> list[Embedding]:
         first = next((key for key in CONTAINERS if key in names), None)
         if first is None:
             raise UserError(f"{path} brings the word '{word[:100]}' as {some(list(names))}, which is not supported")
-        words.append(Embedding(word, _vectors(tensors, names[first], path), str(path), _passed(names, first)))
+        second = SECOND if SECOND in names and first != SECOND else ""
+        other = _vectors(tensors, names[second], path) if second else None
+        own = _vectors(tensors, names[first], path)
+        words.append(Embedding(word, own, str(path), _passed(names, first, second), other))
     return words
 
 
-def _passed(keys: Iterable[str], first: str) -> str:
-    others = [key[:60] for key in keys if key != first]
+def _passed(keys: Iterable[str], *taken: str) -> str:
+    others = [key[:60] for key in keys if key not in taken]
     return f"; passed over: {some(others)}" if others else ""
 
 

@@ -155,6 +155,17 @@ class Encoder(nn.Module):
         ]
         return Texts(self._filled(torch.cat(states, dim=-1)), self._pooled(first))
 
+    def without(self, texts: Texts, keep: Mapping[str, Tensor]) -> Texts:
+        """Zeros for what a tower says, in the rows where its `keep` (B,) is False."""
+        if texts.context is None:
+            return texts
+        rows = {name: keep[name].to(texts.context)[:, None] for name in self.towers}
+        widths = {name: tower.config for name, tower in self.named_towers.items()}
+        context = texts.context * torch.cat([rows[n].expand(-1, widths[n].width) for n in rows], dim=1)[:, None]
+        if texts.pooled is None:
+            return Texts(context)
+        return Texts(context, texts.pooled * torch.cat([rows[n].expand(-1, widths[n].embed_dim) for n in rows], dim=1))
+
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
         """(B, L) long for each tower, where that is."""
         towers = self.named_towers.values()

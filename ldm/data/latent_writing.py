@@ -133,10 +133,18 @@ class LatentWriter:
     def complete(self) -> bool:
         return self._manifest["complete"]
 
-    def add(self, batch: SourceBatch, moments: Tensor, flipped: Tensor | None, contexts: Sequence[Tensor]) -> None:
-        """Take a batch: moments (B, 2C, h, w), those of the mirrored pictures, and for each sample (K, L, D).
+    def add(
+        self,
+        batch: SourceBatch,
+        moments: Tensor,
+        flipped: Tensor | None,
+        contexts: Sequence[Tensor],
+        pooled: Sequence[Tensor] = (),
+    ) -> None:
+        """Take a batch: moments (B, 2C, h, w), those of the mirrored pictures, and for each sample (K, L, D) and, where
+        the network is told it, (K, E).
 
-        Moments are stored in the type they come in (float16 or float32), contexts in float16.
+        Moments are stored in the type they come in (float16 or float32), what is made of captions in float16.
         """
         if (flipped is not None) != self._manifest["flipped"]:
             raise ValueError("the writer was made for latents " + ("with" if flipped is None else "without") + " flips")
@@ -150,6 +158,8 @@ class LatentWriter:
                 "size": batch.size[i].contiguous(),
                 "crop": batch.crop[i].contiguous(),
             }
+            if pooled:
+                tensors["pooled"] = pooled[i].to("cpu", torch.float16).contiguous()
             if flipped is not None:
                 tensors["moments_flipped"] = flipped[i].cpu().contiguous()
             meta = json.dumps({**batch.meta[i], "contexts": batch.captions[i]}, ensure_ascii=False)

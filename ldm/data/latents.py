@@ -6,6 +6,7 @@ of its picture, with
     moments          (2C, h, w)   mean and log-variance of the posterior, unscaled
     moments_flipped  (2C, h, w)   of the mirrored picture, in sets made with it
     context          (K, L, D)    float16, one for each of the sample's K different captions, the .txt's first
+    pooled           (K, E)       float16, in sets made for a network that is told it: the same of the whole captions
     variants         (V,) int64   which of the K its json's `captions` are
     size             (2,) int64   height and width of the picture in its shard
     crop             (2, 2) int64 top and left of what is seen of it, and of its mirror image; as in loader.Batch
@@ -34,6 +35,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -48,6 +50,7 @@ from ldm.data.fetch import Unreachable
 from ldm.data.shards import BadSample, Members, Record, ShardSet, name_of, open_set
 from ldm.data.sources import PIPE, base_name, expand_sources, is_file
 from ldm.errors import UserError, explain_os_error
+from ldm.model_config import EncoderConfig
 
 FORMAT = "ldm-latents-2"
 MANIFEST = "latents.json"
@@ -56,7 +59,12 @@ SHARDS = "set of pictures"  # the part of a fingerprint that names them
 logger = logging.getLogger(__name__)
 
 
-def latent_fingerprint(autoencoder: Checkpoint | None, text: Checkpoint | None, data: DataConfig) -> dict[str, str]:
+def latent_fingerprint(
+    autoencoder: Checkpoint | None,
+    text: Checkpoint | None,
+    data: DataConfig,
+    encoder: EncoderConfig = EncoderConfig(),
+) -> dict[str, str]:
     """What cached latents depend on: weights, how text towers are read, picture transform, and shards of pictures.
 
     `autoencoder` and `text` are where these networks lie; None is the identity codec, and no text. The codec's shift
@@ -72,6 +80,8 @@ def latent_fingerprint(autoencoder: Checkpoint | None, text: Checkpoint | None, 
         if plain["final_norm"]:
             del plain["final_norm"]  # as caches have it that were written before there was that setting
         made[name] = f"{weights} {json.dumps(plain, sort_keys=True)}"
+    if text is not None and (encoder.pooled or encoder.empty != "encoded"):
+        made["encoder"] = f"pooled {encoder.pooled}, empty text {encoder.empty}"
     if data.shards.strip():
         try:
             made[SHARDS] = _shards_print(expand_sources(data.shards, allow_pipe=data.allow_pipe))
@@ -88,10 +98,12 @@ def _shards_print(sources: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """`moments` float32 (B, 2C, h, w), unscaled; `context` float32 (B, L, D); the rest as in loader.Batch."""
+    """`moments` float32 (B, 2C, h, w), unscaled; `context` float32 (B, L, D); `pooled` float32 (B, E), E = 0 where the
+    set has none; the rest as in loader.Batch."""
 
     moments: Tensor
     context: Tensor
+    pooled: Tensor
     key: list[str]
     epoch: list[int]
     size: Tensor
@@ -106,6 +118,7 @@ class LatentBatch:
 class _Latent:
     moments: Tensor
     context: Tensor
+    pooled: Tensor
     size: Tensor
     crop: Tensor
     label: str | None
@@ -135,7 +148,8 @@ class _LatentDecode:
         if flipped:
             moments = tensors["moments_flipped"]
         label = samples.label(samples.read_meta(record), self.label, self.labels)
-        return _Latent(moments.float(), contexts[chosen].float(), size, crops[int(flipped)], label)
+        pooled = tensors["pooled"][chosen].float() if "pooled" in tensors else torch.empty(0)
+        return _Latent(moments.float(), contexts[chosen].float(), pooled, size, crops[int(flipped)], label)
 
 
 class LatentLoader(Feed[_Latent, LatentBatch]):

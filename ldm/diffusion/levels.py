@@ -49,9 +49,15 @@ LEVELS: dict[str, Callable[[DiffusionLossConfig, Schedule, Tensor], Tensor]] = {
 def draw_levels(config: DiffusionLossConfig, schedule: Schedule, uniform: Tensor) -> Tensor:
     """sigma (B,), float64 on the CPU, of `uniform` (B,) in [0, 1) there, which the caller draws with a generator.
 
-    A flow's shift moves them, whatever their law. Stratified draws are the caller's choice of uniforms
+    With `config.lowest` they are of the lowest share of the levels alone, as a refiner's (Podell et al. 2023, 2.5). A
+    flow's shift moves them, whatever their law. Stratified draws are the caller's choice of uniforms
     (training/draws.py). Raises UserError for an unknown `config.levels`.
     """
     if config.levels not in LEVELS:
         raise UserError(f"loss.levels is '{config.levels}'; choose one of {', '.join(LEVELS)}")
+    if config.lowest < 1 and config.levels != "uniform":
+        raise UserError(
+            f"loss.lowest is a share of levels drawn uniformly, and loss.levels is {config.levels}; set one"
+        )
+    uniform = uniform * config.lowest
     return schedule.shifted(LEVELS[config.levels](config, schedule, uniform.cpu().double()))

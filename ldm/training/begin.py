@@ -99,6 +99,8 @@ def _begin_anew(config: DiffusionTraining, device: torch.device) -> Beginning:
         raise UserError("a LoRA changes a model that is there; name it with init=PATH (or init=icons)")
     if config.init_set:
         raise UserError("init_set says what the model of init is; name that with init=PATH, or leave init_set out")
+    if config.text_2 and not config.text:
+        raise UserError("text_2 names a second text tower, and text names no first one; say text= too")
     if config.model.context_width and not config.text:
         raise UserError("model.context_width asks for captions but no text tower is named; say text=runs/clip")
     text = open_towers(config.text, config.text_2) if config.model.context_width else None

@@ -70,7 +70,7 @@ def embedding_stage(
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = assemble(began.config, began.codec, {"text": tower}, network)
     # A caption without the word teaches it nothing. The rest of the loss may be that of the model itself.
-    loss = dataclasses.replace(began.config.loss, caption_dropout=0.0)
+    loss = dataclasses.replace(began.config.loss, caption_dropout=0.0, tower_dropout=0.0)
     captions = tuple(template.replace("{}", config.word) for template in config.templates)
     sample = dataclasses.replace(config.sample, prompts=config.sample.prompts or captions)  # what it is trained on
     data = dataclasses.replace(config.data, validation="", caption="none")  # the pictures' own have not the word

@@ -28,13 +28,15 @@ def check_fits(began: Beginning, data: DataConfig, latents: str = "", figures: F
             f"model.classes is {model.classes} and data.label is not set; say data.label=FIELD, the field of the "
             "samples' json that says the class, or set model.classes=0"
         )
+    if encoder.config.score:
+        raise UserError(
+            "encoder.score asks for an aesthetic score of each picture, which no data here say; leave it out"
+        )
     if model.vector_width != encoder.vector_width:
         raise UserError(
             f"model.vector_width is {model.vector_width} and the vector made of encoder.pooled and encoder.sizes "
             f"{encoder.vector_width} wide; set model.vector_width={encoder.vector_width}"
         )
-    if latents and encoder.config.pooled:
-        raise UserError("cached latents have no pooled text, which encoder.pooled asks for; leave out latents=")
     takes = _check_channels(began, latents)
     if takes == "depth" and not data.depth:
         raise UserError(

@@ -50,18 +50,23 @@ class Inputs:
         batch: Batch | LatentBatch,
         draws: Draws,
         dropout: float = 0.0,
+        of_towers: float = 0.0,
         words: Callable[[tuple[Tensor, ...]], tuple[Tensor, Tensor | None]] | None = None,
     ) -> tuple[Tensor, Condition]:
         """Latents (B, C, h, w) sampled from their posteriors, and conditions.
 
-        `dropout` is the share of rows that are told neither text nor label. `words`, tokens (B, L) of each tower ->
-        context and pooled text, stands in for the encoder's tower where a word is trained.
+        `dropout` is the share of rows that are told neither text nor label, `of_towers` that in which zeros stand for
+        what a text tower says, drawn for each tower by itself (Podell et al. 2023's code; Esser et al. 2024). `words`,
+        tokens (B, L) of each tower -> context and pooled text, stands in for the encoder's where a word is trained.
         """
         asks = self._asks(batch, draws)
         if words is None:
             texts = self._texts(batch, asks)
         else:
             texts = Texts(*words(self.encoder.tokens([ask.text for ask in asks])))
+        if of_towers:
+            rows = {name: draws.uniform(f"dropout of {name}") >= of_towers for name in self.encoder.towers}
+            texts = self.encoder.without(texts, rows)
         told = self.encoder.of_texts(asks, texts).to(self.device)
         if dropout:
             keep = draws.uniform("caption dropout") >= dropout
@@ -88,7 +93,10 @@ class Inputs:
     @torch.no_grad()
     def _texts(self, batch: Batch | LatentBatch, asks: list[Ask]) -> Texts:
         if isinstance(batch, LatentBatch):
-            return Texts(None if not self.encoder.towers else batch.context.to(self.device))
+            if not self.encoder.towers:
+                return Texts()
+            pooled = batch.pooled.to(self.device) if self.encoder.pooled_width else None
+            return Texts(batch.context.to(self.device), pooled)
         return self.encoder.texts([ask.text for ask in asks])
 
     @cached_property

@@ -148,7 +148,9 @@ class DiffusionStage:
             + beside.get(self.inputs.takes, ""),
             f"noise       {self.model.config.schedule.kind}, sigma {law.schedule.sigma_min:.4g} to "
             f"{law.schedule.sigma_max:.4g}; levels {levels}, weight {course.loss.weight}, {target}; "
-            f"caption dropout {course.loss.caption_dropout:g}",
+            f"caption dropout {course.loss.caption_dropout:g}"
+            + (f", of each tower {course.loss.tower_dropout:g}" if course.loss.tower_dropout else "")
+            + (f"; the lowest {course.loss.lowest:.0%} of the levels alone" if course.loss.lowest < 1 else ""),
             *self.trained.about,
             *(f"note        {notice}" for notice in self.notices),
         ]
@@ -156,7 +158,8 @@ class DiffusionStage:
     def losses(
         self, batch: Batch | LatentBatch, draws: Draws, step: int, networks: Mapping[str, nn.Module]
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        x0, told = self.inputs(batch, draws, self.course.loss.caption_dropout, networks.get("word"))
+        loss = self.course.loss
+        x0, told = self.inputs(batch, draws, loss.caption_dropout, loss.tower_dropout, networks.get("word"))
         average = self.players["unet"].average if "unet" in self.players else None
         nets = Nets(networks.get("unet", self.model.unet), average, self._taught(batch, told, draws))
         each, logs = self.objective(nets, x0, told, draws)
@@ -278,7 +281,9 @@ def _open_batches(
     share = config.loop.global_batch, rank, world, config.loop.seed
     if not config.latents:
         return Loader(config.data, *share, PictureDecode(config.data, labels))
-    expected = latent_fingerprint(began.sources.get("autoencoder"), began.sources.get("text"), config.data)
+    expected = latent_fingerprint(
+        began.sources.get("autoencoder"), began.sources.get("text"), config.data, config.encoder
+    )
     return LatentLoader(dataclasses.replace(config.data, shards=config.latents), *share, expected, labels)
 
 

@@ -123,12 +123,14 @@ def test_how_a_word_was_read_is_told(tmp_path: Path) -> None:
         ("a1111.pt", "inside it is called 'mine'"),
         ("nameless.pt", ""),
         ("ours.safetensors", ""),
-        ("xl.safetensors", "passed over: clip_g"),
+        ("xl.safetensors", ""),
         ("out.safetensors", "passed over: emp_params_out"),
     ):
         (embedding,) = read_embeddings(tmp_path / name)
         assert (said in embedding.remark) if said else not embedding.remark
     assert all("the LoRA in the same file" in word.remark for word in read_embeddings(tmp_path / "bundle.safetensors"))
+    (xl,) = read_embeddings(tmp_path / "xl.safetensors")
+    assert xl.second is not None and torch.equal(xl.second, STYLE.vectors)
     assert not any(word.remark for word in read_bundled(tmp_path / "bundle.safetensors"))
 
 

@@ -102,7 +102,7 @@ def test_all_names_of_the_text_tower_s(
 
 
 def test_old_names_of_the_outputs(networks: tuple[UNet, TextTower]) -> None:
-    tables = lora_names.make_tables(*networks)
+    tables = lora_names.make_tables(networks[0], {"text": networks[1]})
     for name, ours in (
         (f"unet.{ATTENTION}.processor.to_out_lora.down.weight", QUERY.replace("query", "out")),
         (f"{ATTENTION}.to_out.lora_magnitude_vector", QUERY.replace("query", "out")),

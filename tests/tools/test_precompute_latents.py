@@ -201,3 +201,33 @@ def test_latents_for_a_network_without_captions(tiny_checkpoint, tmp_path, monke
     monkeypatch.setattr(sys, "argv", [TOOL, *map(str, words), "--text", str(tiny_checkpoint), "model.context_width=0"])
     with pytest.raises(UserError, match=r"with model\.context_width=0 none is used"):
         runpy.run_path(TOOL)["main"]()
+
+
+def test_two_towers_and_pooled_text_are_cached_with_the_sizes(tool, tmp_path, tiny_checkpoint):
+    from ldm.checkpoints.opening import open_towers
+    from ldm.conditioning.encoder import Encoder
+
+    recipe = ROOT / "configs" / "diffusion" / "sdxl_tiny.yaml"
+    words = [f"text_2={tiny_checkpoint}", "data.crop=center", "data.buckets=0"]
+    code, _, err = tool(tmp_path / "latents", "--config", recipe, *words)
+    assert code == 0, err
+    told = EncoderConfig(pooled=True, sizes=16, empty="zeros")
+    model, towers = open_checkpoint(tiny_checkpoint), open_towers(tiny_checkpoint, tiny_checkpoint)
+    prints = latent_fingerprint(model, towers, DATA, told)
+    data = replace(DATA, shards=str(tmp_path / "latents"))
+    cached = {}
+    for batch in islice(LatentLoader(data, 8, 0, 1, 3, prints), 6):
+        rows = zip(batch.key, batch.context, batch.pooled, batch.size.tolist(), batch.crop.tolist(), strict=True)
+        cached.update({key: row for key, *row in rows})
+    encoder = Encoder(towers.load_towers(), told)
+    for batch in islice(Loader(DATA, 8, 0, 1, 3), 6):
+        with torch.inference_mode():
+            made = encoder.texts(batch.caption)
+        for i, key in enumerate(batch.key):
+            context, pooled, size, crop = cached[key]
+            torch.testing.assert_close(context, made.context[i], atol=5e-3, rtol=2e-3)  # stored in float16
+            torch.testing.assert_close(pooled, made.pooled[i], atol=5e-3, rtol=2e-3)
+            assert (size, crop) == (batch.size[i].tolist(), batch.crop[i].tolist())
+    for other in (latent_fingerprint(model, towers, DATA), latent_fingerprint(model, model, DATA)):
+        with pytest.raises(UserError, match="stale"):
+            LatentLoader(data, 8, 0, 1, 3, other)
