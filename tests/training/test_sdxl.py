@@ -26,7 +26,7 @@ from ldm.config import (
 from ldm.diffusion.levels import draw_levels
 from ldm.diffusion.schedule import make_schedule
 from ldm.errors import UserError
-from ldm.jobs import Ask
+from ldm.jobs import Ask, Settings
 from ldm.training.draws import Draws
 from ldm.training.stage_two import diffusion_stage
 
@@ -130,7 +130,7 @@ def test_a_trained_model_draws_and_goes_where_xl_goes(towers: list[str], tmp_pat
     run(stage, config.loop, tmp_path / "run", config)
     model = ldm.load(tmp_path / "run", device="cpu")
     assert list(model.towers) == ["text", "text_2"]
-    settings = ldm.Settings(steps=2, width=16, height=16)
+    settings = Settings(steps=2, width=16, height=16)
     there, cropped = (model.txt2img("a pizza", settings=replace(settings, crop=crop)) for crop in (None, (5, 3)))
     assert bool(there.isfinite().all()) and not torch.equal(there, cropped)
     checkpoint = open_checkpoint(tmp_path / "run")
