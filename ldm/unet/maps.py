@@ -27,7 +27,8 @@ class Map:
     """What one layer looked at in one evaluation: `weights` (B, L, h, w), float16, add up to 1 over L.
 
     B are the rows of the network's batch: the pictures told of their prompts, then, in the same batch, of what they are
-    guided away from. A method of two evaluations a step has two of each.
+    guided away from. A method of two evaluations a step has two of each; where memory is short and a batch is evaluated
+    in pieces, each piece is an evaluation of its own.
     """
 
     layer: str
