@@ -55,12 +55,13 @@ def main() -> None:
     shelf.open_models()
 
     from ldm.web.app import make_app
-    from ldm.web.protocol import impatient
+    from ldm.web.protocol import Server, impatient
 
     host, port = listening.getsockname()[:2]
     names = [name.lower() for name in given.allow_host or ()]
+    app = make_app(shelf, limits, gate, names, given.out)
     config = uvicorn.Config(
-        make_app(shelf, limits, gate, names, given.out),
+        app,
         http=impatient(limits.slow_seconds),
         ws="none",
         proxy_headers=False,
@@ -70,7 +71,7 @@ def main() -> None:
         server_header=False,
     )
     print(f"http://{f'[{host}]' if ':' in host else host}:{port} draws with {', '.join(shelf.models)}", flush=True)
-    uvicorn.Server(config).run([listening])
+    Server(config, app.state.turns.end).run([listening])
 
 
 def check_address(host: str, gate: Gate) -> None:

@@ -31,7 +31,7 @@ from ldm.web.job import Job
 from ldm.web.limits import Limits
 from ldm.web.schema import form, schema
 from ldm.web.shelf import Shelf
-from ldm.web.turns import Full, Mailbox, Tell, Turns
+from ldm.web.turns import Ended, Full, Mailbox, Tell, Turns
 
 PAGE = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 EVENTS = "text/event-stream"
@@ -56,11 +56,13 @@ def make_app(
         name = "/" if path.name == "index.html" else f"/{path.name}"
         routes.append(Route(name, _file(path.read_bytes(), PAGE[Path(path.name).suffix])))
     handlers: Any = {HTTPException: _refused, UserError: _mistaken, ClientDisconnect: _gone, Exception: _broken}
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[Middleware(Guard, limits=limits, gate=gate, hosts=hosts)],
         exception_handlers=handlers,
     )
+    app.state.turns = api.turns
+    return app
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ class Api:
             await self.turns.run(work, stop, box.put)
         except UserError as error:
             raise UserError(self.shelf.without_paths(str(error))) from error
+        except Ended:
+            raise HTTPException(503, "the server ends; try again when it is there") from None
         except Full:
             raise HTTPException(503, f"{self.limits.most_waiting} requests wait already; try again later") from None
         finally:

@@ -1,9 +1,12 @@
-"""uvicorn's connections with an end: of a client that does not say what it wants, or does not take what it gets."""
+"""uvicorn with an end: of a client that does not say what it wants or does not take what it gets, and of itself."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from types import FrameType
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
@@ -47,3 +50,15 @@ def impatient(seconds: float) -> type[asyncio.Protocol]:
                 self.timer.cancel()
 
     return Impatient
+
+
+class Server(uvicorn.Server):
+    """Calls `ending` at Ctrl-C or SIGTERM, before it waits for the requests that are being answered."""
+
+    def __init__(self, config: uvicorn.Config, ending: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.ending = ending
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.ending()
+        super().handle_exit(sig, frame)

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -50,6 +51,28 @@ def process(tiny_checkpoint: Path) -> Iterator[tuple[psutil.Process, Server]]:
         started.terminate()
         told = started.stderr.read()
         assert started.wait(20) in (143, 0, -15) and "Traceback" not in told, told
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_what_is_drawn_and_what_waits(tiny_checkpoint: Path):
+    words = ("scripts/web.py", "--model", tiny_checkpoint, "--device", "cpu", "--port", 0)
+    started = subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None
+    server = Server(int(started.stdout.readline().split()[0].rpartition(":")[2]), None)
+    long = {"sampler": "langevin", "options": {"moves": 10**6}, "steps": 2}
+    with ThreadPoolExecutor(3) as clients:
+        asked = [clients.submit(server.draw, accept, **long) for accept in ("image/png", "text/event-stream", "*/*")]
+        time.sleep(1)
+        began = time.monotonic()
+        started.send_signal(signal.SIGINT)
+        answers = [each.result() for each in asked]
+    _, told = started.communicate(timeout=20)
+    assert started.returncode == 130 and "Traceback" not in told and "ERROR" not in told, told
+    assert time.monotonic() - began < 8
+    assert sorted(answer.status for answer in answers) == [200, 503, 503]
+    assert all("the server ends" in answer.body.decode() for answer in answers)
 
 
 @pytest.mark.slow
