@@ -67,7 +67,10 @@ def draw(
     for batch in batches(requests, batch_size):
         first = sum(map(len, drawn))
         own = None if picture is None else picture.rows(slice(first, first + len(batch)))
-        last = deque(sample(model, batch, plan, helpers, own or Noise()), maxlen=1).pop()
+        steps = deque(sample(model, batch, plan, helpers, own or Noise()), maxlen=1)
+        if not steps:
+            raise UserError("the sampler yielded no step; it yields one for each interval of the grid")
+        last = steps.pop()
         image = decode(model, last, plan.tile).cpu()
         drawn.append(image if own is None else own.paste(image))
     return torch.cat(drawn)
@@ -170,6 +173,8 @@ def _guided(
     branches = together(own, weights, len(told) + 1 - len(clauses)) if len(clauses) > 1 else own
     if callable(plan.guide):
         denoiser = plan.guide(branches)
+        if not callable(denoiser):
+            raise UserError(f"the guide gave {denoiser!r:.60}; it gives a function (x, sigma) -> x0")
     elif isinstance(plan.guide, Auto):
         worse = branches_of(helpers.models[plan.guide.model], [asks], planes)
         denoiser = autoguidance(branches, worse, *_how(plan.guide))

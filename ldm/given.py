@@ -5,12 +5,13 @@ No torch until a value is there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
-from ldm.jobs import Plan, Request, Settings, of_prompts
+from ldm.jobs import Plan, Request, Settings, catalogue, of_prompts
 from ldm.jobs.request import Labels
 from ldm.jobs.values import real, reals
 
@@ -52,8 +53,9 @@ def requests_of(
         if rows is not None and len(rows) not in (1, wanted):
             raise UserError(f"the {what} is a condition of {len(rows)} rows for {wanted} prompts; give one for each")
     normals = None if noise is None or callable(noise) else noise
-    if normals is not None and (not hasattr(normals, "isfinite") or len(normals) != len(made)):
-        raise UserError(f"the noise is given for {len(normals)} pictures of {len(made)}; give a tensor (B, C, h, w)")
+    if normals is not None and (getattr(normals, "ndim", 0) != 4 or len(normals) != len(made)):
+        what = f"of {tuple(normals.shape)}" if hasattr(normals, "shape") else f"{normals!r:.60}"
+        raise UserError(f"the noise for {len(made)} pictures is {what}; give a tensor (B, C, h, w), or a class")
     return [
         replace(
             request,
@@ -134,14 +136,17 @@ def plan_of(
     """The plan of settings, with what goes before them, by name or as a value. Raises UserError, also where a setting
     is given that only what has a name would look at."""
     settings = settings_of(settings)
+    for name, value in (("guide", guide), ("network", network)):
+        if value is not None and not callable(value):
+            raise UserError(f"the {name} is {value!r:.60}, which cannot be called; see the docstring of txt2img")
     if callable(sampler) and (settings.options or settings.eta is not None):
         raise UserError("options and eta are of a sampler with a name; bind those of your own in it")
-    if guide is not None and (cfg is not None or not callable(guide)):
-        raise UserError(f"the guide is {guide!r:.60} and cfg {cfg}; a guide takes the branches, and has its own scale")
+    if guide is not None and cfg is not None:
+        raise UserError(f"cfg is {cfg}, and a guide is given, which has its own scale; say one")
     if isinstance(grid, str):
         settings = replace(settings, spacing=grid)
     elif grid is not None and not callable(grid):
-        settings = replace(settings, sigmas=reals(grid, "the grid"))
+        settings = replace(settings, sigmas=tuple(catalogue.check_levels(reals(grid, "the grid"))))
     elif grid is not None and settings.sigmas:
         raise UserError("sigmas are written out in the settings, and a grid is given; say one")
     plan = settings.but(cfg, steps, None if callable(sampler) else sampler).plan()
@@ -157,7 +162,10 @@ def numbers(given: float | Iterable[float], count: int, what: str) -> list[float
         found = [given] * count
     if len(found) != count:
         raise UserError(f"{len(found)} {what} were given for {count} pictures; give one for each, or one for all")
-    return [real(one, f"one of the {what}") for one in found]
+    for one in found:
+        if not math.isfinite(real(one, f"one of the {what}")):
+            raise UserError(f"one of the {what} is {one}; give finite numbers")
+    return [real(one, what) for one in found]
 
 
 def _condition(given: Any) -> Condition | None:

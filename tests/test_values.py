@@ -37,6 +37,10 @@ def ways(model: LatentDiffusion, settings: Settings = FAST, **given: Any) -> lis
     return [first, again]
 
 
+def cases(*pairs: tuple[Any, str]) -> tuple[tuple[Any, str], ...]:
+    return pairs
+
+
 def same(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
@@ -55,6 +59,8 @@ def test_a_sampler(tiny_model: LatentDiffusion) -> None:
     stream = ways(tiny_model, sampler=sampling.heun(s_churn=2.0), noise=NoiseStream)
     named = dataclasses.replace(FAST, options={"s_churn": 2.0})
     assert same(stream, ways(tiny_model, named, sampler="heun"))
+    with pytest.raises(UserError, match="yielded no step"):
+        tiny_model.txt2img("a", sampler=lambda *_: iter(()))
     with pytest.raises(UserError, match="of a sampler with a name"):
         tiny_model.txt2img("a", sampler=mine, settings=named)
 
@@ -67,11 +73,12 @@ def test_a_grid(tiny_model: LatentDiffusion) -> None:
     assert same(ways(tiny_model, usual, grid=torch.tensor(levels)), written)
     assert same(ways(tiny_model, grid=lambda schedule, steps: torch.tensor(levels)), written)
     assert same(ways(tiny_model, grid="karras"), ways(tiny_model, dataclasses.replace(FAST, spacing="karras")))
-    for wrong, words in (
+    for wrong, words in cases(
         ([1.0, 2.0], "goes from 1 to 2"),
         (lambda schedule, steps: [1.0], "has 1 levels"),
         ("karas", "did you mean 'karras'"),
         (5, "not a list of numbers"),
+        ([], "has 0 levels"),
     ):
         with pytest.raises(UserError, match=words):
             tiny_model.txt2img("a", grid=wrong)
@@ -96,8 +103,10 @@ def test_a_guide(tiny_model: LatentDiffusion) -> None:
     assert torch.equal(both, tiny_model.txt2img("a cat AND a dog", settings=settings))
     with pytest.raises(UserError, match="has its own scale"):
         tiny_model.txt2img("a", guide=mine, cfg=2.0)
-    with pytest.raises(UserError, match="a guide takes the branches"):
+    with pytest.raises(UserError, match=r"the guide is 7.5, which cannot be called"):
         tiny_model.txt2img("a", guide=7.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the guide gave None"):
+        tiny_model.txt2img("a", guide=lambda branches: None)  # type: ignore[arg-type, return-value]
 
 
 def test_a_condition(tiny_model: LatentDiffusion) -> None:
@@ -152,8 +161,9 @@ def test_noise_and_latents(tiny_model: LatentDiffusion) -> None:
             return super().__call__(sigma, sigma_next)
 
     assert same(ways(tiny_model, sampler="euler_a", noise=Mine), ways(tiny_model, sampler="euler_a")) and seen
-    for wrong, words in (
-        (noise[:1], "for 1 pictures of 2"),
+    for wrong, words in cases(
+        (noise[:1], "for 2 pictures is of"),
+        (5, "for 2 pictures is 5"),
         (noise[:, :2], "was given for a latent of"),
         (noise * torch.nan, "not finite"),
         ([1.0, 2.0], "give a tensor"),
@@ -195,6 +205,8 @@ def test_a_network(tiny_model: LatentDiffusion) -> None:
     assert same(ways(tiny_model, network=Mine()), ways(tiny_model))
     assert isinstance(told_of[0], Condition) and len(told_of[0]) == 4
     assert same(ways(tiny_model, network=tiny_model.unet), ways(tiny_model))
+    with pytest.raises(UserError, match="network is 5"):
+        tiny_model.txt2img("a", network=5)  # type: ignore[arg-type]
     blank = tiny_model.txt2img("a", network=lambda x, t, told: torch.zeros_like(x), settings=FAST)
     assert bool(blank.isfinite().all())
 
@@ -203,8 +215,14 @@ def test_each_picture_its_own(tiny_model: LatentDiffusion) -> None:
     """Prompt, seed, mask and strength of each picture are its own, and draw what they draw alone."""
     masks = torch.zeros(2, 1, 32, 32)
     masks[0, :, :16], masks[1, :, :, 16:] = 1, 1
-    given = {"prompt": PROMPTS, "seed": [7, 3], "strength": [0.3, 0.8], "mask": masks, "negative": ["x", "blue"]}
-    both = tiny_model.img2img(IMAGE, settings=FAST, **given)  # type: ignore[arg-type]
+    given: dict[str, Any] = {
+        "prompt": PROMPTS,
+        "seed": [7, 3],
+        "strength": [0.3, 0.8],
+        "mask": masks,
+        "negative": ["x", "blue"],
+    }
+    both = tiny_model.img2img(IMAGE, settings=FAST, **given)
     for i in range(2):
         alone = {name: value[i] for name, value in given.items()}
         one = tiny_model.img2img(IMAGE[i : i + 1], settings=FAST, **{**alone, "mask": masks[i : i + 1]})
@@ -214,6 +232,8 @@ def test_each_picture_its_own(tiny_model: LatentDiffusion) -> None:
     assert not torch.allclose(mixed[0], mixed[1], atol=1e-2)
     with pytest.raises(UserError, match="3 strengths were given for 2 pictures"):
         tiny_model.img2img(IMAGE, PROMPTS, strength=[0.1, 0.2, 0.3])
+    with pytest.raises(UserError, match="is nan; give finite"):
+        tiny_model.img2img(IMAGE, PROMPTS, strength=[0.1, torch.nan])
     with pytest.raises(UserError, match="not a number"):
         tiny_model.img2img(IMAGE, PROMPTS, strength=["a", "b"])  # type: ignore[list-item]
     with pytest.raises(UserError, match="give them one strength"):
@@ -232,11 +252,12 @@ def test_a_model_moves_and_changes_its_precision(tiny_checkpoint: Path) -> None:
     assert model.to(dtype="fp32").precision == torch.float32 and model.hash == digest
     saving = ldm.load(tiny_checkpoint, device="cpu", low_memory=True).to("cpu")
     assert saving.works_on == torch.device("cpu")
-    for wrong, words in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"device": "gpu"}, "no device 'gpu'"),
         ({"dtype": torch.int64}, "no precision 'int64'"),
         ({"dtype": "fp8"}, "no precision 'fp8'"),
-    ):
+    )
+    for wrong, words in refused:
         with pytest.raises(UserError, match=words):
             model.to(**wrong)
 
