@@ -163,7 +163,7 @@ class SampleConfig:
 
     prompts: tuple[str, ...] = ()  # a picture each; empty: none
     cfg: float = 5.0  # guidance scale
-    steps: Count = 30  # of ddim
+    steps: Count = 30  # of the sampler that draws unless another is asked for
     labels: tuple[str, ...] = ()  # of a network with classes: a picture each, without prompts or with a prompt each
 
 

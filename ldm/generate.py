@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm.backends import sparing
 from ldm.backends.sparing import InPieces, visiting
 from ldm.conditioning.condition import Condition, cat, lerp, widths
-from ldm.diffusion import Branches, Denoiser, Fraction, LearnedVariance, bind
+from ldm.diffusion import Branches, Denoiser, LearnedVariance, bind
 from ldm.errors import UserError, out_of_memory
 from ldm.guidance import (
     autoguidance,
@@ -31,6 +31,7 @@ from ldm.guidance import (
     static_threshold,
     together,
 )
+from ldm.guidance.seen import Seen
 from ldm.helpers import NONE, Helpers
 from ldm.jobs import Ask, Plan, Request, batches, catalogue, grammar
 from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Refine, Threshold
@@ -96,10 +97,10 @@ def sample(
         noise = make_noise(plan, requests, shape, model.device)
         with visiting(model, model.codec.autoencoder):
             planes = start.planes(model, shape, count)
-        denoiser, fraction = make_denoiser(model, requests, plan, helpers, shape, planes)
+        denoiser, beside = make_denoiser(model, requests, plan, helpers, shape, planes)
         with visiting(model, model.codec.autoencoder):
             x, sigmas, denoiser, *own = start.place(model, plan, sigmas, noise, denoiser, planes)
-        sampler = own[0] if own else make_sampler(model, plan, fraction)
+        sampler = own[0] if own else make_sampler(model, plan, beside)
         # From a single level there is nowhere to go: the state is what comes out.
         steps = sampler(denoiser, x, sigmas, noise) if len(sigmas) > 1 else iter([Step(0, 1, 0.0, 0.0, x, x)])
     with visiting(model, model.unet, *(other.unet for other in helpers.readers)):
@@ -118,23 +119,25 @@ def make_denoiser(
     helpers: Helpers,
     shape: tuple[int, int, int],
     planes: Tensor | None,
-) -> tuple[Denoiser, Fraction | None]:
+) -> tuple[Denoiser, dict[str, Any]]:
     """The model on what `requests` ask for, guided: what is compared first, then each wrap in order.
 
-    And, of a model that learned its variance, what it says of that for the prompts themselves. Latents have `shape`;
-    `planes` are what stands beside them. Raises UserError for prompts that the plan's guide does not take.
+    And what else of it a sampler may ask for, by the name of its parameter: `unguided`, the prediction that is led away
+    from, and `fraction`, what a model that learned its variance says of that for the prompts themselves. Latents have
+    `shape`; `planes` are what stands beside them. Raises UserError for prompts that the plan's guide does not take.
     """
     check_told(model, plan, helpers)
-    denoiser, fraction = _guided(model, requests, plan, helpers, shape, planes)
+    denoiser, beside = _guided(model, requests, plan, helpers, shape, planes)
     for wrap in plan.wraps:
         if isinstance(wrap, Refine):
             other = helpers.refiners[wrap.model]
             own = replace(plan, network=None)  # what stands in the base's place is no refiner
-            refiner, _ = _guided(other, requests, own, helpers, shape, planes if other.extra_channels else None)
+            refiner, its = _guided(other, requests, own, helpers, shape, planes if other.extra_channels else None)
             denoiser = refined(denoiser, refiner, _below(other, wrap))
+            beside["unguided"] = refined(beside["unguided"], its["unguided"], _below(other, wrap))
         else:
             denoiser = _wrapped(denoiser, wrap, model, helpers, len(requests))
-    return denoiser, fraction
+    return denoiser, beside
 
 
 def check_told(model: Model, plan: Plan, helpers: Helpers) -> None:
@@ -162,7 +165,7 @@ def _guided(
     helpers: Helpers,
     shape: tuple[int, int, int],
     planes: Tensor | None,
-) -> tuple[Denoiser, Fraction | None]:
+) -> tuple[Denoiser, dict[str, Any]]:
     """One model with the plan's guide; see `make_denoiser`."""
     f = model.codec.factor
     pairs = [request.asks(shape[1] * f, shape[2] * f, plan.weighted, plan.sizes) for request in requests]
@@ -171,6 +174,7 @@ def _guided(
     told = (Cfg() if callable(plan.guide) else plan.guide).asks(clauses, others)
     own = branches_of(model, told, planes, plan.network)
     branches = together(own, weights, len(told) + 1 - len(clauses)) if len(clauses) > 1 else own
+    seen = Seen(branches)
     if callable(plan.guide):
         denoiser = plan.guide(branches)
         if not callable(denoiser):
@@ -179,10 +183,11 @@ def _guided(
         worse = branches_of(helpers.models[plan.guide.model], [asks], planes)
         denoiser = autoguidance(branches, worse, *_how(plan.guide))
     elif isinstance(plan.guide, PerpNegative):
-        denoiser = perpendicular_negative(branches, plan.guide.weight, *_how(plan.guide))
+        denoiser = perpendicular_negative(seen, plan.guide.weight, *_how(plan.guide))
     else:
-        denoiser = cfg(branches, *_how(plan.guide))
-    return denoiser, own.fraction if isinstance(own, LearnedVariance) else None
+        denoiser = cfg(seen, *_how(plan.guide))
+    fraction = own.fraction if isinstance(own, LearnedVariance) else None
+    return denoiser, {"unguided": seen.unguided, "fraction": fraction}
 
 
 def _how(guide: Guide) -> tuple[float, float, tuple[float, float] | None]:
@@ -271,15 +276,14 @@ def decode(model: Model, step: Step, tile: int | None = None) -> Tensor:
             return sparing.decode(model.codec, latent, tile, rows, least)
 
 
-def make_sampler(model: Model, plan: Plan, fraction: Fraction | None = None) -> Sampler:
-    """The plan's sampler with its options bound, and the model's law where it is defined by one.
-
-    `fraction`: the variance that the model learned. Raises UserError for an option that makes no sense.
+def make_sampler(model: Model, plan: Plan, beside: Mapping[str, Any]) -> Sampler:
+    """The plan's sampler with its options bound, the model's law where it is defined by one, and what it asks for of
+    what `make_denoiser` gives `beside` the denoiser. Raises UserError for an option that makes no sense.
     """
     if callable(plan.sampler):
         return plan.sampler
     factory = SAMPLERS[plan.sampler]
-    of_model = {"schedule": model.law.schedule, "fraction": fraction}
+    of_model = {"schedule": model.law.schedule, **beside}
     taken = {name: of_model[name] for name in inspect.signature(factory).parameters if name in of_model}
     return factory(**plan.options, **taken)
 
@@ -290,7 +294,8 @@ def make_sigmas(model: Model, plan: Plan) -> Tensor:
         return listed(model.law.schedule, plan.sigmas)
     if callable(plan.spacing):
         return listed(model.law.schedule, reals(plan.spacing(model.law.schedule, plan.steps), "the grid"))
-    return make_grid(model.law.schedule, plan.steps, plan.spacing)
+    spacing = plan.spacing or catalogue.own_grid(plan.sampler, model.law.schedule.is_flow)
+    return make_grid(model.law.schedule, plan.steps, spacing, plan.rho)
 
 
 def make_noise(plan: Plan, requests: Sequence[Request], shape: tuple[int, int, int], device: torch.device) -> Draws:

@@ -13,6 +13,7 @@ from ldm.image_io import read_metadata
 from ldm.jobs import Beginning, Request, Settings
 from ldm.jobs.adapters import Adapter, from_record
 from ldm.jobs.adapters import differences as adapter_differences
+from ldm.jobs.catalogue import own_grid
 from ldm.jobs.request import as_label
 from ldm.settings import from_dict
 
@@ -192,9 +193,10 @@ def differences(recipe: Recipe, model: Model, guides: Mapping[str, str] | None =
 
 
 def _drawn(model: Model, settings: Settings) -> dict[str, Any]:
-    """Checked `settings` with the size that they leave to the model filled in."""
-    side = model.config.image_size
-    return asdict(settings.check()) | {"width": settings.width or side, "height": settings.height or side}
+    """Checked `settings` with the size and the grid that they leave to the model filled in."""
+    side, checked = model.config.image_size, settings.check()
+    spacing = checked.spacing or own_grid(checked.sampler, model.law.schedule.is_flow)
+    return asdict(checked) | {"width": checked.width or side, "height": checked.height or side, "spacing": spacing}
 
 
 def _model(model: Model) -> dict[str, Any]:

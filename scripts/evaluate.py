@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ldm.metrics.generation import Against
 
 SETTINGS = ("cfg", "cfg_rescale", "steps", "sampler", "spacing", "eta")
-BRIEF = ("cfg", "steps", "sampler")
+BRIEF = ("cfg", "steps", "sampler", "spacing")
 # What only a model's pictures depend on.
 DRAWS = (*SETTINGS, "model", "weights", "precision", "seed", "count", "batch_size", "sweep", "out", "labels")
 

@@ -68,7 +68,8 @@ def test_it_is_ddim_with_guidance(tiny_model: LatentDiffusion) -> None:
             following = cosine_squared[times[i + 1]] if i + 1 < steps else torch.ones(())
             z = following.sqrt() * x0 + (1 - following).sqrt() * eps
         expected = tiny_model.codec.decode(z.float())
-    drawn = draw(tiny_model, [Request("a red heart", "blue", 5)], cfg=scale, steps=steps)
+    how = {"sampler": "ddim", "spacing": "trailing", "cfg": scale, "steps": steps}
+    drawn = draw(tiny_model, [Request("a red heart", "blue", 5)], **how)
     assert float((drawn - expected).abs().max()) < 1e-3
     assert float(drawn.std()) > 0.1
 
@@ -78,7 +79,7 @@ def test_it_is_ddim_with_guidance(tiny_model: LatentDiffusion) -> None:
 
 def test_a_picture_does_not_depend_on_its_batch(tiny_model: LatentDiffusion) -> None:
     requests = [Request("a cat", "", 3), Request("a red heart", "blue", 4), Request("a cat", "dog", 5)]
-    for changes in ({}, {"sampler": "ddpm"}, {"eta": 0.7, "spacing": "linspace"}):
+    for changes in ({}, {"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.7, "spacing": "linspace"}):
         together = draw(tiny_model, requests, batch_size=3, **changes)
         alone = draw(tiny_model, requests, batch_size=1, **changes)
         turned = draw(tiny_model, requests[::-1], batch_size=2, **changes).flip(0)
@@ -95,7 +96,7 @@ def test_what_it_does_depend_on(tiny_model: LatentDiffusion) -> None:
     for changes in (
         {"cfg": 1.0},
         {"sampler": "ddpm"},
-        {"eta": 1.0},
+        {"sampler": "ddim", "eta": 1.0},
         {"cfg_rescale": 0.7},
         {"cfg_interval": (0.5, 2.0)},
     ):
@@ -207,11 +208,11 @@ def test_words_that_the_model_does_not_know_are_named(tiny_model: LatentDiffusio
     ("changes", "words"),
     [
         ({"steps": 0}, "0 steps"),
-        ({"steps": 101}, "between 1 and 100"),
+        ({"steps": 101, "spacing": "trailing"}, "between 1 and 100"),
         ({"sampler": "ddmp"}, "did you mean 'ddpm'"),
         ({"width": 33}, "multiples of 4"),
         ({"sampler": "ddpm", "eta": 0.5}, "no option 'eta'"),
-        ({"eta": 5.0}, "eta"),
+        ({"sampler": "ddim", "eta": 5.0}, "this grid admits"),
     ],
 )
 def test_settings_that_this_model_cannot_follow(

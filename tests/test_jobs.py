@@ -12,7 +12,7 @@ import pytest
 
 from ldm import jobs
 from ldm.errors import UserError
-from ldm.jobs import Request, Settings
+from ldm.jobs import Plan, Request, Settings, catalogue
 from ldm.ranges import MAX_SEED
 
 
@@ -169,7 +169,12 @@ def test_a_prompt_file_in_another_encoding(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         (Settings(sampler="ddimm"), "did you mean 'ddim'"),
-        (Settings(sampler="DPM++ 2M Normal"), "did you mean 'dpmpp_2m'"),
+        (Settings(sampler="DPM++ 2N Karras"), "did you mean 'dpmpp_2m'"),
+        (Settings(rho=3.0, spacing="trailing"), "rho is 3, and the spacing trailing"),
+        (Settings(rho=-1.0, spacing="karras"), "rho is -1"),
+        (Settings(rho=3.0), "the spacing is left to the sampler"),
+        (Settings(sampler="euler_cfg_pp"), "takes one between 0 and 2; choose 0.6"),
+        (Settings(sampler="Euler CFG++", cfg=0.6, guide_model="x"), "and a guide model stands there"),
         (Settings(spacing="trail"), "did you mean 'trailing'"),
         (Settings(steps=0), "0 steps"),
         (Settings(cfg=float("nan")), "guidance scale"),
@@ -199,25 +204,57 @@ def test_settings_that_no_model_could_follow(settings: Settings, words: str) -> 
 @pytest.mark.parametrize(
     ("spelled", "sampler", "spacing"),
     [
-        ("ddim", "ddim", "trailing"),
-        ("Euler a", "euler_a", "trailing"),
-        ("Euler", "euler", "trailing"),
+        ("ddim", "ddim", "karras"),
+        ("DDIM trailing", "ddim", "trailing"),
+        ("Euler a", "euler_a", "karras"),
+        ("euler_ancestral", "euler_a", "karras"),
+        ("Euler", "euler", "karras"),
+        ("DPM++ 2M SGM Uniform", "dpmpp_2m", "sgm_uniform"),
+        ("DPM++ 2M Align Your Steps", "dpmpp_2m", "ays_sd15"),
+        ("DPM++ 2M SDE Polyexponential", "dpmpp_2m_sde", "polyexponential"),
+        ("DPM++ 2S a Karras", "dpmpp_2s_a", "karras"),
+        ("dpmpp_2s_ancestral", "dpmpp_2s_a", "karras"),
+        ("DPM2 a", "dpm_2_a", "karras"),
+        ("DPM fast", "dpm_fast", "logsnr"),
+        ("LMS Karras", "lms", "karras"),
+        ("DEIS Beta", "deis", "beta"),
+        ("Restart", "restart", "karras"),
+        ("res_multistep", "res_multistep", "karras"),
         ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
         ("DPM++ 2M SDE Exponential", "dpmpp_2m_sde", "exponential"),
-        ("DPM++ 3M SDE", "dpmpp_3m_sde", "trailing"),
+        ("DPM++ 3M SDE", "dpmpp_3m_sde", "karras"),
         ("DPM++ SDE Karras", "dpmpp_sde", "karras"),
         ("DPM2 Karras", "dpm_2", "karras"),
-        ("dpm_2", "dpm_2", "trailing"),
-        ("Heun", "heun", "trailing"),
-        ("UniPC", "unipc", "trailing"),
-        ("PNDM", "plms", "trailing"),
-        ("LCM", "lcm", "trailing"),
+        ("dpm_2", "dpm_2", "karras"),
+        ("Heun", "heun", "karras"),
+        ("UniPC", "unipc", "karras"),
+        ("PNDM", "plms", "karras"),
+        ("LCM", "lcm", "lcm"),
     ],
 )
 def test_the_spellings_of_user_interfaces(spelled: str, sampler: str, spacing: str) -> None:
     settings = Settings(sampler=spelled).check()
-    assert (settings.sampler, settings.spacing) == (sampler, spacing)
+    assert settings.sampler == sampler
+    assert (settings.spacing or catalogue.own_grid(sampler, flow=False)) == spacing
     assert settings.check() == settings, "a checked one is as it should be"
+
+
+def test_the_defaults_are_those_of_a_plan_and_of_the_catalogue() -> None:
+    assert Settings().plan() == Plan()
+    assert {info.grid for info in catalogue.SAMPLERS.values()} <= catalogue.GRIDS.keys()
+    for sampler, info in catalogue.SAMPLERS.items():
+        assert Settings(sampler=sampler, cfg=0.6).plan().spacing is None
+        assert catalogue.own_grid(sampler, flow=False) == info.grid
+        assert catalogue.own_grid(sampler, flow=True) == ("lcm" if sampler == "lcm" else "trailing")
+    assert Settings(spacing="SGM Uniform").check().spacing == "sgm_uniform"
+
+
+def test_guidance_of_cfg_plus_plus_compares_at_scale_1_too() -> None:
+    """And its sampler looks at the negative prompt there, so nothing is without an effect."""
+    asks, others = [jobs.Ask("a")], [jobs.Ask("b")]
+    assert Settings(sampler="euler_cfg_pp", cfg=1).plan().guide.asks(asks, others) == [asks, others]
+    assert Settings(cfg=1).plan().guide.asks(asks, others) == [asks]
+    assert Settings(sampler="Euler CFG++", cfg=1).without_effect([Request("a", "b")]) == []
 
 
 def test_a_spelling_may_ask_for_an_option() -> None:
@@ -228,7 +265,7 @@ def test_a_spelling_may_ask_for_an_option() -> None:
 def test_a_sampler_s_options_get_their_types() -> None:
     settings = Settings(sampler="pc", options={"snr": "0.2", "moves": "3"}).check()
     assert settings.options == {"snr": 0.2, "moves": 3}
-    assert Settings(eta=0.5).check().options == {"eta": 0.5}
+    assert Settings(sampler="ddim", eta=0.5).check().options == {"eta": 0.5}
     assert Settings(sigmas=(5.0, 1.0, 0.0)).check().steps == 2
 
 

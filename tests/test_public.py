@@ -38,9 +38,10 @@ def test_public_names() -> None:
 def test_each_sampler_is_given_the_noise_that_it_needs() -> None:
     """A path where more steps refine the same picture; a stream where one level takes several independent normals."""
     kinds = {name: info.noise for name, info in catalogue.SAMPLERS.items()}
-    stochastic = ("ddim", "ddpm", "euler_a", "dpmpp_2m_sde", "dpmpp_sde", "dpmpp_3m_sde", "euler_maruyama")
-    assert {name for name, kind in kinds.items() if kind == "path"} == set(stochastic)
-    assert {name for name, kind in kinds.items() if kind == "stream"} == {"heun", "lcm", "langevin", "pc"}
+    sde = {"dpmpp_2m_sde", "dpmpp_sde", "dpmpp_3m_sde", "euler_maruyama"}
+    ancestral = {"ddim", "ddpm", "euler_a", "dpm_2_a", "dpmpp_2s_a", "ddim_cfg_pp", "euler_a_cfg_pp"}
+    assert {name for name, kind in kinds.items() if kind == "path"} == sde | ancestral
+    assert {name for name, kind in kinds.items() if kind == "stream"} == {"heun", "lcm", "langevin", "pc", "restart"}
 
 
 def test_names_known_without_torch_are_the_real_ones() -> None:
@@ -49,4 +50,6 @@ def test_names_known_without_torch_are_the_real_ones() -> None:
     assert set(catalogue.SAMPLERS) == set(SAMPLERS) and set(catalogue.GRIDS) == set(GRIDS)
     for name, info in catalogue.SAMPLERS.items():
         found = inspect.signature(SAMPLERS[name]).parameters.values()
-        assert info.options == {p.name: p.default for p in found if p.name not in ("schedule", "fraction")}, name
+        of_model = ("schedule", "fraction", "unguided")
+        assert info.options == {p.name: p.default for p in found if p.name not in of_model}, name
+        assert info.unguided == any(p.name == "unguided" for p in found)

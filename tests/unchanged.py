@@ -31,6 +31,7 @@ from ldm.jobs import Settings, catalogue
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red heart, flat emoji"
 Case = tuple[str, Callable[[], torch.Tensor]]
+SAID = {"steps": 3, "cfg": 3.0, "sampler": "ddim", "spacing": "trailing"}  # whatever the defaults are
 
 
 def main() -> int:
@@ -48,8 +49,9 @@ def main() -> int:
         with atomic_write(arguments.keep) as temporary:
             Path(temporary).write_text(json.dumps(found, indent=1))
     before = json.loads(Path(arguments.compare).read_text()) if arguments.compare else found
-    changed = [name for name in found if found[name] != before.get(name)]
-    print(f"{len(found)} cases, {len(changed)} changed", *changed, sep="\n  ")
+    changed = [name for name in found if name in before and found[name] != before[name]]
+    new = len(found.keys() - before.keys())
+    print(f"{len(found)} cases, {new} of them new, {len(changed)} changed", *changed, sep="\n  ")
     return 1 if changed else 0
 
 
@@ -68,12 +70,13 @@ def cases(folder: Path) -> Iterator[Case]:
     icons = ldm.load("icons", device="cpu")
 
     def of(model: ldm.LatentDiffusion, negative: str = "", n: int = 1, **settings: object) -> torch.Tensor:
-        chosen = Settings(**{"steps": 3, "cfg": 3.0, **settings})  # type: ignore[arg-type]
+        chosen = Settings(**{**SAID, **settings})  # type: ignore[arg-type]
         return model.txt2img(PROMPT, negative=negative, seed=5, n=n, settings=chosen)
 
     for name in catalogue.SAMPLERS:
-        yield f"sampler {name}", lambda name=name: of(icons, sampler=name)
-    for spacing in catalogue.GRIDS:
+        cfg = 0.6 if catalogue.SAMPLERS[name].unguided else 3.0
+        yield f"sampler {name}", lambda name=name, cfg=cfg: of(icons, sampler=name, cfg=cfg)
+    for spacing in sorted(catalogue.GRIDS.keys() - {"ays_svd"}):  # which has levels that this model does not know
         yield f"grid {spacing}", lambda spacing=spacing: of(icons, sampler="dpmpp_2m", spacing=spacing)
     yield "cfg 1", lambda: of(icons, cfg=1.0)
     yield "cfg 7.5, negative, three pictures", lambda: of(icons, negative="green", cfg=7.5, n=3)
@@ -86,19 +89,23 @@ def cases(folder: Path) -> Iterator[Case]:
     yield "static threshold", lambda: of(icons, threshold="static")
     yield "dynamic threshold", lambda: of(icons, threshold="dynamic", threshold_bound=2.0)
     yield "odd size, tiles", lambda: of(icons, width=96, height=72, tile=48)
-    yield "img2img", lambda: icons.img2img(picture(icons), PROMPT, strength=0.6, cfg=3, steps=5, seed=5)
+    yield "img2img", lambda: icons.img2img(picture(icons), PROMPT, strength=0.6, seed=5, settings=five())
     yield (
         "img2img in tiles",
-        lambda: icons.img2img(picture(icons), PROMPT, strength=0.6, cfg=3, steps=5, seed=5, settings=Settings(tile=32)),
+        lambda: icons.img2img(picture(icons), PROMPT, strength=0.6, seed=5, settings=five(tile=32)),
     )
-    yield "mask", lambda: icons.img2img(picture(icons), PROMPT, mask=mask(), strength=1.0, cfg=3, steps=5, seed=5)
+    yield "mask", lambda: icons.img2img(picture(icons), PROMPT, mask=mask(), strength=1.0, seed=5, settings=five())
     yield "classifier", lambda: of(icons, classifier=classifier(icons, folder), classifier_class="b")
     lora, word = adapters(icons, folder)
     yield "lora", lambda: of(ldm.load("icons", device="cpu").adapted(loras={lora: 0.8}))
     changed = ldm.load("icons", device="cpu").adapted(embeddings=[word])
-    yield "embedding", lambda: changed.txt2img("a <thing>", cfg=3, steps=3, seed=5)
+    yield "embedding", lambda: changed.txt2img("a <thing>", seed=5, settings=Settings(**SAID))
     for kind, layout in (("v1", "single"), ("v1", "folder"), ("v2", "single"), ("v2", "folder")):
         yield f"random {kind}, {layout}", lambda kind=kind, layout=layout: of(foreign(kind, layout, folder))
+
+
+def five(**settings: object) -> Settings:
+    return Settings(**{**SAID, "steps": 5, **settings})  # type: ignore[arg-type]
 
 
 def picture(model: ldm.LatentDiffusion) -> torch.Tensor:

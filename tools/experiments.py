@@ -3,6 +3,7 @@
     python tools/experiments.py steps-table --shards 'data/icons/masters/train-*.tar' --output runs/steps-table
     python tools/experiments.py samplers    --shards 'data/icons/masters/train-*.tar' --output runs/samplers
     python tools/experiments.py guidance    --shards 'data/icons/masters/train-*.tar' --output runs/guidance
+    python tools/experiments.py grids       --output runs/grids
     python tools/experiments.py interpolate --shards 'data/icons/masters/train-*.tar' --output runs/interpolate
     python tools/experiments.py toy --output runs/toy
 
@@ -19,7 +20,7 @@ from ldm.script import run
 import argparse
 from pathlib import Path
 
-from ldm.arguments import COUNT, Parser
+from ldm.arguments import COUNT, NATURAL, Parser
 from ldm.device import PRECISIONS, choose_device
 from ldm.errors import UserError
 from ldm.options import WHERE_HELP, where_of
@@ -37,6 +38,8 @@ def main() -> None:
 
     if arguments.command == "toy":
         toy.run(folder, arguments.quick)
+    elif arguments.command == "grids":
+        run_grids(arguments, folder)
     elif arguments.command == "interpolate":
         model = ldm.load(arguments.model, precision=arguments.precision)
         pair = interpolate.read_pair(arguments.shards, arguments.concepts, arguments.style, model.config.image_size)
@@ -52,6 +55,7 @@ def parse() -> argparse.Namespace:
     curves = commands.add_parser("samplers", help="quality against evaluations, for all samplers")
     scales = commands.add_parser("guidance", help="fidelity against diversity, over the guidance scale")
     mixing = commands.add_parser("interpolate", help="two pictures mixed in noisy latents, from coarse to fine")
+    levels = commands.add_parser("grids", help="distance from the exact flow, for samplers on grids")
     plane = commands.add_parser("toy", help="forward process, score, Langevin and ODE paths in the plane")
 
     for command, pictures in ((steps, f"{MANY}, on a GPU {MANY_ON_GPU}"), (curves, 200), (scales, 400)):
@@ -73,10 +77,47 @@ def parse() -> argparse.Namespace:
         command.add_argument("--model", default="icons", help="shipped name, directory or file")
         command.add_argument("--shards", required=True, help="the real pictures that the model was trained on")
         command.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
-    for command in (steps, curves, scales, mixing, plane):
+    levels.add_argument("--model", default="icons", help="shipped name, directory or file")
+    levels.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
+    levels.add_argument("--prompts", default="docs/prompts.txt", metavar="FILE", help="evenly taken from [%(default)s]")
+    levels.add_argument("--count", type=NATURAL, default=16, help="of prompts [%(default)s]; 0: the Gaussian alone")
+    levels.add_argument("--cfg", type=float, default=7.5, help="guidance scale [%(default)s]")
+    levels.add_argument(
+        "--samplers",
+        nargs="+",
+        metavar="NAME",
+        help="with some that draw noise, the Gaussian alone [the twelve that follow the flow]",
+    )
+    levels.add_argument("--spacings", nargs="+", metavar="GRID", default=["trailing", "karras", "exponential", "beta"])
+    levels.add_argument(
+        "--evaluations", nargs="+", type=COUNT, default=[10, 20, 50], help="of the network [%(default)s]"
+    )
+    for command in (steps, curves, scales, mixing, levels, plane):
         command.add_argument("--output", required=True, help="folder of results")
         command.add_argument("--quick", action="store_true", help="a small one, of which the figures say little")
     return parser.parse_args()
+
+
+def run_grids(arguments: argparse.Namespace, folder: Path) -> None:
+    from studies import grids
+
+    import ldm
+    from ldm.jobs import Settings, catalogue, read_prompts
+
+    samplers = list(arguments.samplers or grids.COMPARED)
+    spacings = [catalogue.resolve_grid(name) for name in arguments.spacings]
+    noisy = {grids.read(word)[0] for word in samplers} & set(grids.NOISY)
+    samplers, evaluations = (samplers[:2], [8]) if arguments.quick else (samplers, arguments.evaluations)
+    measures: dict[str, grids.Measure] = {f"Gaussian, {n}": grids.gaussian for n in evaluations}
+    if arguments.count and not arguments.quick and not noisy:
+        prompts = [request.prompt for request in read_prompts(arguments.prompts)]
+        prompts = prompts[:: max(1, len(prompts) // arguments.count)][: arguments.count]
+        model = ldm.load(arguments.model, precision=arguments.precision)
+        measures |= dict.fromkeys(
+            [f"cfg {arguments.cfg:g}, {n}" for n in evaluations],
+            grids.on_model(model, prompts, Settings(cfg=arguments.cfg)),
+        )
+    grids.run(measures, samplers, spacings, folder)
 
 
 def run_table(arguments: argparse.Namespace, folder: Path) -> None:

@@ -232,7 +232,7 @@ def write_text(config: TextConfig) -> dict[str, Any]:
 
 
 def write_scheduler(schedule: ScheduleConfig, parameterization: str) -> dict[str, Any]:
-    """scheduler/scheduler_config.json of what draws here unless another sampler is asked for: DDIM on trailing levels.
+    """scheduler/scheduler_config.json of what `--sampler ddim --spacing trailing` draws, which is right for every law.
 
     DPM-Solver++ of order 1 is DDIM with eta 0. Their DDIMScheduler steps from t to t - T // N whatever its grid is, so
     with N = 30 of 1000 levels it would come by others than it evaluates.

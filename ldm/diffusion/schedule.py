@@ -103,6 +103,11 @@ class Schedule:
         return float(self.t(self.sigmas[-1]))
 
     @property
+    def is_flow(self) -> bool:
+        """In continuous time from pure noise: rectified flow, whose shift moves the grids in t alone."""
+        return self.pure_noise_end and not self.is_chain
+
+    @property
     def is_chain(self) -> bool:
         """Its levels are steps of a chain, whose time is their index; otherwise time is continuous."""
         return self.clock is None

@@ -20,14 +20,15 @@ class Cfg:
     scale: float = 7.5
     rescale: float = 0.0
     interval: Interval = None
+    plus: bool = False  # CFG++: the sampler looks at u too
 
     def asks(self, clauses: Sequence[Sequence[Ask]], others: Sequence[Ask]) -> list[Sequence[Ask]]:
         """What the model is told, branch by branch; `clauses` are those of prompts that AND joins, else one list.
 
-        At scale 1 nothing looks at the others, unless prompts are joined: that goes from where the others are.
+        At scale 1 nothing looks at the others, unless prompts are joined, which goes from where the others are, or in CFG++.
         """
         first, *more = clauses
-        return [first] if self.scale == 1 and not more else [first, others, *more]
+        return [first] if self.scale == 1 and not (more or self.plus) else [first, others, *more]
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,11 @@ class Plan:
     Where a name stands, a caller of the library may put what it names: see the types.
     """
 
-    sampler: str | Callable[..., Any] = "ddim"  # sampling.Sampler
+    sampler: str | Callable[..., Any] = "dpmpp_2m"  # sampling.Sampler
     options: Mapping[str, Any] = field(default_factory=dict)
-    spacing: str | Callable[..., Any] = "trailing"  # sampling.Grid: (schedule, steps) -> (steps + 1,)
-    steps: int = 30
+    spacing: str | Callable[..., Any] | None = None  # sampling.Grid: (schedule, steps) -> (steps + 1,); None: own_grid
+    rho: float | None = None
+    steps: int = 20
     sigmas: tuple[float, ...] = ()
     width: int | None = None
     height: int | None = None

@@ -18,6 +18,8 @@ from ldm.ranges import MAX_SIDE, Level
 
 THRESHOLDS = ("static", "dynamic")
 SYNTAXES = ("plain", "weighted")
+WRITTEN = "trailing"  # the word that stands for no spacing beside levels written out, in recipes of all versions
+MOST_PLUS = 2.0  # of CFG++'s guidance scale, an interpolation that people stretch a little
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Settings:
     """How pictures are drawn; pictures of one batch share it. None leaves the choice to the model or the sampler."""
 
     cfg: float = 7.5  # guidance scale; 1 is the conditional model alone, at half the cost
-    steps: int = 30  # of the sampler, each an evaluation of the denoiser, or two where its method takes two (heun)
-    sampler: str = "ddim"  # a name, or a user interface's spelling of one; txt2img.py --list-samplers prints them
-    spacing: str | None = None  # of the levels, a grid of that list; None: what the spelling says, else trailing
+    steps: int = 20  # of the sampler, each an evaluation of the denoiser, or two where its method takes two (heun)
+    sampler: str = "dpmpp_2m"  # a name, or a user interface's spelling of one; txt2img.py --list-samplers prints them
+    spacing: str | None = None  # of the levels, a grid of that list; None: what the spelling says, else the best
     eta: float | None = None  # share of fresh noise, for the samplers that have this option; 0 is deterministic
     width: int | None = None  # pixels; None: the side the model was trained at
     height: int | None = None  # the same
@@ -51,6 +53,7 @@ class Settings:
     refiner: str | None = None  # a model on the same latents that takes over where little noise is left, as SDXL's
     refine_below: str = "20%"  # from where on: that share of the trained levels, or a sigma, such as 0.57
     tile: int | None = None  # pixels of a tile's side: decode (and encode) piece by piece; None: the whole at once
+    rho: float | None = None  # how uneven a karras (7) or polyexponential (1) spacing is; None: those
 
     def check(self) -> Settings:
         """The same in the library's names and types; raises UserError for what no model could do."""
@@ -59,18 +62,21 @@ class Settings:
     def _named(self) -> Settings:
         """The same in the library's names, checked."""
         sampler, spelled, implied = catalogue.resolve(self.sampler)
-        spacing = self.spacing or spelled or "trailing"
-        if spacing not in catalogue.GRIDS:
-            raise UserError(catalogue.unknown("grid spacing", spacing, catalogue.GRIDS))
+        info = catalogue.SAMPLERS[sampler]
+        said = catalogue.resolve_grid(self.spacing) if self.spacing else spelled
+        spacing = said or (WRITTEN if self.sigmas else None)
         if spelled and spacing != spelled:
             raise UserError(f"'{self.sampler}' asks for the spacing {spelled}, and --spacing is {spacing}; say one")
+        if self.rho is not None and (spacing not in catalogue.RHO or not 0 < self.rho < math.inf):
+            asked = f"rho is {self.rho:g}, and the spacing {spacing or 'is left to the sampler'}"
+            raise UserError(f"{asked}; give a positive one with --spacing {' or '.join(catalogue.RHO)}")
         if self.eta is not None and "eta" in self.options:
             raise UserError(f"eta is {self.eta:g} and {self.options['eta']} among the sampler's options; say one")
         options = {**implied, **self.options, **({} if self.eta is None else {"eta": self.eta})}
         if self.sigmas:
             written = len(catalogue.check_levels(self.sigmas)) - 1
-            if spacing != "trailing" or self.steps not in (Settings.steps, written):
-                asked = f"{self.steps} steps" if spacing == "trailing" else f"the spacing {spacing}"
+            if spacing != WRITTEN or self.steps not in (Settings.steps, written):
+                asked = f"{self.steps} steps" if spacing == WRITTEN else f"the spacing {spacing}"
                 raise UserError(
                     f"{written + 1} sigmas are written out, which are {written} steps, and {asked}; say one"
                 )
@@ -78,6 +84,15 @@ class Settings:
             raise UserError(f"{self.steps} steps were asked for; choose at least 1")
         if not math.isfinite(self.cfg):
             raise UserError(f"the guidance scale is {self.cfg}; choose a finite number, such as 7.5")
+        if info.unguided and not 0 <= self.cfg <= MOST_PLUS:
+            raise UserError(
+                f"the guidance scale is {self.cfg:g}, and {sampler} takes one between 0 and {MOST_PLUS:g}; choose 0.6, "
+                "which is about what 7.5 is elsewhere"
+            )
+        if info.unguided and self.guide_model is not None:
+            raise UserError(
+                f"{sampler} puts back what the model sees without the prompt, and a guide model stands there"
+            )
         if self.eta is not None and not 0 <= self.eta < math.inf:
             raise UserError(f"eta is {self.eta:g}; choose 0 (deterministic) or more, such as 1")
         for name, side in (("width", self.width), ("height", self.height)):
@@ -109,7 +124,7 @@ class Settings:
         """What is to be done: these settings, checked once and taken apart. Raises UserError as `check`."""
         checked = self.check()
         how = checked.cfg, checked.cfg_rescale, checked.cfg_interval
-        guide: Guide = Cfg(*how)
+        guide: Guide = Cfg(*how, plus=catalogue.SAMPLERS[checked.sampler].unguided)
         if checked.guide_model is not None:
             guide = Auto(checked.guide_model, *how)
         elif checked.perp_negative is not None:
@@ -122,11 +137,11 @@ class Settings:
             wraps.append(Classifier(checked.classifier, checked.classifier_class, checked.classifier_scale))
         if checked.threshold is not None:
             wraps.append(Threshold(checked.threshold, checked.threshold_bound))
-        same = ("sampler", "options", "steps", "sigmas", "width", "height", "tile")
+        same = ("sampler", "options", "rho", "steps", "sigmas", "width", "height", "tile")
         values = {name: getattr(checked, name) for name in same}
         return Plan(
             **values,
-            spacing=checked.spacing or "trailing",
+            spacing=checked.spacing,
             weighted=checked.prompt_syntax == "weighted",
             guide=guide,
             wraps=tuple(wraps),
@@ -142,7 +157,8 @@ class Settings:
         """A sentence on what is asked for and does nothing."""
         if self.perp_negative is not None and not any(request.negative for request in requests):
             return ["there is no negative prompt, so there is no effect of perp_negative"]
-        if self.cfg != 1 or self.perp_negative is not None:
+        plus = catalogue.SAMPLERS[catalogue.resolve(self.sampler)[0]].unguided
+        if self.cfg != 1 or self.perp_negative is not None or plus:
             return []
         asked = {
             "the negative prompt": any(request.negative for request in requests),

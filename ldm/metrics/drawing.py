@@ -23,6 +23,7 @@ from ldm.files import Taken, atomic_write_text, read_text
 from ldm.helpers import Helpers, open_helpers
 from ldm.image_io import save_png
 from ldm.jobs import Request, Settings
+from ldm.jobs.catalogue import own_grid
 from ldm.metrics.crew import Crew
 from ldm.metrics.sources import Source, of_files
 from ldm.model import Model
@@ -64,6 +65,7 @@ class Drawing:
     def protocol(self, model: Model) -> dict[str, Any]:
         """All that the pictures depend on, but for the model, which is what is measured."""
         settings, usual = asdict(self.settings.check()), asdict(Settings())
+        settings["spacing"] = settings["spacing"] or own_grid(settings["sampler"], model.law.schedule.is_flow)
         side = model.config.image_size
         made_on = surroundings(model)
         return {

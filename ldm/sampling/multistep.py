@@ -1,4 +1,4 @@
-"""Deterministic samplers that remember earlier evaluations: PLMS, DPM-Solver++ (2M) and UniPC.
+"""Deterministic samplers that remember earlier predictions of x0: DPM-Solver++ (2M) and UniPC; more in adams.py.
 
 Each step is `flow` with an average A of the denoiser's predictions now and before (see one_step.py). In lambda =
 -log sigma, with h = log(sigma / sigma_next), the exact average is
@@ -19,46 +19,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import UserError
-from ldm.sampling.one_step import trapezoid
 from ldm.sampling.step import Noise, Sampler, Step, flow, level, trajectory
-
-ADAMS_BASHFORTH = {
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
-"""Number of slopes -> their factors, the newest first."""
-
-
-def plms() -> Sampler:
-    """Pseudo linear multistep (Liu et al. 2022, PNDM without its Runge-Kutta start), as Stable Diffusion was released.
-
-    The eps = (x - D) / sigma of up to four steps are combined as Adams and Bashforth do for equal spacing, whatever
-    the grid's, and DDIM's step is taken with that. So the order is 2, unless the grid is uniform in sigma.
-    N + 1 evaluations in N steps: the first step has none to remember and is Heun's. The step to 0 is Euler's (a single
-    step to 0 is one evaluation).
-    """
-
-    def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
-        slopes: deque[Tensor] = deque(maxlen=4)  # the newest first
-
-        def advance(x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
-            x0 = denoiser(x, level(sigma))
-            slopes.appendleft((x - x0) / sigma)
-            ahead = flow(x, x0, sigma, sigma_next)
-            if sigma_next == 0:
-                return ahead, x0
-            if len(slopes) == 1:
-                correction = denoiser(ahead, level(sigma_next)) - x0
-                return flow(x, x0 + trapezoid(sigma, sigma_next) * correction, sigma, sigma_next), x0
-            # The factors add up to 1. As corrections to Euler's step, nothing large cancels.
-            for factor, slope in zip(ADAMS_BASHFORTH[len(slopes)], slopes, strict=True):
-                ahead = ahead + (sigma_next - sigma) * factor * (slope - slopes[0])
-            return ahead, x0
-
-        return trajectory(x, sigmas, advance)
-
-    return sample
 
 
 def dpmpp_2m() -> Sampler:
@@ -90,6 +51,9 @@ def unipc(order: int = 2, variant: str = "bh2") -> Sampler:
     which costs nothing more. The order reached is `order` + 1 where all steps but the last are corrected. On grids that
     end at 0 the last steps use fewer evaluations, and the step to 0 is Euler's, uncorrected. `variant`: bh1 or bh2, the
     paper's B(h); it matters only where two evaluations are combined. Raises UserError.
+
+    So they do in fewer than 2 `order` steps on any grid, where most of the way is begun with too little to remember: on
+    a Gaussian order 3 in 5 steps of leading is .14 off the flow so, and .62 without; in 10 .16 and .13.
     """
     if order not in (1, 2, 3):
         raise UserError(f"the order of unipc is {order}; choose 1, 2 or 3")
@@ -99,6 +63,7 @@ def unipc(order: int = 2, variant: str = "bh2") -> Sampler:
     def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
         known: deque[tuple[float, Tensor]] = deque(maxlen=order)  # (sigma, D), the newest last
         steps_left = len(sigmas) - 1
+        lowered = sigmas[-1] == 0 or steps_left < 2 * order
         start, used = x, 0  # of the step before: its state, and how many evaluations it used
 
         def advance(x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
@@ -107,7 +72,7 @@ def unipc(order: int = 2, variant: str = "bh2") -> Sampler:
             if used:
                 x = _combine(start, list(known)[-used:], sigma, variant, (sigma, x0))
             known.append((sigma, x0))
-            start, used = x, min(len(known), steps_left if sigmas[-1] == 0 else order)
+            start, used = x, min(len(known), steps_left if lowered else order)
             steps_left -= 1
             return _combine(x, list(known)[-used:], sigma_next, variant), x0
 

@@ -18,13 +18,13 @@ is that of a true average.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import UserError
-from ldm.sampling.step import Noise, Sampler, Step, flow, leaps, level, trajectory, walk
+from ldm.sampling.step import Noise, Renewal, Sampler, Step, flow, leaps, level, trajectory, walk
 
 MOST_CHURN = math.sqrt(2) - 1
 """Karras et al. 2022, algorithm 2: a step's churn adds at most as much variance as there is."""
@@ -59,16 +59,21 @@ def heun(s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_
             raised = sigma * (1 + churn) if s_tmin <= sigma <= s_tmax else sigma
             if raised > sigma:
                 x = x + s_noise * math.sqrt(raised**2 - sigma**2) * noise(sigma, sigma_next).to(x)
-            x0 = denoiser(x, level(raised))
-            ahead = flow(x, x0, raised, sigma_next)
-            if sigma_next > 0:
-                correction = denoiser(ahead, level(sigma_next)) - x0
-                ahead = flow(x, x0 + trapezoid(raised, sigma_next) * correction, raised, sigma_next)
-            return ahead, x0
+            return heuns_step(denoiser, x, raised, sigma_next)
 
         return trajectory(x, sigmas, advance)
 
     return sample
+
+
+def heuns_step(denoiser: Denoiser, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+    """(the state at `sigma_next`, the first x0), by two evaluations; by one, Euler's, if it is 0."""
+    x0 = denoiser(x, level(sigma))
+    ahead = flow(x, x0, sigma, sigma_next)
+    if sigma_next > 0:
+        correction = denoiser(ahead, level(sigma_next)) - x0
+        ahead = flow(x, x0 + trapezoid(sigma, sigma_next) * correction, sigma, sigma_next)
+    return ahead, x0
 
 
 def trapezoid(sigma: float, sigma_next: float) -> float:
@@ -82,15 +87,30 @@ def dpm_2() -> Sampler:
 
     Order 2. 2 N evaluations in N steps, or 2 N - 1 if the grid ends at 0: the step to 0 is Euler's.
     """
+    return by_midpoint(lambda _, sigma_next: (sigma_next, 0.0), steep)
+
+
+def steep(sigma: float, middle: float) -> float:
+    """w of DPM-Solver-2's midpoint rule, s / m; in a leap that of an average: D halfway stands for all."""
+    return 1.0 if leaps(sigma, middle**2 / sigma) else sigma / middle
+
+
+def by_midpoint(renewal: Renewal, weight: Callable[[float, float], float]) -> Sampler:
+    """Two evaluations a step: to the level that `renewal` keeps by D + w (D' - D), w = weight(s, m), and its noise.
+
+    A step that keeps no noise, as the one to 0, is Euler's.
+    """
 
     def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
         def advance(x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+            keep, add = renewal(sigma, sigma_next)
             x0 = average = denoiser(x, level(sigma))
-            if sigma_next > 0:
-                middle = math.sqrt(sigma) * math.sqrt(sigma_next)
-                weight = 1.0 if leaps(sigma, sigma_next) else sigma / middle  # in a leap, D halfway stands for all
-                average = x0 + weight * (denoiser(flow(x, x0, sigma, middle), level(middle)) - x0)
-            return flow(x, average, sigma, sigma_next), x0
+            if keep > 0:
+                middle = math.sqrt(sigma) * math.sqrt(keep)
+                ahead = denoiser(flow(x, x0, sigma, middle), level(middle))
+                average = x0 + weight(sigma, middle) * (ahead - x0)
+            x = flow(x, average, sigma, keep)
+            return (x + add * noise(sigma, sigma_next).to(x) if add > 0 else x), x0
 
         return trajectory(x, sigmas, advance)
 

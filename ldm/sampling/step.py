@@ -90,16 +90,20 @@ def level(sigma: float) -> Tensor:
     return torch.tensor(sigma, dtype=torch.float64)
 
 
-def walk(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, renewal: Renewal) -> Iterator[Step]:
+def walk(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, renewal: Renewal, seeing: Denoiser | None = None
+) -> Iterator[Step]:
     """Every sampler of one evaluation a step and no memory: x <- x0 + keep (x - x0) / sigma + add n, by `renewal`.
 
-    (x - x0) / sigma is the noise that the denoiser sees in x. Noise is asked for only where some is added.
+    (x - x0) / sigma is the noise that the denoiser sees in x, or, where it is given, the denoiser `seeing`. Noise is
+    asked for only where some is added.
     """
 
     def advance(x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
-        x0 = denoiser(x, level(sigma))
+        at = level(sigma)
+        x0 = denoiser(x, at)
         keep, add = renewal(sigma, sigma_next)
-        x = x0 + (keep / sigma) * (x - x0)
+        x = x0 + (keep / sigma) * (x - (x0 if seeing is None else seeing(x, at)))
         return (x + add * noise(sigma, sigma_next).to(x) if add > 0 else x), x0
 
     return trajectory(x, sigmas, advance)

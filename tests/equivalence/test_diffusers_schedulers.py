@@ -21,10 +21,12 @@ from ldm.sampling import (
     Sampler,
     ddim,
     ddpm,
+    deis,
     dpm_2,
     dpmpp_2m,
     euler,
     heun,
+    lms,
     make_grid,
     plms,
     start,
@@ -240,6 +242,35 @@ def test_dpmpp_2m(steps: int, spacing: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", PREDICTION)
 @pytest.mark.parametrize("spacing", GRID_OPTIONS)
+@pytest.mark.parametrize("order", [2, 4])
+def test_lms(order: int, spacing: str, name: str) -> None:
+    """To 0 too. They take their integrals to 1e-4, and round the network's time on levels of formulas: given ours."""
+    sigmas = make_grid(SCHEDULE, STEPS, spacing)
+    scheduler = scheduler_of("LMSDiscreteScheduler", SCHEDULE, name, **GRID_OPTIONS[spacing])
+    scheduler.set_timesteps(STEPS)
+    times, x, expected = SCHEDULE.t(sigmas[:-1]), start(NoiseStream(SEEDS, SHAPE).initial(), SCHEDULE, sigmas), []
+    for place, (time, index) in enumerate(zip(times, scheduler.timesteps, strict=True)):
+        z = scheduler.scale_model_input(x, index)
+        x = scheduler.step(network(z.float(), time.float().expand(len(z))).double(), index, x, order=order).prev_sample
+        expected.append(x / math.hypot(1, float(sigmas[place + 1])))
+    assert_same(ours(lms(order), SCHEDULE, name, sigmas), expected, FLOAT32)
+
+
+@pytest.mark.parametrize("name", PREDICTION)
+@pytest.mark.parametrize("spacing", GRID_OPTIONS)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis(order: int, spacing: str, name: str) -> None:
+    """Theirs ends at the smallest trained level, on these grids in one step more than is seen here."""
+    sigmas = make_grid(SCHEDULE, STEPS, spacing)[:-1]
+    options = {"solver_order": order, "lower_order_final": False, **GRID_OPTIONS[spacing]}
+    scheduler = scheduler_of("DEISMultistepScheduler", SCHEDULE, name, **options)
+    scheduler.set_timesteps(STEPS)
+    expected = theirs(scheduler, SCHEDULE.t(sigmas))[:-1]
+    assert_same(ours(deis(order), SCHEDULE, name, sigmas), expected, FLOAT32)
+
+
+@pytest.mark.parametrize("name", PREDICTION)
+@pytest.mark.parametrize("spacing", GRID_OPTIONS)
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_unipc(order: int, variant: str, spacing: str, name: str) -> None:
@@ -284,6 +315,22 @@ def test_plms(spacing: str, table: str) -> None:
     if not leading:
         del expected[-1], found[-1]
     assert_same(found, expected, 1e-9 if table == "ours" else 2e-5)
+
+
+@pytest.mark.parametrize("steps", [7, 20, 30])
+def test_the_grids_that_are_their_samplers_own(steps: int) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(timestep_spacing="leading", steps_offset=1)
+    scheduler.set_timesteps(steps)
+    times = SCHEDULE.t(make_grid(SCHEDULE, steps, "dpm_leading")[:-1]).round().long()
+    assert torch.equal(times, scheduler.timesteps)
+    scheduler = diffusers.LCMScheduler()
+    scheduler.set_timesteps(steps)
+    times = SCHEDULE.t(make_grid(SCHEDULE, steps, "lcm")[:-1]).round().long()
+    assert torch.equal(times, scheduler.timesteps)
+    scheduler = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace")
+    scheduler.set_timesteps(steps)
+    times = SCHEDULE.t(make_grid(SCHEDULE, steps, "sgm_uniform")[:-1])
+    assert float((times - scheduler.timesteps).abs().max()) <= 0.5, "theirs is rounded"
 
 
 def test_the_grids_of_formulas_agree() -> None:

@@ -24,6 +24,7 @@ from ldm.sampling import (
     NoiseStream,
     Sampler,
     ddpm,
+    dpm_2_a,
     dpmpp_2m_sde,
     dpmpp_3m_sde,
     dpmpp_sde,
@@ -87,6 +88,27 @@ def test_euler_ancestral(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         x = scheduler.step(output(scheduler.scale_model_input(x, time), sigma), time, x).prev_sample
         states.append(x)
     assert_same(ours(euler_a(), name, sigmas), states)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
+@pytest.mark.parametrize("name", ["eps", "v"])
+def test_dpm_2_ancestral(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = diffusers.KDPM2AncestralDiscreteScheduler(
+        **BETAS, prediction_type=PREDICTION[name], timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(STEPS)
+    sigmas = make_grid(SCHEDULE, STEPS, "trailing")
+    noise = NoiseStream(SEEDS, SHAPE)
+    patch_noise(monkeypatch, "scheduling_k_dpm_2_ancestral_discrete", noise)
+    x, states = start(noise.initial(), SCHEDULE, sigmas).float(), []
+    times = iter(scheduler.timesteps)
+    for sigma, sigma_next in pairwise(sigmas.tolist()):
+        down = sigma_next**2 / sigma
+        for level in [sigma] if sigma_next == 0 else [sigma, math.sqrt(sigma * down)]:
+            time = next(times)
+            x = scheduler.step(output(x / math.hypot(1, level), level), time, x).prev_sample
+        states.append(x)
+    assert_same(ours(dpm_2_a(), name, sigmas), states)
 
 
 def dpm_states(name: str, sigmas: Tensor, **options: Any) -> list[Tensor]:

@@ -13,6 +13,7 @@ import ldm
 from ldm.checkpoints import export
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import AutoencoderTraining, ClipTraining, DiffusionTraining, ModelConfig, load
+from ldm.jobs import Settings
 from ldm.sampling import NoiseStream
 from ldm.training.stage_one import AutoencoderStage
 from ldm.training.stage_two import diffusion_stage
@@ -64,7 +65,9 @@ def test_the_tiny_recipes_model_draws_the_same_in_diffusers(tmp_path: Path) -> N
     export.write(tmp_path / "theirs", checkpoint.config, states, "diffusers")
     pipe = sd.peers().StableDiffusionPipeline.from_pretrained(tmp_path / "theirs")
     pipe.set_progress_bar_config(disable=True)
-    ours = ldm.load(tmp_path / "ldm", device="cpu").txt2img("a red heart", seed=3)
+    ours = ldm.load(tmp_path / "ldm", device="cpu").txt2img(
+        "a red heart", seed=3, settings=Settings(steps=30, sampler="ddim", spacing="trailing")
+    )
     noise = NoiseStream([3], (4, 4, 4)).initial()
     theirs = pipe("a red heart", latents=noise, num_inference_steps=30, output_type="pt").images * 2 - 1
     assert pipe.text_encoder.config.max_position_embeddings == 32 and ours.shape == theirs.shape == (1, 3, 16, 16)

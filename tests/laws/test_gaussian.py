@@ -20,7 +20,9 @@ from ldm.diffusion import Schedule, make_schedule
 from ldm.sampling import (
     ddim,
     ddpm,
+    dpm_2_a,
     dpmpp_2m_sde,
+    dpmpp_2s_a,
     dpmpp_3m_sde,
     dpmpp_sde,
     euler_a,
@@ -29,6 +31,7 @@ from ldm.sampling import (
     lcm,
     make_grid,
     pc,
+    restart,
 )
 
 from .affine import geometric, noised, output_law, slopes
@@ -48,6 +51,9 @@ FIRST_ORDER = CHAIN | {
     "ddpm learned": ddpm("learned", fraction=lambda x, sigma: torch.full_like(x, 0.3)),
     "euler_maruyama": euler_maruyama(SCHEDULE),
     "pc's predictor": pc(moves=0),
+    "dpm_2_a": dpm_2_a(),
+    "dpmpp_2s_a": dpmpp_2s_a(),
+    "dpmpp_2s_a eta 0.5": dpmpp_2s_a(0.5),
 }
 SECOND_ORDER = {
     "dpmpp_2m_sde": dpmpp_2m_sde(),
@@ -142,6 +148,24 @@ def test_heun_with_churn_is_of_second_order() -> None:
     assert sum(slopes(errors)) / 3 >= 1.5 and slopes(errors)[-1] >= 1.8 and errors[-1] < 0.02, (errors, slopes(errors))
     (starved,) = errors_from(heun(s_churn=20.0, s_noise=0.9), data, SCHEDULE.sigma_max, 0.03, counts[-1:], "stream")
     assert starved > 20 * errors[-1]
+
+
+def test_restart_is_of_second_order_and_forgets_a_wrong_start() -> None:
+    """A start of twice the covariance, at sigma 3: Heun carries it to the end, where twice the walk from 2 to 0.1 under
+    fresh noise leaves less than a sixth of it."""
+    data, sampler = three_dimensional(), restart(1, 0.1, 2.0)
+    errors = errors_from(sampler, data, SCHEDULE.sigma_max, 0.03, (16, 32, 64, 128), "stream")
+    assert slopes(errors)[-1] >= 1.5 and errors[-1] < 0.02, (errors, slopes(errors))
+    wanted, start, sigmas = noised(data, 0.03), noised(data, 3.0), geometric(3.0, 0.03, 64)
+    off = [
+        float(
+            (
+                output_law(one, data, sigmas, start.mean, 2 * start.covariance, "stream").covariance - wanted.covariance
+            ).norm()
+        )
+        for one in (heun(), restart(2, 0.1, 2.0))
+    ]
+    assert off[1] < off[0] / 6, off
 
 
 def test_without_noise_the_parabola_is_of_third_order() -> None:

@@ -17,7 +17,9 @@ from ldm.sampling import (
     Sampler,
     ddim,
     ddpm,
+    dpm_2_a,
     dpmpp_2m_sde,
+    dpmpp_2s_a,
     dpmpp_3m_sde,
     dpmpp_sde,
     euler_a,
@@ -26,6 +28,7 @@ from ldm.sampling import (
     langevin,
     make_grid,
     pc,
+    restart,
     start,
 )
 from ldm.sampling.step import LEAP
@@ -45,10 +48,13 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m_sde": dpmpp_2m_sde(),
     "dpmpp_3m_sde": dpmpp_3m_sde(),
     "dpmpp_sde": dpmpp_sde(),
+    "dpm_2_a": dpm_2_a(),
+    "dpmpp_2s_a": dpmpp_2s_a(),
+    "restart": restart(),
     "langevin": langevin(),
     "pc": pc(),
 }
-STREAMS = ("heun churn", "langevin", "pc")
+STREAMS = ("heun churn", "restart", "langevin", "pc")
 
 
 def unit_data(x: Tensor, sigma: Tensor) -> Tensor:

@@ -18,7 +18,24 @@ from torch import Tensor
 
 from ldm.config import ScheduleConfig
 from ldm.diffusion import make_schedule
-from ldm.sampling import Sampler, ddim, dpm_2, dpmpp_2m, euler, heun, make_grid, ode, plms, unipc
+from ldm.sampling import (
+    Sampler,
+    ddim,
+    deis,
+    dpm_2,
+    dpm_fast,
+    dpmpp_2m,
+    euler,
+    gradient_estimation,
+    heun,
+    ipndm,
+    lms,
+    make_grid,
+    ode,
+    plms,
+    res_multistep,
+    unipc,
+)
 from ldm.sampling.step import LEAP
 
 from .closed_forms import Gaussian, Mixture, three_clusters, three_dimensional
@@ -34,8 +51,19 @@ SAMPLERS: dict[str, tuple[Sampler, float]] = {
     "unipc": (unipc(), 2.7),
     "unipc bh1": (unipc(2, "bh1"), 2.7),
     "unipc 3": (unipc(3), 3.3),
+    "lms 2": (lms(2), 1.8),
+    "lms 3": (lms(3), 2.5),
+    "lms": (lms(), 3),
+    "deis": (deis(), 1.8),
+    "deis 3": (deis(3), 2.3),
+    "res_multistep": (res_multistep(), 1.8),
+    "res_multistep 3": (res_multistep(3), 1.9),
+    "ipndm": (ipndm(), 1.8),
+    "gradient_estimation": (gradient_estimation(), 0.8),
+    "dpm_fast": (dpm_fast(), 2.7),
 }
-"""The order that each must at least show. UniPC's is one more than what it is asked for, by its corrector."""
+"""The order that each must at least show. UniPC's is one more than what it is asked for, by its corrector. Those of
+higher order are held back by their first steps here, and show it from further up (tests/sampling/test_multistep.py)."""
 
 STEPS = (12, 24, 48, 96, 192)
 LAST = 0.03

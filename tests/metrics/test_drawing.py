@@ -107,7 +107,7 @@ def test_seeds_are_not_negative_and_have_63_bits():
 def test_the_protocol_names_what_the_pictures_depend_on(tiny_model):
     made = DRAWING.protocol(tiny_model)
     assert made | {"captions_hash": ""} == {
-        "cfg": 2.0, "steps": 2, "sampler": "ddim", "spacing": "trailing", "options": made["options"], "width": 32,
+        "cfg": 2.0, "steps": 2, "sampler": "dpmpp_2m", "spacing": "karras", "options": made["options"], "width": 32,
         "height": 32, "captions": 3, "captions_hash": "", "first_seed": 5, "batch_size": 2, "device": "cpu",
         "precision": "fp32",
     }  # fmt: skip

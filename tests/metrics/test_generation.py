@@ -79,14 +79,19 @@ def test_a_model_is_measured_and_said_how(evaluate, words, tmp_path):
     assert "14 pictures against 9 real ones and 9 held out, 32 px" in out and "KD[toy]" in out
     told = made["protocol"]
     assert (told["pictures"], told["size"], told["drawing"]["first_seed"]) == (14, 32, 3)
-    assert told["drawing"]["sampler"] == "ddim" and told["drawing"]["precision"] == "fp32"
+    assert told["drawing"]["sampler"] == "dpmpp_2m" and told["drawing"]["precision"] == "fp32"
     assert told["reference"]["hash"] == told["held_out"]["hash"] and len(told["reference"]["hash"]) == 64
     assert len(made["subject"]["hash"]) == 64 and made["cost"]["evaluations"] == 4
     shard = str(tmp_path / "toy.tar")
     assert made["sources"] == {"captions": shard, "reference": shard, "held_out": shard}
     assert made["subject"]["weights"] == "the only ones"
     assert told["measures"]["kernel_seed"] == 2020 and "allow_few" not in told["measures"]
-    for words in ("sampler ddim, spacing trailing", "first seed 3", f"hash {told['reference']['hash'][:8]}", "resize"):
+    for words in (
+        "sampler dpmpp_2m, spacing karras",
+        "first seed 3",
+        f"hash {told['reference']['hash'][:8]}",
+        "resize",
+    ):
         assert words in out.partition("measured so:")[2]
     assert len(list((tmp_path / "a" / "features").glob("toy-*"))) == 1  # of the drawn; the real ones' are in the cache
     assert len(list((tmp_path / "cache").glob("toy-*"))) == 1
@@ -171,7 +176,7 @@ def test_a_sweep_draws_its_curves(evaluate, words, tmp_path):
     assert all(float(row["precision[toy]"]) <= 1 and row["KD[toy]"] for row in rows)
     assert (tmp_path / "s" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "s" / "cfg2-steps3.json").read_text())["sources"]["captions"]
-    assert "sampler ddim" in out and "cfg 1" not in out.partition("measured so:")[2]
+    assert "sampler dpmpp_2m" in out and "cfg 1" not in out.partition("measured so:")[2]
     heads, *lines = (line.split() for line in out.splitlines()[1:6])
     assert heads[:5] == ["cfg", "steps", "pictures", "evaluations", "KD"] and "precision" in heads
     assert [line[:2] for line in lines] == [["1", "1"], ["1", "3"], ["2", "1"], ["2", "3"]]

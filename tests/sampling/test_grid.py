@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from ldm.diffusion import Schedule, make_schedule
 from ldm.errors import UserError
 from ldm.ranges import WEAKEST
 from ldm.sampling import GRIDS, listed, make_grid, weakened
-from ldm.sampling.grid import HIGHEST, TRAINED_GRIDS
+from ldm.sampling.spacings import ALIGNED, HIGHEST, TRAINED_GRIDS, beta_quantiles
 
 SCHEDULE = make_schedule(ScheduleConfig())
 PURE_NOISE = make_schedule(ScheduleConfig(zero_terminal_snr=True))
@@ -24,11 +25,13 @@ EDM = Schedule(torch.logspace(math.log10(0.002), math.log10(80), 50, dtype=torch
 
 @given(
     steps=st.integers(1, 1000),
-    spacing=st.sampled_from(sorted(GRIDS)),
+    spacing=st.sampled_from(sorted(GRIDS.keys() - {"ays_svd"})),
     schedule=st.sampled_from([SCHEDULE, PURE_NOISE, COSINE]),
 )
 @settings(deadline=None)
 def test_a_grid_has_the_steps_asked_for_and_decreases(steps: int, spacing: str, schedule: Schedule) -> None:
+    if spacing == "lcm":
+        steps = min(steps, 50)
     sigmas = make_grid(schedule, steps, spacing)
     assert sigmas.shape == (steps + 1,) and sigmas.dtype == torch.float64 and sigmas.device.type == "cpu"
     assert bool((sigmas.diff() < 0).all())
@@ -40,19 +43,21 @@ def test_a_grid_has_the_steps_asked_for_and_decreases(steps: int, spacing: str, 
 @pytest.mark.parametrize("steps", [1, 7, 30])
 @pytest.mark.parametrize("schedule", [SCHEDULE, PURE_NOISE, COSINE, EDM], ids=["vp", "pure noise", "cosine", "edm"])
 def test_ends(steps: int, schedule: Schedule) -> None:
-    for spacing in ("trailing", "linspace", "karras", "exponential"):
+    for spacing in GRIDS.keys() - {"leading", "logsnr", "ddim_uniform", "dpm_leading", "ays_svd"}:
+        if schedule is EDM and (spacing.startswith("ays") or (spacing == "lcm" and steps > 7)):
+            continue
         sigmas = make_grid(schedule, steps, spacing)
         assert sigmas[0] == schedule.sigma_max and sigmas[-1] == 0
     for spacing in ("leading", "logsnr"):
         assert make_grid(schedule, steps, spacing)[-1] == schedule.sigma_min
     assert make_grid(schedule, steps, "logsnr")[0] == schedule.sigma_max
-    for spacing in ("linspace", "karras", "exponential"):
-        assert make_grid(schedule, max(steps, 2), spacing)[-2] == schedule.sigma_min
+    for spacing in ("linspace", "normal", "karras", "exponential", "polyexponential", "kl_optimal"):
+        assert float(make_grid(schedule, max(steps, 2), spacing)[-2]) == pytest.approx(schedule.sigma_min, rel=1e-12)
 
 
 def test_the_whole_chain_is_the_same_in_every_spacing_of_trained_levels() -> None:
     expected = torch.cat([SCHEDULE.sigmas.flip(0), torch.zeros(1, dtype=torch.float64)])
-    for spacing in TRAINED_GRIDS:
+    for spacing in TRAINED_GRIDS.keys() - {"lcm"}:
         assert torch.equal(make_grid(SCHEDULE, 1000, spacing), expected)
 
 
@@ -62,6 +67,62 @@ def test_karras_is_equation_5() -> None:
     torch.testing.assert_close(make_grid(EDM, 18, "karras").tolist(), [*expected, 0.0], rtol=1e-12, atol=0)
 
 
+def test_what_is_even_in_what() -> None:
+    times = SCHEDULE.t(make_grid(SCHEDULE, 20, "normal")[:-1])
+    torch.testing.assert_close(times, torch.linspace(999, 0, 20, dtype=torch.float64), rtol=0, atol=1e-6)
+    times = SCHEDULE.t(make_grid(SCHEDULE, 7, "sgm_uniform")[:-1])
+    torch.testing.assert_close(times, 999 * (1 - torch.arange(7).double() / 7), rtol=0, atol=1e-6)
+    angles = make_grid(SCHEDULE, 20, "kl_optimal")[:-1].atan().diff()
+    torch.testing.assert_close(angles, angles[:1].expand(19), rtol=1e-9, atol=0)
+    logs = make_grid(SCHEDULE, 20, "polyexponential", 2.0)[:-1].log() - math.log(SCHEDULE.sigma_min)
+    roots = logs.clamp(min=0).sqrt().diff()
+    torch.testing.assert_close(roots, roots[:1].expand(19), rtol=1e-6, atol=0)
+    poly, exponential = make_grid(SCHEDULE, 20, "polyexponential"), make_grid(SCHEDULE, 20, "exponential")
+    torch.testing.assert_close(poly, exponential, rtol=1e-12, atol=0)
+    expected = [(80 ** (1 / 3) + i / 5 * (0.002 ** (1 / 3) - 80 ** (1 / 3))) ** 3 for i in range(6)]
+    torch.testing.assert_close(make_grid(EDM, 6, "karras", 3.0).tolist(), [*expected, 0.0], rtol=1e-9, atol=0)
+
+
+def test_trained_levels_of_other_codes() -> None:
+    """ComfyUI's, and latent consistency models', written out by their formulas in t."""
+
+    def times(spacing: str, steps: int) -> list[int]:
+        return SCHEDULE.t(make_grid(SCHEDULE, steps, spacing)[:-1]).round().int().tolist()
+
+    assert times("simple", 30) == [999 - int(i * 1000 / 30) for i in range(30)]
+    assert times("ddim_uniform", 20) == list(range(1, 1000, 50))[::-1]
+    assert len(times("ddim_uniform", 30)) == 30, "where theirs has 31"
+    assert times("dpm_leading", 20) == [i * (1000 // 21) + 1 for i in range(20, 0, -1)]
+    assert times("lcm", 4) == [999, 759, 499, 259] and times("lcm", 50) == list(range(19, 1000, 20))[::-1]
+    with pytest.raises(UserError, match=r"51 steps .* 50 levels"):
+        make_grid(SCHEDULE, 51, "lcm")
+
+
+def test_beta_has_the_quantiles_of_its_law() -> None:
+    special = pytest.importorskip("scipy.special")
+    shares = np.array([1e-4, 0.01, 0.3, 0.5, 0.501, 0.7, 0.999, 1.0])
+    for a in (0.3, 0.6, 2.0):
+        assert beta_quantiles(shares, a) == pytest.approx(special.betaincinv(a, a, shares), rel=1e-9)
+    times = SCHEDULE.t(make_grid(SCHEDULE, 10, "beta")[:-1])
+    expected = 999 * special.betaincinv(0.6, 0.6, 1 - np.arange(10) / 10)
+    torch.testing.assert_close(times, torch.from_numpy(expected), rtol=0, atol=1e-6)
+
+
+def test_align_your_steps_is_the_published_table() -> None:
+    """At 10 steps its levels; at 20 each second one, and the geometric means between; the law's own end first."""
+    table = ALIGNED["ays_sdxl"]
+    ten, twenty = (make_grid(SCHEDULE, steps, "ays_sdxl") for steps in (10, 20))
+    torch.testing.assert_close(ten[1:-1].tolist(), list(table[1:-1]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(twenty[2:-1:2], ten[1:-1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(float(twenty[3]), math.sqrt(table[1] * table[2]), rtol=1e-12, atol=0)
+    assert ten[0] == SCHEDULE.sigma_max and make_grid(PURE_NOISE, 10, "ays_sdxl")[0] == PURE_NOISE.sigma_max
+    with pytest.raises(UserError, match=r"ays_svd has levels from 54.5 .* ends at 14.6"):
+        make_grid(SCHEDULE, 10, "ays_svd")
+    assert make_grid(Schedule(torch.tensor([0.002, 700.0], dtype=torch.float64)), 10, "ays_svd")[1] == pytest.approx(
+        54.5
+    )
+
+
 def test_exponential_and_logsnr_are_even_in_log_snr_and_differ_at_the_end() -> None:
     exponential, logsnr = make_grid(SCHEDULE, 12, "exponential"), make_grid(SCHEDULE, 11, "logsnr")
     assert torch.equal(exponential[:-1], logsnr)
@@ -69,7 +130,7 @@ def test_exponential_and_logsnr_are_even_in_log_snr_and_differ_at_the_end() -> N
     torch.testing.assert_close(spans, spans[:1].expand(11), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("spacing", ["karras", "exponential", "logsnr"])
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "polyexponential", "kl_optimal", "logsnr"])
 @pytest.mark.parametrize("schedule", [PURE_NOISE, COSINE], ids=["pure noise", "cosine"])
 def test_no_steps_are_spent_in_pure_noise(spacing: str, schedule: Schedule) -> None:
     """Beyond the cap there is the law's own first level and nothing else; the rest is what a law up to it would get."""
@@ -93,7 +154,7 @@ def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
 
 
 def test_an_unknown_spacing_is_refused() -> None:
-    with pytest.raises(UserError, match="leading, trailing, linspace, karras"):
+    with pytest.raises(UserError, match=r"leading, trailing, linspace, .*karras"):
         make_grid(SCHEDULE, 10, "squares")
 
 

@@ -36,10 +36,14 @@ SHAPE = (2, 3, 3)
 
 
 def bound(name: str) -> Sampler:
-    """The sampler of that name with its default options, and the schedule where it is defined by one."""
-    factory = SAMPLERS[name]
-    schedule = inspect.signature(factory).parameters.get("schedule")
-    return factory(SCHEDULE) if schedule and schedule.default is inspect.Parameter.empty else factory()
+    """The sampler of that name with its default options, and what it is defined by: a schedule, another denoiser."""
+    factory, given = SAMPLERS[name], {"schedule": SCHEDULE, "unguided": unguided}
+    asked = inspect.signature(factory).parameters.items()
+    return factory(**{name: given[name] for name, one in asked if one.default is inspect.Parameter.empty})
+
+
+def unguided(x: Tensor, sigma: Tensor) -> Tensor:
+    return 0.5 * denoiser(x, sigma)
 
 
 BOUND = {
@@ -58,9 +62,12 @@ TWO_A_STEP: Count = lambda steps, to_zero, leaps: 2 * steps - to_zero  # noqa: E
 OTHER_COUNTS: dict[str, Count] = {
     "heun": TWO_A_STEP,
     "dpm_2": TWO_A_STEP,
+    "dpm_2_a": TWO_A_STEP,
+    "dpmpp_2s_a": TWO_A_STEP,
     "dpmpp_sde": TWO_A_STEP,
     "pc": TWO_A_STEP,
     "plms": lambda steps, to_zero, leaps: steps + 1 - (to_zero and steps == 1),
+    "restart": lambda steps, to_zero, leaps: 2 * steps - to_zero,  # and what it walks again, tested by itself
     "langevin": lambda steps, to_zero, leaps: 10 * (steps - to_zero) + to_zero + leaps,
 }
 """Evaluations of a grid's steps, the last one to 0 or not, as each sampler's docstring has them; otherwise one a step.
@@ -104,21 +111,22 @@ def test_steps_asked_are_steps_run(name: str, steps: int, spacing: str) -> None:
     else:
         count = OTHER_COUNTS.get(name.split()[0], ONE_A_STEP)
         leaps = sum(sigma > LEAP * sigma_next > 0 for sigma, sigma_next in pairwise(sigmas.tolist()))
-        assert len(calls) == count(steps, to_zero, leaps)
+        again = [sigma for sigma in sigmas.tolist() if name == "restart" and 0.1 <= sigma <= 2.0]
+        assert len(calls) == count(steps, to_zero, leaps) + 2 * max(0, len(again) - 1)
         if count is ONE_A_STEP:
             assert calls == sigmas[:-1].tolist()
 
 
 @pytest.mark.parametrize("name", BOUND)
 def test_the_step_to_zero_gives_x0(name: str) -> None:
-    """From the largest level at once, and as the last of a few steps."""
+    """From the largest level at once, and as the last of a few steps; lms alone goes to 0 along its polynomial."""
     sigmas = torch.tensor([14.6, 0.0], dtype=torch.float64)
     x = torch.randn(1, *SHAPE, dtype=torch.float64)
     if "churn" not in name:
         (step,) = BOUND[name](denoiser, x, sigmas, pytest.fail)  # type: ignore[arg-type]
         assert torch.equal(step.x, step.x0) and torch.equal(step.x0, denoiser(x, sigmas[0]))
     *_, last = BOUND[name](denoiser, x, torch.tensor([9.0, 3.0, 1.0, 0.4, 0.0]), lambda *_: torch.ones_like(x))
-    assert torch.equal(last.x, last.x0)
+    assert torch.equal(last.x, last.x0) != (name == "lms")
 
 
 @pytest.mark.parametrize("name", BOUND)
@@ -166,7 +174,10 @@ def test_a_trajectory_taken_up_later_goes_on_as_it_was(name: str) -> None:
     assert all(torch.equal(a.x, b.x) for a, b in zip(rest, whole[4:], strict=True))
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm_2", "dpmpp_2m", "plms", "unipc", "ode"])
+@pytest.mark.parametrize(
+    "name",
+    ["ddim", "euler", "heun", "dpm_2", "dpmpp_2m", "plms", "unipc", "ode", "lms", "deis", "res_multistep", "dpm_fast"],
+)
 def test_the_deterministic_ones_ask_for_no_noise(name: str) -> None:
     sigmas, noise = make_grid(SCHEDULE, 12), NoiseStream([3], SHAPE)
     x = start(noise.initial(), SCHEDULE, sigmas)

@@ -18,14 +18,19 @@ from ldm.sampling import (
     Sampler,
     ddim,
     ddpm,
+    dpm_2,
+    dpm_2_a,
     dpmpp_2m,
     dpmpp_2m_sde,
+    dpmpp_2s_a,
     dpmpp_3m_sde,
     dpmpp_sde,
     euler,
     euler_a,
     euler_maruyama,
+    heun,
     make_grid,
+    restart,
     start,
 )
 from ldm.sampling.ddim import largest_eta
@@ -66,9 +71,55 @@ def test_without_noise_each_is_its_ode_sampler(spacing: str) -> None:
             x0 = denoiser(flow(x, x0, float(sigma), float(middle)), middle)
         x = flow(x, x0, float(sigma), float(sigma_next))
     assert_same(run(dpmpp_sde(0.0), spacing=spacing), x)
+    assert_same(run(dpmpp_2s_a(0.0), spacing=spacing), x)
+    assert_same(run(dpm_2_a(0.0), spacing=spacing), run(dpm_2(), spacing=spacing))
+    assert_same(run(restart(0), spacing=spacing), run(heun(), spacing=spacing))
 
 
-@pytest.mark.parametrize("factory", [ddim, euler_a, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde])
+def test_the_ancestral_ones_are_k_diffusions() -> None:
+    """Their steps written out: to sigma_down by the midpoint in log sigma of the slope, or of D, then noise."""
+    sigmas = make_grid(SCHEDULE, 12, "trailing")
+    for sampler, of_slope in ((dpm_2_a(0.8, 1.1), True), (dpmpp_2s_a(0.8, 1.1), False)):
+        noise = NoiseStream([5, 6], SHAPE)
+        x = start(noise.initial(), SCHEDULE, sigmas)
+        for s, r in pairwise(sigmas.tolist()):
+            up = min(r, 0.8 * math.sqrt(r**2 * (s**2 - r**2) / s**2))
+            down = math.sqrt(r**2 - up**2)
+            d = (x - denoiser(x, torch.tensor(s))) / s
+            if down == 0:
+                x = x + (down - s) * d
+                continue
+            middle = math.exp((math.log(s) + math.log(down)) / 2)
+            ahead = x + (middle - s) * d
+            x0 = denoiser(ahead, torch.tensor(middle))
+            x = x + (down - s) * (ahead - x0) / middle if of_slope else down / s * x + (1 - down / s) * x0
+            x = x + 1.1 * up * noise(s, r).double()
+        torch.testing.assert_close(run(sampler), x, rtol=0, atol=1e-6)
+
+
+def test_restart_walks_the_levels_between_again() -> None:
+    """Xu et al. 2023, algorithm 1, with Heun's steps written out: from 0.5 up to 2 and down again, twice."""
+    sigmas = torch.tensor([9.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.0], dtype=torch.float64)
+    noise = NoiseStream([5, 6], SHAPE)
+    x = start(noise.initial(), SCHEDULE, sigmas)
+
+    def walked(x: Tensor, levels: list[float]) -> Tensor:
+        for s, r in pairwise(levels):
+            d = (x - denoiser(x, torch.tensor(s))) / s
+            ahead = x + (r - s) * d
+            x = ahead if r == 0 else x + (r - s) * (d + (ahead - denoiser(ahead, torch.tensor(r))) / r) / 2
+        return x
+
+    expected = walked(x, [9.0, 4.0, 2.0, 1.0, 0.5])
+    for _ in range(2):
+        expected = walked(expected + math.sqrt(4 - 0.25) * noise(2.0, 0.5).double(), [2.0, 1.0, 0.5])
+    expected = walked(expected, [0.5, 0.2, 0.0])
+    noise = NoiseStream([5, 6], SHAPE)
+    *_, last = restart(2, 0.3, 2.0)(denoiser, start(noise.initial(), SCHEDULE, sigmas), sigmas, noise)
+    torch.testing.assert_close(last.x, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("factory", [ddim, euler_a, dpm_2_a, dpmpp_2s_a, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde])
 def test_small_eta_tends_to_the_ode(factory) -> None:
     """The noise's deviation goes as eta, or as its square root where eta multiplies the variance."""
     exact = run(factory(0.0), kind=BrownianPath)
@@ -115,7 +166,7 @@ def test_the_weights_are_the_integrals(z: float) -> None:
         assert weight(z) == pytest.approx(z * float((simpson * values).sum()) / 12000, rel=1e-8)
 
 
-@pytest.mark.parametrize("factory", [euler_a, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde])
+@pytest.mark.parametrize("factory", [euler_a, dpm_2_a, dpmpp_2s_a, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde])
 def test_s_noise_scales_the_noise_alone(factory) -> None:
     """One step is affine in it, and without noise it is the same step with the noise left out."""
     sigmas = torch.tensor([9.0, 2.0], dtype=torch.float64)
@@ -224,10 +275,15 @@ def test_euler_maruyama_leaves_pure_noise_by_ddpms_step(config: ScheduleConfig) 
 
 
 def test_nonsense_is_refused() -> None:
-    for factory in (euler_a, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde):
+    for factory in (euler_a, dpm_2_a, dpmpp_2s_a, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde):
         for options in ({"eta": -0.1}, {"eta": math.nan}, {"eta": math.inf}, {"s_noise": -1.0}, {"s_noise": math.inf}):
             with pytest.raises(UserError, match=next(iter(options))):
                 factory(**options)
+    with pytest.raises(UserError, match="-1 times"):
+        restart(-1)
+    for low, high in ((2.0, 2.0), (0.0, 1.0), (math.nan, 2.0)):
+        with pytest.raises(UserError, match="0 < low < high"):
+            restart(low=low, high=high)
     with pytest.raises(UserError, match="midpoint, heun"):
         dpmpp_2m_sde(solver="euler")
     with pytest.raises(UserError, match="posterior, beta, learned"):

@@ -90,3 +90,17 @@ def test_the_plane(tmp_path: Path) -> None:
     assert len(far) == 3 and max(far) < 0.2
     Image.open(tmp_path / "toy.png").load()
     assert getattr(Image.open(tmp_path / "toy.gif"), "n_frames", 1) == 11
+
+
+def test_grids(tmp_path: Path) -> None:
+    """The Gaussian's part, and with a tiny model its own: Euler's figure, and a deviation."""
+    words = ("--count", 0, "--output", tmp_path, "--spacings", "Karras", "--evaluations", 10)
+    table = run("grids", *words, "--samplers", "ddim", "DPM++ 2M", "deis:order=3", "dpmpp_2m_sde")
+    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in table.splitlines()[2:]}
+    assert (
+        list(rows) == ["ddim", "DPM++ 2M", "deis:order=3", "dpmpp_2m_sde"]
+        and (tmp_path / "grids.md").read_text() == table
+    )
+    assert float(rows["ddim"][2].strip(" |")) == pytest.approx(0.171, abs=2e-4)
+    assert float(rows["dpmpp_2m_sde"][2].strip(" |")) == pytest.approx(0.08, abs=0.02)
+    assert "ode is not compared here" in run("grids", *words, "--samplers", "ode", expect=1)

@@ -15,7 +15,7 @@ def run(subject: Subject, quick: bool, pictures: int) -> None:
     """Print a line for each scale; write the curve and the pictures."""
     steps = 6 if quick else 20
     cells = [
-        subject.cell({"cfg": scale}, Settings(cfg=scale, steps=steps, sampler="dpmpp_2m"), pictures)
+        subject.cell({"cfg": scale}, Settings(cfg=scale, steps=steps, sampler="dpmpp_2m", spacing="trailing"), pictures)
         for scale in (SCALES[::3] if quick else SCALES)
     ]
     rows = subject.measure(cells)

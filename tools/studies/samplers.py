@@ -1,4 +1,7 @@
-"""Quality against cost: every sampler's distance from the real pictures, against evaluations of the network."""
+"""Quality against cost: every sampler's distance from the real pictures, against evaluations of the network.
+
+All on one grid, trailing, so that nothing else is varied; which grid is best for which is in docs/samplers.md.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from ldm.metrics.tables import sweep_table
 from studies.subject import Subject
 
 BUDGETS = (6, 12, 24, 48)  # evaluations, about
-COST = {"heun": 2, "dpm_2": 2, "dpmpp_sde": 2, "pc": 2, "langevin": 2}  # evaluations a step, where it is not 1
+TWO: tuple[str, ...] = ("heun", "dpm_2", "dpm_2_a", "dpmpp_2s_a", "dpmpp_sde", "restart", "pc", "langevin")
+COST: dict[str, int] = dict.fromkeys(TWO, 2)  # evaluations a step, where it is not 1
 OPTIONS = {"langevin": {"moves": 2}}  # ten, its default, would leave a budget of 12 one level
 TOLERANCES = (1e-1, 1e-2, 1e-3)  # of `ode`, which takes as many evaluations as its tolerance asks for
 
@@ -28,7 +32,7 @@ def run(subject: Subject, quick: bool, pictures: int) -> None:
             continue
         for budget in BUDGETS[:1] if quick else BUDGETS:
             steps = budget // COST.get(name, 1)
-            settings = Settings(cfg=1.0, steps=steps, sampler=name, options=OPTIONS.get(name, {}))
+            settings = Settings(1.0, steps, name, "trailing", options=OPTIONS.get(name, {}))
             cells.append(subject.cell({"sampler": name, "of": f"{steps} steps"}, settings, pictures))
     rows = subject.measure(cells)
     if not subject.crew.main:
