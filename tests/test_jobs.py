@@ -252,8 +252,8 @@ def test_the_defaults_are_those_of_a_plan_and_of_the_catalogue() -> None:
 def test_guidance_of_cfg_plus_plus_compares_at_scale_1_too() -> None:
     """And its sampler looks at the negative prompt there, so nothing is without an effect."""
     asks, others = [jobs.Ask("a")], [jobs.Ask("b")]
-    assert Settings(sampler="euler_cfg_pp", cfg=1).plan().guide.asks(asks, others) == [asks, others]
-    assert Settings(cfg=1).plan().guide.asks(asks, others) == [asks]
+    assert Settings(sampler="euler_cfg_pp", cfg=1).plan().guide.asks([asks], others) == [asks, others]
+    assert Settings(cfg=1).plan().guide.asks([asks], others) == [asks]
     assert Settings(sampler="Euler CFG++", cfg=1).without_effect([Request("a", "b")]) == []
 
 

@@ -25,7 +25,8 @@ class Cfg:
     def asks(self, clauses: Sequence[Sequence[Ask]], others: Sequence[Ask]) -> list[Sequence[Ask]]:
         """What the model is told, branch by branch; `clauses` are those of prompts that AND joins, else one list.
 
-        At scale 1 nothing looks at the others, unless prompts are joined, which goes from where the others are, or in CFG++.
+        At scale 1 nothing looks at the others, unless prompts are joined, which goes from where the others are, and but
+        in CFG++.
         """
         first, *more = clauses
         return [first] if self.scale == 1 and not (more or self.plus) else [first, others, *more]
