@@ -26,7 +26,7 @@ from ldm.guidance.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 from ldm.helpers import open_helpers
 from ldm.jobs import Request, Settings
 
-FAST = Settings(steps=4, cfg=3.0)
+FAST = Settings(steps=4, cfg=3.0, sampler="ddim", spacing="trailing")
 REQUESTS = [Request("a cat", "", 3), Request("a red heart", "", 4)]
 NEGATIVE = [dataclasses.replace(request, negative="blue") for request in REQUESTS]
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "txt2img.py")

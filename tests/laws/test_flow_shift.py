@@ -32,7 +32,8 @@ AFFINE = sorted(set(SAMPLERS) - {"ode", "lcm"})
 
 def error(name: str, steps: int, spacing: str, data: Gaussian = DATA) -> float:
     """Of mean and covariance, in units of the data's."""
-    taken = {"schedule": SCHEDULE} if "schedule" in inspect.signature(SAMPLERS[name]).parameters else {}
+    of_model = {"schedule": SCHEDULE, "unguided": data.denoiser}
+    taken = {each: of_model[each] for each in inspect.signature(SAMPLERS[name]).parameters if each in of_model}
     sampler = SAMPLERS[name](**taken, **OPTIONS.get(name, {}))
     sigmas = make_grid(SCHEDULE, steps, spacing)
     start = SCHEDULE.start_scale(sigmas[0]) ** 2 * torch.eye(3, dtype=torch.float64)

@@ -178,7 +178,7 @@ def test_settings_come_back_out_of_the_gallery(page: Page):
     page.draw()
     first = page.drawn()
     page.one("#reset").click()
-    assert page.value("prompt") == "" and page.value("sampler") == "ddim"
+    assert page.value("prompt") == "" and page.value("sampler") == "dpmpp_2m"
     page.fill(prompt="second", steps=2)
     page.draw()
     page.drawn()
