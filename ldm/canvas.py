@@ -106,10 +106,11 @@ def feathered(mask: Tensor, pixels: int) -> Tensor:
     if pixels < 0:
         raise UserError(f"feather is {pixels} pixels; choose 0 (a sharp edge) or more")
     worn, total = mask, mask.clone()
-    for _ in range(pixels):
-        if not bool(worn.any()):
+    for done in range(pixels):
+        before, worn = worn, -F.max_pool2d(-worn, 3, stride=1, padding=1)
+        if torch.equal(worn, before):  # nothing is left to wear away
+            total += (pixels - done) * worn
             break
-        worn = -F.max_pool2d(-worn, 3, stride=1, padding=1)
         total += worn
     return total / (pixels + 1)
 

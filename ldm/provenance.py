@@ -15,6 +15,7 @@ from ldm.jobs.adapters import Adapter, from_record
 from ldm.jobs.adapters import differences as adapter_differences
 from ldm.jobs.catalogue import own_grid
 from ldm.jobs.request import as_label
+from ldm.jobs.values import real
 from ldm.settings import from_dict
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _pair(plain: Any, kind: type) -> Any:
     if plain is None:
         return None
     other, share = plain
-    return _as(kind, other), float(_as(int | float, share))  # type: ignore[arg-type]
+    return _as(kind, other), float(real(share, "the share"))
 
 
 def refuse_to_fetch(recipe: Recipe, given: Container[str]) -> None:

@@ -96,6 +96,7 @@ def test_a_feathered_edge_rises_to_the_inside(pixels: int, seed: int) -> None:
     soft = canvas.feathered(mask, pixels)
     assert bool((soft[mask == 0] == 0).all()) and bool((soft[mask == 1] > 0).all()) and float(soft.max()) <= 1
     assert torch.equal(canvas.feathered(torch.ones(1, 1, 8, 8), pixels), torch.ones(1, 1, 8, 8)), "no edge there"
+    assert float(canvas.feathered(mask, 10**9).max()) < 1e-6, "at once, whatever the number"
 
 
 def test_a_feathered_edge_is_a_ramp() -> None:

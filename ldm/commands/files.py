@@ -94,4 +94,4 @@ def mask_within(described: Mapping[str, Any], where: str | Path) -> Image.Image 
     try:
         return pictures.decode(base64.b64decode(str(described["png"]), validate=True))
     except (binascii.Error, ValueError, pictures.BadPicture) as error:
-        raise UserError(f"{where}: the mask inside is damaged; give it with --mask") from error
+        raise UserError(f"{where}: the mask inside is damaged; give it to inpaint as --mask") from error

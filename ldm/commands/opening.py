@@ -104,7 +104,7 @@ class Opener:
         mask = files.mask_within(within, "the picture")
         if mask is None:
             raise UserError(
-                f"the picture was made with the mask {within.get('name')}, too large to be in it; give --mask"
+                f"the mask {within.get('name')} is too large to be in the picture; give it to inpaint as --mask"
             )
         return mask
 

@@ -13,6 +13,7 @@ from ldm.commands import files
 from ldm.commands.words import REPRODUCIBLE, beginning_of, flag, requests_of, settings_of
 from ldm.errors import UserError
 from ldm.jobs import Beginning, Request, Settings, grammar
+from ldm.jobs.values import real
 from ldm.provenance import Recipe
 
 
@@ -172,6 +173,9 @@ def _again(given: Mapping[str, Any]) -> Order:
     alpha = "mask" in recipe.inputs and "alpha" in recipe.inputs["mask"]
     batch = Batch(recipe.batch, paths[0] if paths else None)
     if other is not None:
-        shares = [float(other.get("share", 0))] * len(recipe.batch)
+        share = float(real(other.get("share"), "the share of the second picture"))
+        if not 0 <= share <= 1:
+            raise UserError(f"{given['reproduce']} has a share of {share:g} of its second picture: that cannot be")
+        shares = [share] * len(recipe.batch)
         batch = Batch(recipe.batch, paths[0], (), paths[1], shares)
     return Order([batch], settings, recipe.begin, mask, alpha, recipe)

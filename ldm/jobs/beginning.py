@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.jobs.values import real, reals, whole
-from ldm.ranges import WEAKEST
+from ldm.ranges import MAX_SIDE, WEAKEST
 
 MAX_FACTOR = 16
 
@@ -48,8 +48,8 @@ class Beginning:
                 f"--extend is {','.join(map(str, made.extend))}; give pixels for left,right,top,bottom, as 0,16,0,0"
             )
         for name, value in made._wholes().items():
-            if value < 0:
-                raise UserError(f"{name.replace('_', '-')} is {value} pixels; choose 0 or more")
+            if not 0 <= value <= MAX_SIDE:
+                raise UserError(f"{name.replace('_', '-')} is {value} pixels; choose between 0 and {MAX_SIDE}")
         return made
 
     def changed(self) -> dict[str, Any]:

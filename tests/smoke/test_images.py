@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm import image_io
@@ -225,6 +226,14 @@ def test_the_way_between_prompts_seeds_and_pictures(command: Commands, tmp_path:
     middle = sorted(out.glob("000*.png"))[-2]
     assert command("interpolate", "--reproduce", middle, *init)[0] == 0
     assert np.array_equal(pixels(sorted(out.glob("000*.png"))[-1]), pixels(middle))
+    record = image_io.read_metadata(middle)
+    for name, changed, words in (
+        ("other", {**record["other"], "share": 5}, "a share of 5 of its second picture"),
+        ("variation", [1, "b"], "the share is 'b', which is not a number"),
+        ("begin", {"feather": 10**9}, "feather is 1000000000 pixels"),
+    ):
+        image_io.save_png(torch.zeros(3, 32, 32), tmp_path / "strange.png", {**record, name: changed})
+        assert words in command.refused("interpolate", "--reproduce", tmp_path / "strange.png", *init)
     assert "began with 2 pictures, and --init names 1" in command.refused(
         "interpolate", "--reproduce", middle, "--init", tmp_path / "a.png"
     )
@@ -267,7 +276,7 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
         "the strength is 2; choose it from 0": ["img2img", *init, "--strength", "2"],
         "--strength is 'half'; it must be a number": ["img2img", *init, "--strength", "half"],
         "missing_mask.png": ["inpaint", *init, "--mask", str(tmp_path / "missing_mask.png")],
-        "feather is -1 pixels": ["inpaint", *init, "--feather", "-1"],
+        "feather is -1 pixels; choose between 0 and 16384": ["inpaint", *init, "--feather", "-1"],
         "only-masked is -3 pixels": ["inpaint", *init, "--only-masked", "-3"],
         "--extend is 'a,b'": ["inpaint", *init, "--extend", "a,b"],
         "--extend is 1,2; give pixels for left,right,top,bottom": ["inpaint", *init, "--extend", "1,2"],
