@@ -99,7 +99,9 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
     for part, prefix in prefixes.items():
         add(part, prefix, partial(original.text_names, prefix=prefix))
     if config is None:
-        towers = {part: original.text_config(_within(shapes, prefix), prefix) for part, prefix in prefixes.items()}
+        towers: dict[str, Any] = {
+            part: original.text_config(_within(shapes, prefix), prefix) for part, prefix in prefixes.items()
+        }
         config = ModelConfig(autoencoder, unet=unet, schedule=ScheduleConfig() if unet else None, **towers)
         config = sdxl.completed(config, path) if sdxl.is_xl(config) else config
     config, assumed, told = _complete(config, bool(own), path, tensors, decided)

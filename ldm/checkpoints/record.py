@@ -85,7 +85,9 @@ class Checkpoint:
         self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> dict[str, TextTower]:
         """The text towers by name; none of a model that takes no captions. Raises UserError as `load`."""
-        names = (*self.config.towers,) or ("text",)  # the latter should be there, and `load` says that it is not
+        names: tuple[Any, ...] = (*self.config.towers,) or (
+            "text",
+        )  # the latter should be there, and `load` says that it is not
         return {name: self.load(name, device, dtype) for name in names} if self.config.takes_text else {}
 
     def state(self, name: str, network: nn.Module | None = None) -> Translated:

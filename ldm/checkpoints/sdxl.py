@@ -24,7 +24,8 @@ def is_xl(config: ModelConfig) -> bool:
 def completed(config: ModelConfig, where: object) -> ModelConfig:
     """`config`, made of shapes, with how the towers are read and what the vector is made of. Raises UserError for a
     vector that cannot be made of these towers."""
-    assert isinstance(config.unet, UNetConfig)
+    unet = config.unet
+    assert isinstance(unet, UNetConfig)
     if config.autoencoder is not None:
         config = replace(config, autoencoder=replace(config.autoencoder, scale=(SCALE,)))
     if not config.towers:
@@ -32,10 +33,10 @@ def completed(config: ModelConfig, where: object) -> ModelConfig:
     towers = {name: replace(tower, layer="penultimate", final_norm=False) for name, tower in config.towers.items()}
     refiner = len(towers) == 1
     numbers, pooled = 5 if refiner else 6, sum(tower.embed_dim for tower in towers.values())
-    width, rest = divmod(config.unet.vector_width - pooled, numbers)
+    width, rest = divmod(unet.vector_width - pooled, numbers)
     if not pooled or width < 2 or width % 2 or rest:
         raise UserError(
-            f"the U-Net in {where} is told a vector of {config.unet.vector_width} numbers, and with a pooled text of "
+            f"the U-Net in {where} is told a vector of {unet.vector_width} numbers, and with a pooled text of "
             f"{pooled} there is no room in it for {numbers} sizes, as Stable Diffusion XL has them"
         )
     encoder = EncoderConfig(pooled=True, sizes=width, score=refiner, empty="encoded" if refiner else "zeros")

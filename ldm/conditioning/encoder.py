@@ -236,9 +236,11 @@ def _numbers(ask: Ask, score: bool) -> list[float]:
     """Six, or with the score five (Podell et al. 2023, sections 2.2 and 2.5)."""
     if ask.size is None or ask.target is None:
         raise UserError("this network is told the picture's size, which is not known here")
-    if score and ask.score is None:
+    if not score:
+        return [float(value) for value in (*ask.size, *ask.crop, *ask.target)]
+    if ask.score is None:
         raise UserError("this network is told the picture's aesthetic score, which is not known here")
-    return [float(value) for value in (*ask.size, *ask.crop, *((ask.score,) if score else ask.target))]
+    return [float(value) for value in (*ask.size, *ask.crop, ask.score)]
 
 
 def _waves(values: Tensor, width: int) -> Tensor:

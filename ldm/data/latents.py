@@ -75,13 +75,14 @@ def latent_fingerprint(
     made = {"autoencoder": "identity", "text": "none", "pictures": f"{data.size} pixels, center crop"}
     if autoencoder is not None and "autoencoder" in autoencoder.parts:
         made["autoencoder"] = native.fingerprint(autoencoder.state("autoencoder"))
-    for name in () if text is None else (*text.config.towers,) or ("text",):
-        weights, plain = native.fingerprint(text.state(name)), to_dict(text.config.towers[name])
-        if plain["final_norm"]:
-            del plain["final_norm"]  # as caches have it that were written before there was that setting
-        made[name] = f"{weights} {json.dumps(plain, sort_keys=True)}"
-    if text is not None and (encoder.pooled or encoder.empty != "encoded"):
-        made["encoder"] = f"pooled {encoder.pooled}, empty text {encoder.empty}"
+    if text is not None:
+        for name in (*text.config.towers,) or ("text",):
+            weights, plain = native.fingerprint(text.state(name)), to_dict(text.config.towers[name])
+            if plain["final_norm"]:
+                del plain["final_norm"]  # as caches have it that were written before there was that setting
+            made[name] = f"{weights} {json.dumps(plain, sort_keys=True)}"
+        if encoder.pooled or encoder.empty != "encoded":
+            made["encoder"] = f"pooled {encoder.pooled}, empty text {encoder.empty}"
     if data.shards.strip():
         try:
             made[SHARDS] = _shards_print(expand_sources(data.shards, allow_pipe=data.allow_pipe))

@@ -88,7 +88,8 @@ def test_the_projection_is_changed_as_the_linear_layer_that_it_is_elsewhere(tmp_
     names = {"lora_te2_text_projection.lora_down.weight": down, "lora_te2_text_projection.lora_up.weight": up}
     save_file({**names, "lora_te2_text_projection.alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors")
     made = use.apply(model, [Adapter("lora", str(tmp_path / "a.safetensors"), 0.5)])
-    before, after = (each.towers["text_2"].text_projection for each in (model, made))
+    both = (each.towers["text_2"].named_parameters() for each in (model, made))
+    before, after = (dict(parameters)["text_projection"] for parameters in both)
     torch.testing.assert_close(after, before + 0.5 * (up @ down).T)
 
 
@@ -121,6 +122,7 @@ def test_a_word_has_vectors_for_each_tower(tmp_path: Path, model: LatentDiffusio
     tokens = [tower.tokenize(["a cat-toy"])[0] for tower in made.towers.values()]
     assert torch.equal(*tokens) and int((tokens[0] >= 49408).sum()) == 2
     for tower, own, width in zip(made.towers.values(), tokens, (32, 64), strict=True):
+        assert tower.rows is not None
         assert torch.equal(tower.token_embedding(tower.rows[own[own >= 49408]]), vectors(2, width))
     assert not any("alone" in notice or "passed over" in notice for notice in made.told)
     assert made.encoder.texts(["a cat-toy"]).context is not None
