@@ -23,11 +23,11 @@ QUIET = ["--quiet", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_
 SECONDS = 40  # that each tiny recipe may take on two cores
 
 
-def launch(folder: Path, stage: str, *words: str, processes: int = 1) -> str:
-    """scripts/train_STAGE.py with its tiny recipe; what it printed. The module is the command accelerate-launch."""
+def launch(folder: Path, stage: str, *words: str, processes: int = 1, recipe: str = "tiny") -> str:
+    """scripts/train_STAGE.py with its tiny recipe, or another; what it printed. The module is accelerate-launch."""
     several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []  # means torchrun, on CPUs too
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *QUIET, *several, "--num_processes", str(processes)]
-    script = [str(ROOT / "scripts" / f"train_{stage}.py"), "--config", str(ROOT / "configs" / stage / "tiny.yaml")]
+    script = [str(ROOT / "scripts" / f"train_{stage}.py"), "--config", str(ROOT / "configs" / stage / f"{recipe}.yaml")]
     environment = {
         **os.environ,
         "HF_HOME": str(folder / "no-settings-of-this-user"),
@@ -149,3 +149,31 @@ def test_a_class_conditional_pixel_model_and_a_classifier_that_steers_it(tmp_pat
     assert all((a != b).any() for a, b in zip(pictures["plain"], pictures["steered"], strict=True))
     drawn = ldm.load(model, device="cpu").txt2img(label=["noto", "fluent-flat"], seed=[0, 0], steps=4)
     assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.slow
+def test_two_towers_a_base_and_a_refiner(stages, tmp_path):
+    """Stable Diffusion XL's kind: trained on cached latents and on pictures; one draws, the other ends."""
+    ae, clip = stages
+    words = [f"autoencoder={ae}", f"text={clip}", f"text_2={clip}"]
+    recipe = str(ROOT / "configs" / "diffusion" / "sdxl_tiny.yaml")
+    cached = [*words, "data.crop=center", "data.buckets=0", f"latents={tmp_path / 'latents'}"]
+    tool = [sys.executable, str(ROOT / "tools" / "precompute_latents.py"), "--config", recipe, *DATA, *cached]
+    subprocess.run(tool, check=True, capture_output=True)
+    said = launch(tmp_path, "diffusion", *cached, f"output={tmp_path / 'base'}", recipe="sdxl_tiny")
+    assert "precomputed" in said and "of each tower 0.1" in said
+    lowest = [*words, "loss.lowest=0.2", "sample.prompts=[]", f"output={tmp_path / 'refiner'}"]
+    assert "the lowest 20% of the levels alone" in launch(tmp_path, "diffusion", *lowest, recipe="sdxl_tiny")
+
+    script = [sys.executable, str(ROOT / "scripts" / "txt2img.py"), "--model", str(tmp_path / "base"), "--steps", "5"]
+    script += ["--prompt", "a pizza", "--device", "cpu"]
+    refined = ["--refiner", str(tmp_path / "refiner"), "--refine-below", "0.6", "--crop", "8", "0"]
+    for more, folder in (([], "plain"), (refined, "refined")):
+        done = subprocess.run([*script, *more, "--out", str(tmp_path / folder)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    made = tmp_path / "refined" / "00000.png"
+    again = [*script[:2], "--reproduce", str(made), "--device", "cpu", "--out", str(tmp_path / "again")]
+    done = subprocess.run(again, capture_output=True, text=True)
+    assert done.returncode == 0 and "differ" not in done.stderr, done.stderr
+    pictures = [np.array(Image.open(tmp_path / name / "00000.png")) for name in ("plain", "refined", "again")]
+    assert (pictures[0] != pictures[1]).any() and (pictures[1] == pictures[2]).all()
