@@ -276,14 +276,18 @@ def decode(model: Model, step: Step, tile: int | None = None) -> Tensor:
             return sparing.decode(model.codec, latent, tile, rows, least)
 
 
-def make_sampler(model: Model, plan: Plan, beside: Mapping[str, Any]) -> Sampler:
+def make_sampler(model: Model, plan: Plan, beside: Mapping[str, Any] | None = None) -> Sampler:
     """The plan's sampler with its options bound, the model's law where it is defined by one, and what it asks for of
     what `make_denoiser` gives `beside` the denoiser. Raises UserError for an option that makes no sense.
     """
     if callable(plan.sampler):
         return plan.sampler
     factory = SAMPLERS[plan.sampler]
-    of_model = {"schedule": model.law.schedule, **beside}
+    if beside is None and "unguided" in inspect.signature(factory).parameters:
+        raise UserError(
+            f"{plan.sampler} looks at the unguided prediction, and there is none here; choose euler or another"
+        )
+    of_model = {"schedule": model.law.schedule, **(beside or {})}
     taken = {name: of_model[name] for name in inspect.signature(factory).parameters if name in of_model}
     return factory(**plan.options, **taken)
 
