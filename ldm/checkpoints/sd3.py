@@ -4,7 +4,7 @@
     first_stage_model.*                   the autoencoder, of 16 channels, without 1x1 convolutions
     text_encoders.clip_l.transformer.*    CLIP ViT-L/14 in Hugging Face's names; its projection is missing
     text_encoders.clip_g.transformer.*    OpenCLIP ViT-bigG/14 in the same
-    text_encoders.t5xxl.transformer.*     the encoder of T5 XXL
+    text_encoders.t5xxl.transformer.*     the encoder of T5 XXL, which is not read: zeros stand in its place
 
 A file without towers lies beside theirs, as published: clip_l.safetensors and clip_g.safetensors, there or in the
 folder text_encoders. What no tensor says is the same for all: rectified flow with shift 3, 1024 pixels, the latent's
@@ -39,6 +39,7 @@ CONFIG = "ldm.config"  # the metadata's key of our own config, in files that we 
 UNET, AUTOENCODER = original.UNET, original.AUTOENCODER
 TOWERS = {"text": "clip_l", "text_2": "clip_g"}
 PROJECTION = "text_projection.weight"
+NO_T5 = "the T5 in {} is not read here: zeros stand in its place, as for those who draw without it"
 FLOW = ScheduleConfig("flow", shift=3.0)
 SHIFT, SCALE = 0.0609, 1.5305  # of the latent
 LENGTH, SIDE = 77, 1024  # tokens of T5; pixels
@@ -83,6 +84,7 @@ def open_single_file(path: Path, stored: Tensors, weights: str = "auto", decided
         used += [n for n in shapes if n.startswith(f"text_encoders.{theirs}.")]
     if any(name.startswith("text_encoders.t5xxl.") for name in shapes):
         used += [n for n in shapes if n.startswith("text_encoders.t5xxl.")]
+        remarks.append(NO_T5.format(path))
     made = config or completed(ModelConfig(**settings))  # type: ignore[arg-type]
     foreign = tuple(name for name in shapes if name not in {*used} and not original.unused(name))
     facts = {key: value for key, value in tensors.metadata.items() if key not in (CONFIG, "format")}
