@@ -114,6 +114,12 @@ def test_a_png_says_how_its_prompt_was_read(tiny_model: LatentDiffusion, tmp_pat
     assert not provenance.read(old).settings.plan().weighted
 
 
+def test_at_scale_1_a_negative_prompt_acts_on_joined_prompts_alone(tiny_model: LatentDiffusion) -> None:
+    settings, requests = replace(WEIGHTED, cfg=1.0), [Request("a AND b", "blue")]
+    assert not settings.without_effect(requests) and replace(settings, prompt_syntax=None).without_effect(requests)
+    assert apart(weighted(tiny_model, *requests, cfg=1.0), weighted(tiny_model, Request("a AND b"), cfg=1.0)) > 1e-4
+
+
 def test_an_unknown_syntax() -> None:
     with pytest.raises(UserError, match="unknown prompt syntax 'heavy'; there are plain, weighted"):
         Settings(prompt_syntax="heavy").check()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.jobs import catalogue
+from ldm.jobs import catalogue, grammar
 from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Plan, Refine, Threshold, Wrap
 from ldm.jobs.request import Request, Sizes
 from ldm.jobs.values import real, reals, shown, table, whole, wholes, word
@@ -158,7 +158,8 @@ class Settings:
         if self.perp_negative is not None and not any(request.negative for request in requests):
             return ["there is no negative prompt, so there is no effect of perp_negative"]
         plus = catalogue.SAMPLERS[catalogue.resolve(self.sampler)[0]].unguided
-        if self.cfg != 1 or self.perp_negative is not None or plus:
+        joined = self.prompt_syntax == "weighted" and any(len(grammar.clauses(each.prompt)) > 1 for each in requests)
+        if self.cfg != 1 or self.perp_negative is not None or plus or joined:  # what AND joins is guided at 1, too
             return []
         asked = {
             "the negative prompt": any(request.negative for request in requests),
