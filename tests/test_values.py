@@ -67,8 +67,8 @@ def test_a_sampler(tiny_model: LatentDiffusion) -> None:
 
 def test_a_grid(tiny_model: LatentDiffusion) -> None:
     levels = [8.0, 3.0, 0.5, 0.0]
-    written = ways(tiny_model, dataclasses.replace(FAST, sigmas=tuple(levels), steps=30))
-    usual = dataclasses.replace(FAST, steps=30)
+    written = ways(tiny_model, dataclasses.replace(FAST, sigmas=tuple(levels), steps=Settings.steps))
+    usual = dataclasses.replace(FAST, steps=Settings.steps)
     assert same(ways(tiny_model, usual, grid=levels), written)
     assert same(ways(tiny_model, usual, grid=torch.tensor(levels)), written)
     assert same(ways(tiny_model, grid=lambda schedule, steps: torch.tensor(levels)), written)
@@ -176,7 +176,7 @@ def test_noise_and_latents(tiny_model: LatentDiffusion) -> None:
     drawn = tiny_model.img2img(latents=latents, prompt=PROMPTS, seed=3, strength=0.6, settings=FAST)
     assert torch.equal(drawn, tiny_model.img2img(IMAGE, PROMPTS, seed=3, strength=0.6, settings=FAST))
     low = tiny_model.txt2img(
-        PROMPTS, latents=latents, grid=[0.01, 0.0], seed=3, settings=dataclasses.replace(FAST, steps=30)
+        PROMPTS, latents=latents, grid=[0.01, 0.0], seed=3, settings=dataclasses.replace(FAST, steps=Settings.steps)
     )
     with torch.no_grad():
         assert (
