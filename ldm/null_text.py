@@ -78,7 +78,7 @@ def null_text(
     cfg: float | None = None,
     steps: int | None = None,
     iterations: int = 10,
-    settings: Settings = Settings(),
+    settings: Settings = Settings(sampler="ddim", spacing="trailing", steps=30),
 ) -> tuple[LatentDiffusion, Inverted]:
     """A model whose empty prompt leads back to `image`, told `prompt`, at this cfg; and the start that it begins from.
 

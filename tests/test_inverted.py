@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import deque
 
@@ -22,6 +23,7 @@ from ldm.sampling.inversion import rise
 from ldm.start import Picture
 
 PROMPT = "a red cat"
+DDIM = Settings(sampler="ddim", spacing="trailing")
 
 
 def pictures(count: int = 1, height: int = 32, width: int = 32) -> Tensor:
@@ -115,7 +117,8 @@ def test_any_size_and_number(tiny_model: LatentDiffusion) -> None:
     """Sides that f does not divide are continued and cropped back; one picture serves several prompts; a batch is its
     pictures."""
     with pytest.warns(UserWarning, match="continued by its reflection"):
-        odd = tiny_model.invert(pictures(1, 30, 42), PROMPT, steps=3, exact=True)
+        how = Settings(cfg=1, steps=3, spacing="trailing")
+        odd = tiny_model.invert(pictures(1, 30, 42), PROMPT, exact=True, settings=how)
     again = tiny_model.txt2img([PROMPT, "a blue dog"], start=odd)
     assert again.shape == (2, 3, 30, 42)
     with warnings.catch_warnings(action="ignore"):
@@ -141,7 +144,7 @@ def test_settings_of_ones_own_go_before_the_starts(tiny_model: LatentDiffusion) 
     ("options", "said"),
     [
         ({"sampler": "euler_a"}, "draws noise on its way"),
-        ({"settings": Settings(eta=0.5)}, "draws noise on its way"),
+        ({"settings": Settings(sampler="ddim", eta=0.5)}, "draws noise on its way"),
         ({"settings": Settings(sampler="heun", options={"s_churn": 4})}, "draws noise on its way"),
         ({"sampler": "ddpm"}, "draws noise on its way"),
         ({"sampler": "euler_maruyama"}, "draws noise on its way"),
@@ -191,10 +194,10 @@ def test_a_null_text_is_told_of_its_levels_alone(tiny_model: LatentDiffusion) ->
     torch.testing.assert_close(same.txt2img([PROMPT, "a blue dog"], start=start), usual, rtol=0, atol=1e-4)
     nulled, start = null_text(tiny_model, pictures(), PROMPT, cfg=6, steps=4, iterations=20)
     assert not torch.allclose(nulled.txt2img(PROMPT, start=start), usual[:1], rtol=0, atol=1e-2)
-    options = {"negative": "a dog", "cfg": 6, "steps": 4}
+    options = {"negative": "a dog", "cfg": 6, "steps": 4, "settings": DDIM}
     given = nulled.txt2img(PROMPT, **options)
     torch.testing.assert_close(given, tiny_model.txt2img(PROMPT, **options), rtol=0, atol=1e-4)
-    up = tiny_model.invert(pictures(), PROMPT, cfg=1, steps=4, sampler="ddim", refinements=0)
+    up = tiny_model.invert(pictures(), PROMPT, cfg=1, steps=4, settings=DDIM, refinements=0)
     assert torch.equal(up.x, start.x)
     (lower, *_) = rise_of(tiny_model, steps=4)
     first, plain = (next(iter(model.sample(PROMPT, start=start))).x for model in (nulled, tiny_model))
@@ -203,7 +206,7 @@ def test_a_null_text_is_told_of_its_levels_alone(tiny_model: LatentDiffusion) ->
 
 def rise_of(model: LatentDiffusion, steps: int) -> list[Tensor]:
     """The states on the way up by ddim at cfg 1, from the second level down."""
-    plan = Settings(cfg=1, steps=steps).plan()
+    plan = dataclasses.replace(DDIM, cfg=1, steps=steps).plan()
     sigmas = generate.make_sigmas(model, plan)
     denoiser, x = of_picture(model, of_prompts(PROMPT), plan, NONE, Picture(pictures()), sigmas)
     with torch.no_grad():
@@ -213,7 +216,7 @@ def rise_of(model: LatentDiffusion, steps: int) -> list[Tensor]:
 def test_what_null_text_does_not_take_is_refused(tiny_model: LatentDiffusion) -> None:
     for settings in (
         Settings(sampler="heun"),
-        Settings(eta=0.3),
+        Settings(sampler="ddim", eta=0.3),
         Settings(perp_negative=1.0),
         Settings(threshold="static"),
     ):
