@@ -4,7 +4,8 @@ Everything is said in the coordinates x = x0 + sigma n with n ~ N(0, I): the noi
 one number, sigma, tells how noisy it is (Karras et al. 2022, "Elucidating the design space").
 """
 
-from ldm.diffusion.denoiser import Branches, Denoiser, Network, bind, precondition
+from ldm.diffusion.binding import bind, precondition
+from ldm.diffusion.denoiser import Branches, Denoiser, Network
 from ldm.diffusion.law import Law, make_law
 from ldm.diffusion.learned_variance import Fraction, LearnedVariance
 from ldm.diffusion.levels import draw_levels

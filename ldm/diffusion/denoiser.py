@@ -1,4 +1,4 @@
-"""The one type between the network and the sampler, and how a network becomes it.
+"""The one type between the network and the sampler; binding.py makes it of a network.
 
     Denoiser: (x, sigma) -> x0        x (B, C, h, w) = x0 + sigma n,  sigma () or (B,)
 
@@ -9,13 +9,12 @@ channels; D is made of the first half, and only learned_variance.py looks at the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ldm.conditioning.condition import Condition, cat
-from ldm.diffusion.law import Law
+from ldm.conditioning.condition import Condition
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, h, w), sigma () or (B,)) -> the expected x0 (B, C, h, w)."""
@@ -43,38 +42,3 @@ class Branches(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, count: int | None = None) -> Tensor:
         """(B, C, h, w), () or (B,) -> (K, B, C, h, w): each one's x0. `count` evaluates only the first `count`."""
         ...
-
-
-def precondition(network: Callable[[Tensor, Tensor], Tensor], law: Law) -> Denoiser:
-    """D(x, sigma) = c_skip x + c_out F(c_in x, t), computed in x's dtype around a float32 network of x_in and t."""
-
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return law.denoised(network(*law.input(x, sigma)), x, sigma)
-
-    return denoise
-
-
-def bind(network: Network, told: Sequence[Condition], law: Law) -> Branches:
-    """`network` on K conditions of B pictures each, in one batch: all of the first condition, then all of the
-    second. It prepares each set of conditions that is needed once, not once for each step.
-    """
-    outputs = outputs_of(network, told, law)
-
-    def branches(x: Tensor, sigma: Tensor, count: int | None = None) -> Tensor:
-        return law.denoised(outputs(x, sigma, len(told) if count is None else count), x, sigma)
-
-    return branches
-
-
-def outputs_of(network: Network, told: Sequence[Condition], law: Law) -> Outputs:
-    """What `bind` evaluates, before it is made a denoiser; the arguments are those of `bind`."""
-    kept: dict[int, Any] = {}
-
-    def outputs(x: Tensor, sigma: Tensor, count: int) -> Tensor:
-        if count not in kept:
-            kept[count] = network.prepare(cat(told[:count]))
-        x_in, t = law.input(x, sigma)
-        repeats = (count, *(1,) * (x.ndim - 1))
-        return network(x_in.repeat(repeats), t.repeat(count), kept[count]).unflatten(0, (count, len(x)))
-
-    return outputs

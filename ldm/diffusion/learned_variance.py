@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.condition import Condition
-from ldm.diffusion.denoiser import Network, outputs_of
+from ldm.diffusion.binding import outputs_of
+from ldm.diffusion.denoiser import Network
 from ldm.diffusion.law import Law
 from ldm.diffusion.parameterization import per_picture
 from ldm.diffusion.schedule import Schedule, step_deviations
