@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.unet.attention import Attend, CrossAttention, SelfAttention
-from ldm.unet.unet import Prepared, UNet
+from ldm.unet.unet import Prepared
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class _Evaluation:
     count, t, height, width = -1, 0.0, 0, 0
     told = torch.empty(0)
 
-    def begin(self, unet: UNet, inputs: tuple[Any, ...]) -> None:
+    def begin(self, unet: nn.Module, inputs: tuple[Any, ...]) -> None:
         x, t, told = inputs[:3]
         self.count, self.t, (self.height, self.width) = self.count + 1, float(t[0]), x.shape[2:]
         if isinstance(told, Prepared):
@@ -69,7 +69,7 @@ class _Evaluation:
 
 
 @contextmanager
-def looking(unet: UNet, see: See, wants: Wants) -> Iterator[None]:
+def looking(unet: nn.Module, see: See, wants: Wants) -> Iterator[None]:
     """Inside, `see` is shown each layer that it `wants`, evaluation by evaluation. Afterwards all is as it was.
 
     Blocks may be nested. A compiled network runs layer by layer meanwhile. Raises UserError for a network that has no

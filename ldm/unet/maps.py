@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.conditioning.clip import TextTower
 from ldm.errors import UserError
 from ldm.unet.looking import Look, looking, same
-from ldm.unet.unet import UNet
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +82,7 @@ class Maps:
 
 
 @contextmanager
-def attention_maps(unet: UNet, text: TextTower | None, size: int = 32) -> Iterator[Maps]:
+def attention_maps(unet: nn.Module, text: TextTower | None, size: int = 32) -> Iterator[Maps]:
     """What `unet` looks at inside the block, in layers of at most `size` x `size` positions. No bit of what is drawn
     changes. Raises UserError for a network without cross-attention."""
     maps = Maps(text)

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from difflib import SequenceMatcher
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.conditioning.clip import TextTower
 from ldm.errors import UserError
 from ldm.unet.looking import Look, looking, same
 from ldm.unet.maps import words_of
-from ldm.unet.unet import UNet
 
 LARGEST = 16**2
 """Positions of the self-attention that is taken over: coarse layers have the layout, fine ones the target's details."""
@@ -27,7 +26,7 @@ LARGEST = 16**2
 
 @contextmanager
 def prompt_to_prompt(
-    unet: UNet,
+    unet: nn.Module,
     text: TextTower | None,
     source: str,
     target: str,

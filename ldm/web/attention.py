@@ -23,7 +23,7 @@ def bound(maps: Maps) -> None:
 
 
 def words(maps: Maps, prompt: str, weighted: bool, row: int) -> tuple[tuple[str, bytes], ...]:
-    """Each word of a prompt, in order, and a grey PNG, white where picture `row` looks at it most.
+    """Each word of a prompt, in order, and a grey PNG, white where picture `row` looks at it most, black where least.
 
     Nothing of a prompt that is joined by AND, or that has several chunks.
     """
@@ -35,7 +35,8 @@ def words(maps: Maps, prompt: str, weighted: bool, row: int) -> tuple[tuple[str,
     found = []
     for word, looked in maps.words(prompt, row):
         content = io.BytesIO()
-        levels = (255 * looked / looked.max().clamp(min=1e-9)).round().byte()
+        between = (looked - looked.min()) / (looked.max() - looked.min()).clamp(min=1e-6)
+        levels = (255 * between).round().byte()
         Image.fromarray(levels.numpy()).save(content, "PNG")
         found.append((word, content.getvalue()))
     return tuple(found)

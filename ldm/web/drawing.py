@@ -41,11 +41,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Walked:
-    """A step done; what the pictures of this batch, from `first` on, are going to be."""
+    """A step done of `count` pictures, from `first` on; what they are going to be."""
 
     step: int
     steps: int
     first: int
+    count: int
     previews: tuple[bytes, ...] = ()  # JPEG
 
 
@@ -122,7 +123,7 @@ def draw(
                 with pace:
                     ahead = generate.decode(model, replace(step, x=step.x0, sigma_next=0.0), plan.tile).cpu()
                     shown = tuple(map(_small, ahead if made is None else _whole(made, ahead)))
-            tell(Walked(step.index + 1, step.total, first, shown))
+            tell(Walked(step.index + 1, step.total, first, len(step.x), shown))
             stop.check()
             if last:
                 return step

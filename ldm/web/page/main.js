@@ -36,7 +36,8 @@ async function draw() {
       if (event.event === "place") say(event.ahead === 1 ? "one is in front" : `${event.ahead} are in front`);
       if (event.event === "walked") {
         progress.value = event.step / event.steps;
-        const which = (job.n || 1) > 1 ? `, picture ${event.first + 1} of ${job.n}` : "";
+        const last = event.first + event.count;
+        const which = (job.n || 1) > 1 ? `, pictures ${event.first + 1} to ${last} of ${job.n}` : "";
         say(`step ${event.step} of ${event.steps}${which}`);
         if (event.previews.length) preview(event.previews.map((each) => server.blob(each, "image/jpeg")));
       }
