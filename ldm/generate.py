@@ -176,7 +176,7 @@ def _guided(
     branches = together(own, weights, len(told) + 1 - len(clauses)) if len(clauses) > 1 else own
     seen = Seen(branches)
     if callable(plan.guide):
-        denoiser = plan.guide(branches)
+        denoiser: Denoiser = plan.guide(branches)
         if not callable(denoiser):
             raise UserError(f"the guide gave {denoiser!r:.60}; it gives a function (x, sigma) -> x0")
     elif isinstance(plan.guide, Auto):

@@ -12,8 +12,6 @@ from ldm.jobs.values import shown, whole
 from ldm.ranges import MAX_SEED
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ldm.conditioning.condition import Condition
 
 Labels = str | int | Iterable[str | int] | None
@@ -60,7 +58,7 @@ class Request:
     variation: tuple[int, float] | None = None  # another seed, and the share of the way to its noise
     told: Condition | None = None  # one row in the place of prompt and label, and
     told_not: Condition | None = None  # of the negative prompt
-    noise: Tensor | None = field(default=None, compare=False)  # (C, h, w) unit normals in the place of the seed's first
+    noise: Any = field(default=None, compare=False)  # a tensor (C, h, w) of unit normals in place of the seed's first
 
     def asks(self, height: int, width: int, weighted: bool = False, sizes: Sizes = Sizes()) -> tuple[Ask, Ask]:
         """What the picture is to be, and what it is guided away from, at the size in pixels that is drawn."""

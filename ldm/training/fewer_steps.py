@@ -37,7 +37,7 @@ from ldm.sampling import make_grid
 from ldm.training.draws import Draws
 from ldm.training.meters import EACH_SIGMA
 from ldm.training.objectives import Call, Logs, Nets, Objective, output_of, regress
-from ldm.unet.unet import UNet
+from ldm.networks import AnyNetwork
 
 SOLVERS = {"ddim": ddim_step, "heun": heun_step}
 
@@ -47,7 +47,7 @@ Teacher = Callable[[Condition, Condition], Denoiser]
 
 
 def make_objective(
-    config: DiffusionTraining, law: Law, loss: DiffusionLossConfig, network: UNet
+    config: DiffusionTraining, law: Law, loss: DiffusionLossConfig, network: AnyNetwork
 ) -> tuple[Objective, Teacher | None]:
     """What the settings ask for, and the teacher: the `network` of init as it is now, before anything is trained.
 
@@ -66,7 +66,7 @@ def make_objective(
     return _halve(asked, law, loss) if isinstance(asked, Halve) else _consistency(asked, law), teacher
 
 
-def _teach(network: UNet, law: Law, scale: float, told: Condition, untold: Condition) -> Denoiser:
+def _teach(network: AnyNetwork, law: Law, scale: float, told: Condition, untold: Condition) -> Denoiser:
     """The guided denoiser of a batch's conditions."""
     return cfg(bind(network, [told, untold], law), scale)
 
