@@ -33,11 +33,11 @@ from ldm.errors import UserError
 from ldm.guidance import cfg
 from ldm.jobs import Settings
 from ldm.model_config import DiffusionLossConfig
+from ldm.networks import AnyNetwork
 from ldm.sampling import make_grid
 from ldm.training.draws import Draws
 from ldm.training.meters import EACH_SIGMA
 from ldm.training.objectives import Call, Logs, Nets, Objective, output_of, regress
-from ldm.networks import AnyNetwork
 
 SOLVERS = {"ddim": ddim_step, "heun": heun_step}
 
