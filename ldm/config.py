@@ -171,14 +171,14 @@ class SampleConfig:
 class Regress:
     """The network's own target at drawn levels: what a diffusion model is trained by."""
 
-    kind: str = "regress"
+    kind: str = "regress"  # which objective this is
 
 
 @dataclass(frozen=True)
 class Halve:
     """Progressive distillation of the model of `init`: where its 2 N steps of DDIM lead, in N (Salimans, Ho 2022)."""
 
-    kind: str = "halve"
+    kind: str = "halve"  # which objective this is
     steps: Count = 8  # N, of the student
     spacing: str = "trailing"  # of the grid that both walk
     cfg: float = 1.0  # guidance scale of the teacher, which the student then has at 1
@@ -188,7 +188,7 @@ class Halve:
 class Consistency:
     """Consistency distillation of the model of `init`, latent or not (Song et al. 2023; Luo et al. 2023)."""
 
-    kind: str = "consistency"
+    kind: str = "consistency"  # which objective this is
     levels: Count = 50  # steps of the teacher from pure noise to the picture
     spacing: str = "trailing"  # of their grid
     solver: Annotated[str, OneOf("ddim", "heun")] = "ddim"  # the teacher's step
@@ -199,7 +199,7 @@ class Consistency:
 class ConsistencyTraining:
     """A consistency model without a teacher (Song and Dhariwal 2023)."""
 
-    kind: str = "consistency_training"
+    kind: str = "consistency_training"  # which objective this is
     first_levels: Count = 10  # steps that the flow is cut into at first, doubled at equal distances
     last_levels: Count = 1280  # at the end
     spacing: str = "karras"  # of their grids

@@ -81,14 +81,14 @@ class UNetConfig:
     vector_width: Whole = 0  # > 0: takes a vector (B, vector_width) beside t
     dropout: Decay = 0.0  # with it, how a batch is divided among processes and micro-batches changes the masks
     depths: tuple[Count, ...] = ()  # transformer_depth of each of attention_levels, where they differ (SDXL: 2, 10)
-    kind: str = "unet"
+    kind: str = "unet"  # which network this is
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
     """Noisy latent, t, context -> prediction, by a transformer. The defaults are Stable Diffusion 3 medium's."""
 
-    kind: str = "mmdit"
+    kind: str = "mmdit"  # which network this is
     in_channels: Count = 16  # those of the latent
     out_channels: Count = 16  # the same
     patch: Count = 2  # side of a patch of the latent, which is one token

@@ -173,17 +173,19 @@ def _groups(hint: Any) -> list[Any]:
 
 def listing(cls: Any, base: Any = None, prefix: str = "") -> Iterator[str]:
     """A line for each setting of a dataclass, and then of those in it: name, default, and its comment in the source.
+    Where settings are one of several kinds, those of each other kind follow.
 
     base: whose values are the defaults, where not the dataclass' own.
     """
     from ldm.arguments import comments
 
     base, about, groups = base or cls(), comments(cls), list[str]()
-    for name in get_type_hints(cls):
+    for name, hint in get_type_hints(cls).items():
         value = getattr(base, name)
         if dataclasses.is_dataclass(value):
-            kind = type(value)
-            groups += ["", (kind.__doc__ or "").splitlines()[0], *listing(kind, value, f"{prefix}{name}.")]
+            for kind in (type(value), *(other for other in _groups(hint) if other is not type(value))):
+                own = value if kind is type(value) else kind()
+                groups += ["", (kind.__doc__ or "").splitlines()[0], *listing(kind, own, f"{prefix}{name}.")]
         else:
             said = "" if value == "" else json.dumps(value, ensure_ascii=False).replace('"', "")
             yield f"  {f'{prefix}{name}={said}':<34}  {about.get(name, '')}".rstrip()

@@ -259,7 +259,7 @@ CALLS: dict[str, tuple[Callable[[LatentDiffusion], object], str]] = {
     "cfg": (lambda m: m.txt2img("a", cfg="7"), "cfg is '7', which is not a number"),  # type: ignore[arg-type]
     "steps": (lambda m: m.txt2img("a", steps=2.5), "steps is 2.5, which is not a whole"),  # type: ignore[arg-type]
     "sampler": (lambda m: m.txt2img("a", sampler=3), "sampler is 3, which is not a text"),  # type: ignore[arg-type]
-    "strength": (lambda m: m.img2img(torch.zeros(3, 32, 32), "a", strength=torch.nan), "the strength is nan"),
+    "strength": (lambda m: m.img2img(torch.zeros(3, 32, 32), "a", strength=torch.nan), "one of the strengths is nan"),
     "not a step": (lambda m: m.decode(torch.zeros(1, 4, 8, 8)), "got a Tensor"),  # type: ignore[arg-type]
 }
 

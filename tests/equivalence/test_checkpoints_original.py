@@ -64,7 +64,7 @@ def test_a_bare_original_file_draws_what_diffusers_draws(config: ModelConfig, tm
     with pytest.warns(CheckpointNotice, match=f"parameterization={config.parameterization}"):
         model = ldm.load(tmp_path / "bare.safetensors", device="cpu")
     assert replace(model.config, image_size=16) == config
-    settings = Settings(cfg=5.0, steps=5, width=16, height=16)
+    settings = Settings(cfg=5.0, steps=5, sampler="ddim", spacing="trailing", width=16, height=16)
     ours = model.txt2img("a red heart", negative="blurry", seed=7, settings=settings)
     noise = NoiseStream([7], (4, 8, 8)).initial().float()
     options = {"guidance_scale": 5.0, "num_inference_steps": 5, "width": 16, "height": 16, "output_type": "pt"}

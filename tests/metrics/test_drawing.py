@@ -109,7 +109,7 @@ def test_the_protocol_names_what_the_pictures_depend_on(tiny_model):
     assert made | {"captions_hash": ""} == {
         "cfg": 2.0, "steps": 2, "sampler": "dpmpp_2m", "spacing": "karras", "options": made["options"], "width": 32,
         "height": 32, "captions": 3, "captions_hash": "", "first_seed": 5, "batch_size": 2, "device": "cpu",
-        "precision": "fp32",
+        "precision": "fp32", "prompt_syntax": "plain",
     }  # fmt: skip
     rescaled = Drawing(CAPTIONS, Settings(cfg_rescale=0.5), 1).protocol(tiny_model)
     assert rescaled["cfg_rescale"] == 0.5

@@ -87,7 +87,7 @@ def test_a_classifier_is_trained_and_judges_prompts(command, tiny_checkpoint, to
     assert made["protocol"]["prompts"][0] == "a red heart, noto emoji"
     assert made["protocol"]["seeds"] == [5, 16]
     assert made["protocol"]["classifier"]["styles"] == ["flat emoji", "noto emoji"]
-    assert "chance 33.3%" in out and "sampler ddim" in out
+    assert "chance 33.3%" in out and "sampler dpmpp_2m" in out
     assert made["protocol"]["drawing"]["steps"] == 2 and made["protocol"]["drawing"]["first_seed"] == 5
     assert made["protocol"]["reference"]["pictures"] == 9 and len(made["protocol"]["reference"]["hash"]) == 64
     assert made["sources"] == {"reference": shards}

@@ -238,7 +238,13 @@ def test_nonsense_is_refused_before_anything_is_read(change: dict[str, object], 
 def test_cached_contexts_are_left_alone_by_a_network_without_captions() -> None:
     stage = diffusion_stage(PLAIN, 0, 1, CPU)
     batch = LatentBatch(
-        torch.zeros(2, 6, 8, 8), torch.zeros(2, 7, 32), ["a", "b"], [0, 0], *[torch.zeros(2, 2)] * 2, [None] * 2
+        torch.zeros(2, 6, 8, 8),
+        torch.zeros(2, 7, 32),
+        torch.zeros(2, 0),
+        ["a", "b"],
+        [0, 0],
+        *[torch.zeros(2, 2)] * 2,
+        [None] * 2,
     )
     x0, condition = stage.inputs(batch, Draws(0, 0, batch.key))
     assert x0.shape == (2, 3, 8, 8) and condition.context is None

@@ -100,11 +100,9 @@ def test_a_depth_network_is_given_the_map_cropped_and_mirrored_with_its_picture(
     assert one.shape == (1, 3, 8, 8) and not torch.equal(one, other)
 
 
-def test_cached_latents_have_no_pooled_text(pixels: DiffusionTraining) -> None:  # noqa: F811
+def test_pooled_text_is_told_as_the_vector(pixels: DiffusionTraining) -> None:  # noqa: F811
     told = replace(pixels, encoder=EncoderConfig(pooled=True), model=replace(pixels.model, vector_width=16))
     assert diffusion_stage(told, 0, 1, CPU).inputs.encoder.vector_width == 16
-    with pytest.raises(UserError, match=r"cached latents have no pooled text.* leave out latents="):
-        diffusion_stage(replace(told, latents="nowhere"), 0, 1, CPU)
 
 
 @pytest.mark.slow

@@ -223,7 +223,6 @@ def test_a_loss_written_out_goes_before_the_model_s_own_even_where_it_is_the_def
     [
         ({"sample": SampleConfig(("a heart",), cfg=float("nan"))}, r"sample\.cfg must be a finite number, not nan"),
         ({"sample": SampleConfig(("a heart",), steps=0)}, r"sample\.steps must be at least 1, not 0"),
-        ({"sample": SampleConfig(("a heart",), steps=1001)}, r"pictures of sample\.prompts .* between 1 and 1000"),
         ({"sample": SampleConfig(("a \ud800",))}, r"pictures of sample\.prompts .* is not Unicode text"),
         ({"loop": replace(LOOP, seed=-1)}, r"loop\.seed must be at least 0"),
         (

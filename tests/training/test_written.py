@@ -66,7 +66,7 @@ def test_a_picture_is_drawn_again_from_its_recipe(written: Path) -> None:
     assert recipe.hash == model.hash
     assert not [told for told in provenance.differences(recipe, model) if "last bits" not in told]
     shown = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 127.5 - 1
-    picture = model.txt2img(recipe.request.prompt, steps=recipe.settings.steps, seed=recipe.request.seed)[0]
+    picture = model.txt2img(recipe.request.prompt, seed=recipe.request.seed, settings=recipe.settings)[0]
     assert torch.allclose(picture, shown, atol=2.5 / 127.5)  # levels; the rounding, and other hardware's
 
 
