@@ -259,7 +259,7 @@ class LatentDiffusion(Model):
         up too, two more walks each. `exact`: by EDICT, whose way back meets the picture's latent to rounding at any
         cfg, in twice the evaluations and with a sampler of its own. Raises UserError.
         """
-        from ldm import inverted, start
+        from ldm import inverting, start
         from ldm.backends.sparing import visiting
 
         picture, requests = begin_of(image, None, prompt, negative, label, 0, None, None, None)
@@ -271,7 +271,7 @@ class LatentDiffusion(Model):
         helpers = self._helpers(plan)
         self._tell(requests, plan, helpers, picture.notices(self))
         with visiting(self, self.unet, self.codec.autoencoder):
-            return inverted.invert(self, requests, settings, helpers, picture, refinements, exact, batch_size)
+            return inverting.invert(self, requests, settings, helpers, picture, refinements, exact, batch_size)
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> LatentDiffusion:
         """The model on `device` ("cuda:1") and in the precision `dtype` ("fp16", torch.float16), each as it is if None.

@@ -22,7 +22,8 @@ from ldm.diffusion import Law, Network, precondition
 from ldm.errors import UserError
 from ldm.helpers import NONE
 from ldm.inputs import Picture, as_images
-from ldm.inverted import Inverted, of_picture
+from ldm.inverted import Inverted
+from ldm.inverting import of_picture
 from ldm.jobs import Settings, of_prompts
 from ldm.jobs.plan import Cfg
 from ldm.jobs.values import whole

@@ -15,7 +15,8 @@ from ldm import generate
 from ldm.api import LatentDiffusion
 from ldm.errors import UserError
 from ldm.helpers import NONE
-from ldm.inverted import Inverted, of_picture
+from ldm.inverted import Inverted
+from ldm.inverting import of_picture
 from ldm.jobs import Settings, of_prompts
 from ldm.null_text import null_text
 from ldm.sampling import ddim
