@@ -167,7 +167,7 @@ def _refused() -> Iterator[None]:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """The same where it has no more; 16 bits of grey are scaled, which Pillow would clip at 255."""
     if picture.mode == "F":
-        raise BadPicture("the picture has floating-point pixels, whose range nobody knows; convert it to 8 bits")
+        raise BadPicture("the picture has floating-point pixels, whose range is unknown; convert it to 8 bits")
     if not picture.mode.startswith("I"):
         return picture
     import numpy as np

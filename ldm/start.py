@@ -283,7 +283,7 @@ def _no_planes(model: Model) -> None:
     """None, for a network that takes no planes; raises UserError for another."""
     if model.extra_channels:
         depth = _takes(model) == "depth"
-        what = "a depth map, which img2img takes as depth=" if depth else "and nobody knows what they are"
+        what = "a depth map, which img2img takes as depth=" if depth else "and what they mean is unknown"
         raise UserError(
             f"the U-Net of {model.name or 'this model'} takes {model.extra_channels} channels beside the latent, {what}"
             f"; give it, or draw with a model that takes {model.codec.latent_channels}"

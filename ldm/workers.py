@@ -25,7 +25,7 @@ def pool(processes: int, context: BaseContext | None = None) -> Iterator[Process
         try:
             yield executor
         except BrokenProcessPool as error:
-            raise UserError("a worker process died, perhaps for want of memory; try fewer of them") from error
+            raise UserError("a worker process died, perhaps because memory ran out; use fewer of them") from error
         except BaseException:
             for worker in multiprocessing.active_children():
                 worker.kill()

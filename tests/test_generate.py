@@ -381,7 +381,7 @@ def test_a_depth_network_is_given_the_depth(tiny_model: LatentDiffusion) -> None
     assert torch.equal(model.img2img(image, "a cat", depth=7 * depth + 3, strength=1.0, steps=2), one)
     with pytest.raises(UserError, match="1 channels beside the latent, a depth map, which img2img takes as depth="):
         model.txt2img("a cat", steps=2)
-    with pytest.raises(UserError, match="takes 3 channels beside the latent, and nobody knows what they are"):
+    with pytest.raises(UserError, match="takes 3 channels beside the latent, and what they mean is unknown"):
         told_more(tiny_model, in_channels=7).txt2img("a cat", steps=2)
 
 

@@ -57,7 +57,7 @@ def test_they_end_at_once_however_their_parent_ends(tmp_path: Path, number: int)
 
 
 def test_one_that_dies_is_a_sentence() -> None:
-    with pytest.raises(UserError, match="a worker process died, perhaps for want of memory"), pool(1) as processes:
+    with pytest.raises(UserError, match="a worker process died, perhaps because memory ran out"), pool(1) as processes:
         processes.submit(os._exit, 1).result()
 
 

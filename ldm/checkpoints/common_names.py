@@ -84,5 +84,5 @@ def autoencoder_of_shapes(
         )
     except (LookupError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"the autoencoder in {where} is not built as Stable Diffusion's ({error}), which alone is read"
+            f"the autoencoder in {where} is not built as Stable Diffusion's ({error}), and no other kind can be read"
         ) from error

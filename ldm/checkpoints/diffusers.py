@@ -302,7 +302,7 @@ def padding_of(folder: Path) -> str | None:
         from ldm.checkpoints.diffusers_tokenizer import vocabulary
 
         if read_json(folder / "vocab.json") != vocabulary():
-            raise UserError(f"{folder / 'vocab.json'} is not CLIP's vocabulary, and no other is read")
+            raise UserError(f"{folder / 'vocab.json'} is not CLIP's vocabulary, and no other can be read")
     token = tokens.get("pad_token")
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:

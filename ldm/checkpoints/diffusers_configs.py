@@ -117,7 +117,7 @@ def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
     widths = value(plain, "block_out_channels", (64,), where)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if any(block != kind for block in _words(plain, name, (kind,))):
-            raise UserError(f"{where}: {name} has blocks that are not {kind}, which alone are read")
+            raise UserError(f"{where}: {name} has blocks that are not {kind}, and no others can be read")
     convs = bool(plain.get("use_quant_conv", True))
     if bool(plain.get("use_post_quant_conv", True)) != convs:
         raise UserError(f"{where}: use_quant_conv and use_post_quant_conv differ, and only networks of both are read")
@@ -311,7 +311,7 @@ def _spread(value: Any, levels: int, name: str, where: str) -> tuple[int, ...]:
 def _one(plain: Plain, name: str, default: int, levels: int, where: str) -> int:
     found = set(_spread(default if plain.get(name) is None else plain[name], levels, name, where))
     if len(found) > 1:
-        raise UserError(f"{where}: {name} differs from level to level, which our U-Net has no setting for")
+        raise UserError(f"{where}: {name} differs from level to level, and the U-Net here has one value for all levels")
     return found.pop()
 
 

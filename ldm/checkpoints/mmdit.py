@@ -137,7 +137,7 @@ def config_of_shapes(shapes: Mapping[str, Shape]) -> MMDiTConfig:
         )
     except (LookupError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"the transformer is not built as Stable Diffusion 3's ({error}), which alone is read"
+            f"the transformer is not built as Stable Diffusion 3's ({error}), and no other kind can be read"
         ) from error
 
 

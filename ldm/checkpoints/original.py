@@ -198,7 +198,9 @@ def unet_config(shapes: Mapping[str, Shape]) -> UNetConfig:
             depths=() if set(attention.values()) <= {depth} else tuple(attention.values()),
         )
     except (LookupError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"the U-Net is not built as Stable Diffusion's ({error}), which alone is read") from error
+        raise UserError(
+            f"the U-Net is not built as Stable Diffusion's ({error}), and no other kind can be read"
+        ) from error
 
 
 def _depth(shapes: Mapping[str, Shape], place: str) -> int:
@@ -230,7 +232,7 @@ def text_config(shapes: Mapping[str, Shape], prefix: str) -> TextConfig:
             cleaning="open_clip" if open_clip else "plain",
         )
     except (LookupError, ValueError) as error:
-        raise UserError(f"the text tower is not built as CLIP's ({error}), which alone is read") from error
+        raise UserError(f"the text tower is not built as CLIP's ({error}), and no other kind can be read") from error
 
 
 # ---------------------------------------------------------------- the schedule's tables

@@ -131,7 +131,7 @@ def settle(statements: Iterable[Said], path: Path, decided: Collection[str]) -> 
         if said.value is None and said.key not in named:
             keys = dict.fromkeys(other.key for other in known if other.value is None and other.where == said.where)
             raise UserError(
-                f"{path} is not read: by its own word it is of a kind unknown here ({said.where}); if that is wrong, "
+                f"{path} is not read: it says ({said.where}) that it is of a kind not known here; if that is wrong, "
                 f"say what it is: {_set(keys)}"
             )
         if said.value is None:

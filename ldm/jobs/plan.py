@@ -58,7 +58,7 @@ class Auto:
         if len(clauses) > 1:
             raise UserError("prompts joined by AND do not go with a guide model; leave one of the two out")
         if any(other.text or other.told is not None for other in others):
-            raise UserError("a guide model stands in the negative prompt's place; leave one of the two out")
+            raise UserError("a guide model is used in place of the negative prompt; leave one of the two out")
         return [clauses[0]]
 
 

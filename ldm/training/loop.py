@@ -92,8 +92,8 @@ def train(stage: Stage, loop: LoopConfig, accelerator: Accelerator, output: Path
         if accelerator.num_processes == 1 or not any(sign in str(error) for sign in LOST):
             raise
         raise UserError(
-            f"process {accelerator.process_index} has lost another one of the run, which says why where it ran; "
-            "--resume auto goes on from the last state"
+            f"process {accelerator.process_index} has lost the connection to another process of the "
+            "run, whose own output says why; --resume auto goes on from the last state"
         ) from error
 
 
@@ -190,7 +190,7 @@ class _Run:
             if failed:
                 fetcher.take()
             if any_failed:
-                raise UserError("another process of the run could not read its data and says why where it ran")
+                raise UserError("another process of the run could not read its data; its own output says why")
             if not any_late:
                 return fetcher.take(), 0
             if signalled or over:

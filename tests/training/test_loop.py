@@ -431,7 +431,10 @@ def test_more_steps_go_on_from_a_finished_run(tmp_path):
 def test_a_state_of_other_networks_is_refused_in_a_sentence_that_names_what_differs(tmp_path, other, loop, why):
     before = replace(LOOP, ema=0.0)
     run(ToyStage(), before, tmp_path)
-    with pytest.raises(UserError, match=rf"is of other networks \({why}.*\); go on with the settings in .*config.json"):
+    with pytest.raises(
+        UserError,
+        match=rf"was saved by a run with other networks \({why}.*\); go on with the settings in .*config.json",
+    ):
         run(ToyStage(**other), replace(before, **loop), tmp_path)
 
 

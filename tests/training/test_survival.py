@@ -104,9 +104,12 @@ def test_what_happens_to_one_process_is_a_sentence_on_the_other(tmp_path):
             said[line] = []
         elif line.startswith(("rank", "stopped")):
             said[list(said)[-1]].append(line)
-    bad = "rank 0: another process of the run could not read its data and says why where it ran"
+    bad = "rank 0: another process of the run could not read its data; its own output says why"
     assert sorted(said["bad"]) == [bad, "rank 1: these data are bad"]
-    assert len(said["dead"]) == 1 and "rank 0: process 0 has lost another one of the run" in said["dead"][0]
+    assert (
+        len(said["dead"]) == 1
+        and "rank 0: process 0 has lost the connection to another process of the run" in said["dead"][0]
+    )
     stopped = "stopped at step 4 as asked; --resume auto goes on from there"
     assert sorted(said["stalled"]) == ["rank 0: ended", "rank 1: ended", stopped]
     assert state(tmp_path / "stalled")["batches"] == {"drawn": 4}

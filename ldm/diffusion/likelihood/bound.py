@@ -230,4 +230,4 @@ def _check(sigmas: Tensor, decoder: str, space: Space) -> None:
     if decoder not in ("density", "levels"):
         raise UserError(f"the decoder is '{decoder}'; choose density or levels")
     if decoder == "levels" and space.name != "pixels":
-        raise UserError("8-bit levels are a pixel model's; the decoder of latents is a density")
+        raise UserError("8-bit levels are for pixel models; choose density, the decoder of latents")
