@@ -60,7 +60,9 @@ def read_yaml_text(path: str | Path) -> str:
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{path} uses a YAML alias (*{event.anchor}), which settings may not; write it out")
+                raise UserError(
+                    f"{path} uses a YAML alias (*{event.anchor[:60]}), which settings may not; write it out"
+                )
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
                 if depth > MAX_DEPTH:

@@ -139,8 +139,8 @@ class Saver:
             self.members.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
-                f"the state in {self.output / 'state'} was saved by a run with other networks ({first_line(error)}); go "
-                f"on with the settings in {self.output / 'config.json'}, or choose another output"
+                f"the state in {self.output / 'state'} was saved by a run with other networks ({first_line(error)}); "
+                f"go on with the settings in {self.output / 'config.json'}, or choose another output"
             ) from error
         self.batches.load_state_dict(state["batches"])
         self.meters.load_state_dict(state.get("meters", {}))
