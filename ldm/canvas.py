@@ -35,14 +35,16 @@ class Canvas:
     mask: Tensor | None  # (1, 1, H, W)
     box: Box
     size: tuple[int, int]  # height and width that the box is drawn at
+    depth: Tensor | None = None  # (1, 1, h, w), of any size: a network's that is told one
 
     def start(self, strength: float, count: int, window: int | None = None) -> Picture:
         """Where `count` drawings of it begin."""
         image = resized(self.image[..., *self.box], self.size).clamp(-1, 1)
         mask = None if self.mask is None else resized(self.mask[..., *self.box], self.size, "bilinear").clamp(0, 1)
-        image, mask = (None if part is None else part.expand(count, -1, -1, -1) for part in (image, mask))
+        parts = (image, mask, self.depth)
+        image, mask, depth = (None if part is None else part.expand(count, -1, -1, -1) for part in parts)
         assert image is not None
-        return Picture(image, strength, mask, window=window)
+        return Picture(image, strength, mask, depth, window=window)
 
     def finish(self, drawn: Tensor) -> Tensor:
         """The whole pictures (B, 3, H, W), where (B, 3, h, w) was drawn of the box: their own outside the mask."""

@@ -42,7 +42,7 @@ class Recipe:
         default_factory=dict
     )  # what went before the files' own words: load's `settings`
     begin: Beginning = Beginning()
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # what is known of "init" and "mask"
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # what is known of "init", "mask" and "depth"
 
     @property
     def batch(self) -> list[Request]:
@@ -129,7 +129,7 @@ def read(path: str | Path | bytes) -> Recipe:
         toward, variation = _pair(data.get("toward"), str), _pair(data.get("variation"), int)
         request = Request(*words, _as(int, data["seed"]), label, toward, variation).check()
         begin = from_dict(Beginning, _as(dict, data.get("begin", {})), str(path)).check()
-        inputs = {name: _as(dict, data[name]) for name in ("init", "other", "mask") if name in data}
+        inputs = {name: _as(dict, data[name]) for name in ("init", "other", "mask", "depth") if name in data}
         model, batch, made_on = (_as(dict, data[key]) for key in ("model", "batch", "made_on"))
         size, index = _as(int, batch["size"]), _as(int, batch["index"])
         name, digest, guides = _as(str, model["name"]), _as(str, model["hash"]), _as(dict, data.get("guides", {}))

@@ -65,6 +65,7 @@ class Opener:
 
     def _open(self, init: Path) -> tuple[Settings, Canvas, dict[str, Any]]:
         from ldm import redraw
+        from ldm.inputs import as_depths
 
         order, settings = self.order, self.order.settings
         picture, about = self._read(init, "init")
@@ -74,6 +75,9 @@ class Opener:
         made = redraw.composed(self.model, picture, order.begin, mask, size, order.alpha)
         if order.alpha and mask is None and picture.has_transparency_data:
             inputs["mask"] = {"alpha": True}
+        if order.depth is not None:
+            depth, inputs["depth"] = self._read(order.depth, "depth")
+            made = dataclasses.replace(made, depth=as_depths(depth, 1))
         told(redraw.notices(self.model, order.begin, made))
         return dataclasses.replace(settings, height=size[0], width=size[1]), made, inputs
 

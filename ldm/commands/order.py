@@ -39,6 +39,7 @@ class Order:
     mask: Path | None = None
     alpha: bool = False  # without a mask, what is transparent is drawn
     recipe: Recipe | None = None
+    depth: Path | None = None
 
     @property
     def requests(self) -> list[Request]:
@@ -68,10 +69,10 @@ def ordered(
         for path, requests, names in zip(paths, wanted, named, strict=True)
         for i, some in enumerate(jobs.batches(requests, size))
     ]
-    mask = Path(given["mask"]) if "mask" in given else None
-    if mask is not None:
-        files.check(mask)
-    return Order(batches, settings, begin, mask, alpha)
+    mask, depth = (Path(given[name]) if name in given else None for name in ("mask", "depth"))
+    for path in filter(None, (mask, depth)):
+        files.check(path)
+    return Order(batches, settings, begin, mask, alpha, depth=depth)
 
 
 def words_within(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,8 +157,12 @@ def _again(given: Mapping[str, Any]) -> Order:
     others = {name: given.get(name, getattr(recipe.settings, name)) for name in ("guide_model", "refiner")}
     settings = dataclasses.replace(recipe.settings, **others)
     began = recipe.inputs.get("init")
-    if began is None and {"init", "mask"} & set(given):
-        raise UserError(f"{given['reproduce']} was drawn of a prompt alone; leave --init and --mask out")
+    if began is None and {"init", "mask", "depth"} & set(given):
+        raise UserError(f"{given['reproduce']} was drawn of a prompt alone; leave --init, --mask and --depth out")
+    if ("depth" in recipe.inputs) != ("depth" in given):
+        name = recipe.inputs.get("depth", {}).get("name")
+        what = f"with the depth map {name}; give it as" if name else "without a depth map; leave out"
+        raise UserError(f"{given['reproduce']} was drawn {what} --depth")
     if began is not None and "init" not in given:
         raise UserError(
             f"{given['reproduce']} began with the picture {began.get('name')}; give it to img2img as --init"
@@ -169,7 +174,7 @@ def _again(given: Mapping[str, Any]) -> Order:
         raise UserError(
             f"{given['reproduce']} began with {1 if other is None else 2} pictures, and --init names {len(paths)}"
         )
-    mask = Path(given["mask"]) if "mask" in given else None
+    mask, depth = (Path(given[name]) if name in given else None for name in ("mask", "depth"))
     alpha = "mask" in recipe.inputs and "alpha" in recipe.inputs["mask"]
     batch = Batch(recipe.batch, paths[0] if paths else None)
     if other is not None:
@@ -178,4 +183,4 @@ def _again(given: Mapping[str, Any]) -> Order:
             raise UserError(f"{given['reproduce']} has a share of {share:g} of its second picture: that cannot be")
         shares = [share] * len(recipe.batch)
         batch = Batch(recipe.batch, paths[0], (), paths[1], shares)
-    return Order([batch], settings, recipe.begin, mask, alpha, recipe)
+    return Order([batch], settings, recipe.begin, mask, alpha, recipe, depth)

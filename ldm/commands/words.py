@@ -31,6 +31,7 @@ REPRODUCIBLE = {
     "out",
     "init",
     "mask",
+    "depth",
 }
 """Options that may stand beside --reproduce; all else is read in the picture."""
 

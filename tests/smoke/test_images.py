@@ -10,6 +10,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from ldm import image_io
+from ldm.checkpoints import native
 from ldm.commands import files
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -105,6 +107,33 @@ def test_each_is_made_again_from_its_file(command: Commands, tmp_path: Path, cas
     noisy(tmp_path / "a.png", 40, 32, seed=1)
     code, out, err = command("img2img", "--reproduce", first, *init)
     assert code == 0 and "a.png is not the file that the picture was made with" in err
+
+
+def test_a_depth_map_is_told_to_a_network_that_takes_one(command: Commands, tmp_path: Path) -> None:
+    from conftest import TINY, tiny_parts
+
+    assert TINY.unet is not None
+    config = replace(TINY, unet=replace(TINY.unet, in_channels=TINY.unet.in_channels + 1))
+    native.save(tmp_path / "deep", config, tiny_parts(config))  # type: ignore[arg-type]
+    noisy(tmp_path / "a.png", 32, 32)
+    depth = Image.linear_gradient("L")
+    for name, turned in (("near", 0), ("far", 90)):
+        depth.rotate(turned).save(tmp_path / f"{name}.png")
+    init, plain = ("--init", tmp_path / "a.png"), command.words
+    words = (*init, "--prompt", "a cat", "--strength", 1, "--depth")
+    assert "takes no depth map; leave it out" in command.refused("img2img", *words, tmp_path / "near.png")
+    command.words = ("--model", tmp_path / "deep", *plain[2:])
+    assert "a depth map, which img2img takes as" in command.refused("img2img", *words[:-1])
+    for name in ("near", "far"):
+        assert command("img2img", *words, tmp_path / f"{name}.png")[0] == 0
+    first, second = (tmp_path / "out" / f"0000{i}.png" for i in range(2))
+    assert not np.array_equal(pixels(first), pixels(second))
+    assert "with the depth map near.png; give it as --depth" in command.refused("img2img", "--reproduce", first, *init)
+    code, _, err = command("img2img", "--reproduce", first, *init, "--depth", tmp_path / "near.png")
+    assert code == 0 and "is not" not in err
+    assert np.array_equal(pixels(tmp_path / "out" / "00002.png"), pixels(first))
+    _, _, err = command("img2img", "--reproduce", first, *init, "--depth", tmp_path / "far.png")
+    assert "far.png is not the file that the picture was made with" in err
 
 
 def test_what_is_transparent_is_drawn(command: Commands, tmp_path: Path) -> None:
