@@ -179,7 +179,7 @@ def test_guides_that_do_not_fit(tiny_model: LatentDiffusion, classifier: str, wo
     assert "no class 'cow'" in refused(tiny_model, **to_cow)
     assert "there is no classifier" in refused(tiny_model, **{**to_cow, "classifier": str(tmp_path / "nothing")})
     assert "train_noisy_classifier" in refused(tiny_model, **{**to_cow, "classifier": str(tmp_path)})
-    assert "negative prompt's place" in refused(tiny_model, NEGATIVE, guide_model=worse)
+    assert "place of the negative prompt" in refused(tiny_model, NEGATIVE, guide_model=worse)
 
     codec = copy.deepcopy(tiny_model.codec)
     assert codec.autoencoder is not None
