@@ -156,7 +156,7 @@ def test_hires(command: Commands, tmp_path: Path) -> None:
     assert made.shape == (48, 48, 3)
     assert command("txt2img", "--reproduce", tmp_path / "out" / "00000.png")[0] == 0
     assert np.array_equal(pixels(tmp_path / "out" / "00001.png"), made)
-    assert "leave --init and --mask out" in command.refused(
+    assert "leave --init, --mask and --depth out" in command.refused(
         "img2img", "--reproduce", tmp_path / "out" / "00000.png", "--init", tmp_path / "out" / "00001.png"
     )
 
