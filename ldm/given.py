@@ -53,7 +53,9 @@ def requests_of(
         if rows is not None and len(rows) not in (1, wanted):
             raise UserError(f"the {what} is a condition of {len(rows)} rows for {wanted} prompts; give one for each")
     normals = None if noise is None or callable(noise) else noise
-    if normals is not None and (getattr(normals, "ndim", 0) != 4 or len(normals) != len(made)):
+    if normals is not None and (
+        getattr(normals, "ndim", 0) != 4 or len(normals) != len(made) or not hasattr(normals, "isfinite")
+    ):
         what = f"of {tuple(normals.shape)}" if hasattr(normals, "shape") else f"{normals!r:.60}"
         raise UserError(f"the noise for {len(made)} pictures is {what}; give a tensor (B, C, h, w), or a class")
     return [
@@ -103,13 +105,25 @@ def begin_of(
     return start.Latents(images), requests
 
 
-def start_of(start: Inverted | None, latents: Tensor | None, count: int) -> Inverted | Latents | None:
-    """What txt2img begins from in place of noise alone, if anything. Raises UserError for both."""
+def start_of(
+    start: Inverted | None,
+    latents: Tensor | None,
+    count: int,
+    sampler: str | Sampler | None = None,
+    noise: Noise | None = None,
+) -> Inverted | Latents | None:
+    """What txt2img begins from in place of noise alone, if anything. Raises UserError for both, and for a noise or a
+    sampler that the start stands in the place of."""
     from ldm import inverted
     from ldm.start import Latents
 
     if latents is None:
-        return inverted.begin_of(start, count)
+        begin = inverted.begin_of(start, count)
+        if begin is not None and noise is not None and not callable(noise):
+            raise UserError("a start and a noise were given, and the start is what noise would be; leave one out")
+        if begin is not None and begin.second is not None and sampler is not None:
+            raise UserError("the start is of an exact inversion, which has a sampler of its own; leave the sampler out")
+        return begin
     if start is not None:
         raise UserError("a start and latents were given; begin from one of the two")
     return Latents(latents)

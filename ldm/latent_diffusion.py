@@ -108,7 +108,7 @@ class LatentDiffusion(Model):
         from ldm import generate
 
         requests = requests_of(prompt, negative, seed, n, label, noise)
-        begin = start_of(start, latents, len(requests))
+        begin = start_of(start, latents, len(requests), sampler, noise)
         plan = plan_of(settings_of(settings, start), cfg, steps, sampler, grid, guide, noise, network)
         helpers = self._helpers(plan)
         self._tell(requests, plan, helpers)
@@ -222,7 +222,7 @@ class LatentDiffusion(Model):
         from ldm.start import Noise
 
         requests = requests_of(prompt, negative, seed, n, label, noise)
-        begin = start_of(start, latents, len(requests)) or Noise()
+        begin = start_of(start, latents, len(requests), sampler, noise) or Noise()
         plan = plan_of(settings_of(settings, start), cfg, steps, sampler, grid, guide, noise, network)
         helpers = self._helpers(plan)
         self._tell(requests, plan, helpers)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm import generate, start
 from ldm.conditioning.condition import Condition
@@ -66,8 +67,10 @@ class NullText(nn.Module):
         context = told.context
         if context is None:
             return self.network(x, t, told)
-        own = self.contexts[int((self.times - t[0].cpu()).abs().argmin())].to(context)
-        empty = (context == self.null.to(context)).flatten(1).all(1)
+        nearest = self.contexts[int((self.times - t[0].cpu()).abs().argmin())]
+        beyond = context.shape[1] - self.null.shape[1]  # beside a prompt of several chunks the empty one is padded
+        own, null = (F.pad(part.to(context), (0, 0, 0, beyond)) for part in (nearest, self.null))
+        empty = (context == null).flatten(1).all(1)
         return self.network(x, t, replace(told, context=torch.where(empty[:, None, None], own, context)))
 
 

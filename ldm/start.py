@@ -176,7 +176,8 @@ class Picture:
 class Latents:
     """Latents (B, C, h, w) of unit variance, as `Codec.encode` makes them, noised to the grid's first level.
 
-    `strength`: as a Picture's, of the grid's way; None: all of the grid. Raises UserError for what is none.
+    `strength`: as a Picture's, 1 from noise alone; None: all of the grid, with the latents in its noise.
+    Raises UserError for what is none.
     """
 
     latents: Tensor
@@ -213,6 +214,8 @@ class Latents:
     ) -> Placed:
         if self.strength is not None:
             sigmas = weakened(model.law.schedule, sigmas, float(self.strength))
+        if self.strength == 1:
+            return start(noise.initial(), model.law.schedule, sigmas), sigmas, denoiser
         latents = solver_state(self.latents.to(model.device))
         return latents + float(sigmas[0]) * noise.initial(), sigmas, denoiser
 

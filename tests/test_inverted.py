@@ -180,6 +180,11 @@ def test_a_start_that_does_not_fit_is_refused(tiny_model: LatentDiffusion) -> No
         tiny_model.txt2img([PROMPT] * 2, start=start, settings=Settings(height=64))
     with pytest.raises(UserError, match=r"give what model\.invert found"):
         tiny_model.txt2img(PROMPT, start=pictures())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a start and a noise"):
+        tiny_model.txt2img([PROMPT] * 2, start=start, noise=torch.zeros(2, 4, 8, 8))
+    exact = tiny_model.invert(pictures(), PROMPT, steps=1, exact=True)
+    with pytest.raises(UserError, match="a sampler of its own"):
+        tiny_model.txt2img(PROMPT, start=exact, sampler="ddim")
     with pytest.raises(UserError, match="settings is 7"):
         tiny_model.txt2img(PROMPT, settings=7)  # type: ignore[arg-type]
 
@@ -193,6 +198,14 @@ def test_a_null_text_is_told_of_its_levels_alone(tiny_model: LatentDiffusion) ->
     same, start = null_text(tiny_model, pictures(), PROMPT, cfg=6, steps=4, iterations=0)
     usual = tiny_model.txt2img([PROMPT, "a blue dog"], start=start)
     torch.testing.assert_close(same.txt2img([PROMPT, "a blue dog"], start=start), usual, rtol=0, atol=1e-4)
+    weighted = dataclasses.replace(start.settings, prompt_syntax="weighted")
+    long = [PROMPT, "a (blue:1.2) dog, " * 20]  # of several chunks: the empty prompt is padded beside it
+    torch.testing.assert_close(
+        same.txt2img(long, start=start, settings=weighted),
+        tiny_model.txt2img(long, start=start, settings=weighted),
+        rtol=0,
+        atol=1e-4,
+    )
     nulled, start = null_text(tiny_model, pictures(), PROMPT, cfg=6, steps=4, iterations=20)
     assert not torch.allclose(nulled.txt2img(PROMPT, start=start), usual[:1], rtol=0, atol=1e-2)
     options = {"negative": "a dog", "cfg": 6, "steps": 4, "settings": DDIM}

@@ -167,6 +167,7 @@ def test_noise_and_latents(tiny_model: LatentDiffusion) -> None:
         (noise[:, :2], "was given for a latent of"),
         (noise * torch.nan, "not finite"),
         ([1.0, 2.0], "give a tensor"),
+        (noise.numpy(), "give a tensor"),
     ):
         with pytest.raises(UserError, match=words):
             tiny_model.txt2img(PROMPTS, noise=wrong, settings=FAST)
@@ -175,6 +176,8 @@ def test_noise_and_latents(tiny_model: LatentDiffusion) -> None:
         latents = tiny_model.codec.encode(IMAGE)
     drawn = tiny_model.img2img(latents=latents, prompt=PROMPTS, seed=3, strength=0.6, settings=FAST)
     assert torch.equal(drawn, tiny_model.img2img(IMAGE, PROMPTS, seed=3, strength=0.6, settings=FAST))
+    anew = tiny_model.img2img(latents=latents, prompt=PROMPTS, seed=3, strength=1, settings=FAST)
+    assert torch.equal(anew, tiny_model.img2img(IMAGE, PROMPTS, seed=3, strength=1, settings=FAST))
     low = tiny_model.txt2img(
         PROMPTS, latents=latents, grid=[0.01, 0.0], seed=3, settings=dataclasses.replace(FAST, steps=Settings.steps)
     )

@@ -55,15 +55,23 @@ def prompt_to_prompt(
         if not same(look.told[:2], first[0].told[:2]):
             return None  # the branch that is told something else, evaluated by itself
         if len(look.weights) % 2:
-            raise UserError("prompt_to_prompt draws two prompts in one batch, the source and the target; give both")
+            raise UserError(
+                "prompt_to_prompt draws two prompts in one batch, the source and the target; give both, to a model "
+                "that was not loaded with low_memory"
+            )
         done = 1 - look.t / first[0].t
         if done >= (cross if look.crosses else itself):
             return None
         changed = look.weights.clone()
         if look.crosses:
-            table = taken.to(changed)
+            table, read = taken.to(changed), changed[:2, ..., : len(taken)]
+            if bool(changed[:2, ..., len(taken) :].any()):
+                raise UserError(
+                    "prompt_to_prompt draws prompts that the text tower reads at once, and these are longer; shorten "
+                    "them"
+                )
             own = (table.sum(0) == 0).to(changed)  # the tokens that only the target has
-            changed[1] = (changed[0] @ table + changed[1] * own) * scales.to(changed)
+            changed[1, ..., : len(taken)] = (read[0] @ table + read[1] * own) * scales.to(changed)
         else:
             changed[1] = changed[0]
         return changed

@@ -237,6 +237,17 @@ def test_weights_of_words(tiny_model: LatentDiffusion):
     torch.testing.assert_close(more[0], plain[0], rtol=0, atol=1e-4)
 
 
+def test_prompts_of_several_chunks(tiny_model: LatentDiffusion):
+    """A longer negative prompt pads the two, whose words stay aligned; longer prompts of the two are refused."""
+    weighted = Settings(steps=2, cfg=4.0, prompt_syntax="weighted")
+    with tiny_model.prompt_to_prompt(PROMPT, PROMPT, cross=1, itself=1):
+        found = tiny_model.txt2img([PROMPT] * 2, negative="a red cat, " * 20, seed=[5, 5], settings=weighted)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)
+    long = "a red cat, " * 20
+    with pytest.raises(UserError, match="reads at once"), tiny_model.prompt_to_prompt(PROMPT, long):
+        tiny_model.txt2img([PROMPT, long], settings=weighted)
+
+
 def test_what_makes_no_pair_is_refused(tiny_model: LatentDiffusion):
     for options, said in (
         ({"cross": 1.5}, "'cross' of prompt_to_prompt is 1.5"),
