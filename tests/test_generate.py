@@ -505,6 +505,19 @@ def test_inpainting_leaves_the_rest_alone(tiny_model: LatentDiffusion, sampler: 
     torch.testing.assert_close(last.x[~inside].float(), known[~inside], rtol=0, atol=1e-6)
 
 
+def test_what_a_mask_touches_of_a_latents_pixel_is_drawn(tiny_model: LatentDiffusion) -> None:
+    """A line of one pixel draws the same latents as all of the cells that it crosses."""
+    image, factor = torch.rand(1, 3, 32, 32) * 2 - 1, tiny_model.codec.factor
+    line, cells = torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)
+    line[..., factor + 1, :] = 1
+    cells[..., factor : 2 * factor, :] = 1
+    ends = []
+    for mask in (line, cells):
+        *_, last = tiny_model.sample_img2img(image, "a dog", mask=mask, strength=1.0, steps=2)
+        ends.append(last.x)
+    assert torch.equal(*ends)
+
+
 def test_a_learned_variance_is_what_ddpm_steps_with(tmp_path: Path) -> None:
     """The network's second half says beta (v = 1) or beta-tilde (v = -1) everywhere; under guidance too."""
     assert TINY.unet
