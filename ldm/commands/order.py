@@ -113,6 +113,8 @@ def between(given: Mapping[str, Any], usual: Beginning, frames: int) -> Order:
         raise UserError("say what to draw: --prompt TEXT, twice or more for the way from one to the other")
     if any(len(grammar.clauses(prompt)) > 1 for prompt in prompts):
         raise UserError("there is no way between prompts that are joined by AND; give them without")
+    if len(given.get("label", ())) > 1:
+        raise UserError("there is no way between labels; give one --label, which stays")
     seeds = given.get("seeds", [0])
     counts = {"prompts": len(prompts), "seeds": len(seeds), "pictures": len(paths)}
     stops = max(counts.values())

@@ -317,6 +317,9 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
         "2 prompts, 3 seeds were given": [*["interpolate", "--prompt", "a", "--prompt", "b", "--seeds", "1", "2", "3"]],
         "1 prompts, 2 seeds, 1 pictures were given": ["interpolate", *init, "--seeds", "1", "2"],
         "--frames is 0; it must be at least 1": [*["interpolate", "--prompt", "a", "--prompt", "b", "--frames", "0"]],
+        "there is no way between labels": [
+            *["interpolate", "--prompt", "a", *["--label", "b"] * 2, "--seeds", "1", "2"]
+        ],
         "1 frames were asked for": [*["interpolate", "--prompt", "a", "--prompt", "b", "--frames", "1"]],
         "--film is 'mp4'": [*["interpolate", "--prompt", "a", "--prompt", "b", "--film", "mp4"]],
         "a share of 1.5 was asked for": [*["variations", "--prompt", "a", "--amount", "1.5"]],
