@@ -166,14 +166,14 @@ def test_a_folder_is_gone_on_with(command: Commands, tmp_path: Path) -> None:
     photos.mkdir()
     for name, width in (("a.png", 32), ("b.jpg", 40), ("c.png", 32)):
         noisy(photos / name, width, 32)
-    words = ("--init", photos, "--prompt", "a cat", "--n", 2, "--batch-size", 2)
+    words = ("--init", photos, "--prompt", "a cat", "--n", 3, "--batch-size", 2)
     code, _, err = command("img2img", *words)
     made = sorted(path.name for path in out.iterdir())
-    assert (code, err) == (0, "") and made == ["a-0.png", "a-1.png", "b-0.png", "b-1.png", "c-0.png", "c-1.png"]
+    assert (code, err) == (0, "") and made == [f"{name}-{i}.png" for name in "abc" for i in range(3)]
     before = {name: pixels(out / name) for name in made}
     (out / "b-1.png").unlink()
     code, said, err = command("img2img", *words)
-    assert (code, err) == (0, "") and said.count("is there already") == 5
+    assert (code, err) == (0, "") and said.count("is there already") == 8
     assert all(np.array_equal(pixels(out / name), before[name]) for name in made)
     assert "a-0.png is there and was drawn with another begin; choose another --out" in command.refused(
         "img2img", *words, "--strength", 0.4
