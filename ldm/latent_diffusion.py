@@ -317,9 +317,13 @@ class LatentDiffusion(Model):
         """`with model.prompt_to_prompt(source, target):` draws [source, target], in one batch and from one seed, so
         that the second is the first one with other words (ldm/unet/prompt_to_prompt.py has the arguments). UserError.
         """
+        from ldm.conditioning.condition import Condition
+        from ldm.unet.looking import part_of
         from ldm.unet.prompt_to_prompt import prompt_to_prompt
 
-        return prompt_to_prompt(self.unet, self.text, source, target, weights, cross, itself)
+        pair = None if self.text is None else Condition(context=self.encoder.texts([source, target]).context)
+        told = None if pair is None else part_of(self.unet.prepare(pair), 2)
+        return prompt_to_prompt(self.unet, self.text, source, target, weights, cross, itself, told)
 
     def adapted(
         self,

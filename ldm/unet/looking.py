@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.condition import Condition
 from ldm.errors import UserError
 from ldm.unet.attention import Attend, CrossAttention, SelfAttention
 from ldm.unet.unet import Prepared
@@ -45,6 +46,16 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= 0.02 * b.abs().max())
 
 
+def part_of(told: Prepared | Condition | Tensor, count: int) -> Tensor:
+    """A Look's `told` (B, W) of what a network is told of `count` rows."""
+    if isinstance(told, Prepared):
+        part = torch.zeros(count, 1) if told.kv is None else told.kv.layers[0][0][:, 0]  # keys of one head
+    else:
+        part = told if isinstance(told, Tensor) else told.context
+    assert part is not None
+    return part.flatten(1).float()
+
+
 class _Evaluation:
     """What the layers of an evaluation have in common."""
 
@@ -54,11 +65,7 @@ class _Evaluation:
     def begin(self, unet: nn.Module, inputs: tuple[Any, ...]) -> None:
         x, t, told = inputs[:3]
         self.count, self.t, (self.height, self.width) = self.count + 1, float(t[0]), x.shape[2:]
-        if isinstance(told, Prepared):
-            part = x.new_zeros(len(x), 1) if told.kv is None else told.kv.layers[0][0][:, 0]  # keys of one head
-        else:
-            part = told if isinstance(told, Tensor) else told.context
-        self.told = part.flatten(1).float()
+        self.told = part_of(told, len(x))
 
     def size(self, queries: int) -> tuple[int, int]:
         """(h, w) of features at one of the levels, each of which halves the one before, rounded up."""

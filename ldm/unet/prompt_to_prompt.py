@@ -33,13 +33,17 @@ def prompt_to_prompt(
     weights: Mapping[str, float] | None = None,
     cross: float = 0.8,
     itself: float = 0.4,
+    told: Tensor | None = None,
 ) -> Iterator[None]:
     """Inside, `unet` draws batches of two, told `source` and `target`, the second one after the first.
 
     `weights`: of the target's words, 1 as it is, 2 twice as much; also of a source that is the target. `cross` and
     `itself`: for which share of the time, from the start, attention to the prompt and to the picture is taken over.
-    The branches of guidance that are told something else are left alone. Raises UserError for a word that the target
-    has not, shares outside [0, 1], and a network or model that has no text to look at.
+    The branches of guidance that are told something else are left alone. `told`: the Look's of the pair; a batch that
+    begins with another is refused.
+
+    Raises UserError for that, for a word that the target has not, shares outside [0, 1], and a network or model that
+    has no text to look at.
     """
     for name, share in (("cross", cross), ("itself", itself)):
         if not 0 <= share <= 1:
@@ -69,6 +73,10 @@ def prompt_to_prompt(
                 raise UserError(
                     "prompt_to_prompt draws prompts that the text tower reads at once, and these are longer; shorten "
                     "them"
+                )
+            if told is not None and not same(look.told[:2, : told.shape[1]], told.to(look.told)):
+                raise UserError(
+                    "inside prompt_to_prompt its source and target are drawn, plain and in this order, and nothing else"
                 )
             own = (table.sum(0) == 0).to(changed)  # the tokens that only the target has
             changed[1, ..., : len(taken)] = (read[0] @ table + read[1] * own) * scales.to(changed)

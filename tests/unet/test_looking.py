@@ -198,7 +198,7 @@ def test_a_swapped_word_is_looked_at_where_the_other_was(tiny_model: LatentDiffu
         yield
 
     monkeypatch.setattr(room, "looking", taken)
-    with tiny_model.prompt_to_prompt("a cat", "a big cat", {"a": 2.0}, cross=0.5, itself=0.25):
+    with prompt_to_prompt(tiny_model.unet, tiny_model.text, "a cat", "a big cat", {"a": 2.0}, 0.5, 0.25):
         (see,) = given
     weights = torch.rand(4, 2, 9, 16, generator=torch.Generator().manual_seed(1)).softmax(-1)
     told = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
@@ -259,6 +259,12 @@ def test_what_makes_no_pair_is_refused(tiny_model: LatentDiffusion):
     before = attends_of(tiny_model.unet)
     with pytest.raises(UserError, match="two prompts in one batch"), tiny_model.prompt_to_prompt(PROMPT, OTHER):
         tiny_model.txt2img(PROMPT, steps=1, cfg=1)
+    others = [OTHER, PROMPT], [PROMPT, "a blue dog"]
+    for prompts in others:
+        with pytest.raises(UserError, match="and nothing else"), tiny_model.prompt_to_prompt(PROMPT, OTHER):
+            tiny_model.txt2img(prompts, steps=1, cfg=1)
+    with pytest.raises(UserError, match="and nothing else"), tiny_model.prompt_to_prompt(PROMPT, OTHER):
+        tiny_model.txt2img(PROMPT, steps=1, cfg=4.0)  # the second row is the negative prompt's
     assert attends_of(tiny_model.unet) == before
     with pytest.raises(UserError, match="takes no text"), prompt_to_prompt(small_unet(), None, PROMPT, OTHER):
         pass
