@@ -28,7 +28,7 @@ from ldm.web import sent
 from ldm.web.drawing import Done, Drawn, Event, Stop, draw
 from ldm.web.guard import Gate, Guard, refuse
 from ldm.web.job import Job
-from ldm.web.limits import Limits
+from ldm.web.limits import SETTINGS, Limits
 from ldm.web.schema import form, schema
 from ldm.web.shelf import Shelf
 from ldm.web.turns import Ended, Full, Mailbox, Tell, Turns
@@ -111,14 +111,16 @@ class Api:
         """What a request's body asks for, checked by all that is known before its turn comes."""
         files: dict[str, bytes] = {}
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            async with request.form(max_files=len(jobs.FILES), max_fields=1) as parts:
+            async with request.form(max_files=1 + len(jobs.FILES), max_fields=1 + len(jobs.FILES)) as parts:
                 text = parts.get("job", "{}")
                 for name, part in parts.items():
-                    if isinstance(part, UploadFile) and name in jobs.FILES:
+                    if name not in ("job", *jobs.FILES):
+                        raise UserError(f"unknown part '{name[:60]}'; there are job, {', '.join(jobs.FILES)}")
+                    if isinstance(part, UploadFile):
                         files[name] = await part.read()
                     elif name != "job":
-                        raise UserError(f"unknown part '{name[:60]}'; there are job, {', '.join(jobs.FILES)}")
-            body = text.encode() if isinstance(text, str) else b""
+                        raise UserError(f"the part {name} is text; send a file, as curl -F {name}=@picture.png does")
+            body = text.encode() if isinstance(text, str) else files.pop("job")
         else:
             body = await request.body()
         try:
@@ -128,9 +130,12 @@ class Api:
         for name in set(jobs.FILES) & set(plain):
             if (text := plain.pop(name)) is not None:
                 files[name] = jobs.from_base64(text, name)
+        if (letters := len(json.dumps(plain, ensure_ascii=False))) > SETTINGS:
+            raise UserError(f"the request has {letters:,} letters of settings, which no job needs; send fewer")
         job = jobs.read(plain, files)
         self.shelf.check(job.asked, job.settings)
-        self.limits.check(job.requests, job.settings.plan())
+        self.limits.check(job.asked, job.settings.plan())
+        _ = job.requests  # raises UserError for seeds and texts that are none
         model = self.shelf.opened[job.asked.model or self.shelf.first]
         sent.check(job, self.limits, model.config.image_size)
         return job

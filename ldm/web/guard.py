@@ -161,7 +161,8 @@ def refuse(request: Request, error: Exception) -> JSONResponse:
     """The answer to a request that is refused: a status, and a sentence."""
     assert isinstance(error, HTTPException)
     headers = {401: {"WWW-Authenticate": 'Basic realm="ldm", charset="UTF-8"'}, 503: {"Retry-After": "5"}}
-    return JSONResponse({"error": error.detail}, error.status_code, headers.get(error.status_code))
+    more = headers.get(error.status_code, {})  # HEADERS too: what answers for a fault of our own stands outside Guard
+    return JSONResponse({"error": error.detail}, error.status_code, HEADERS | more)
 
 
 def _same(given: str, wanted: str) -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
-from ldm.jobs import Plan, Request
+from ldm.jobs import Plan
 from ldm.ranges import Count, Positive, check
 
+if TYPE_CHECKING:
+    from ldm.web.job import Asked
+
 LETTERS = 10_000  # of a prompt; no text tower reads a tenth of it
+SETTINGS = 100_000  # letters of a job without its pictures, of which each value is looked at and may be quoted
 SMALLEST_TILE = 64  # pixels; smaller ones make a decoding of minutes, which nothing interrupts
 
 
@@ -30,16 +35,16 @@ class Limits:
     def __post_init__(self) -> None:
         check(self)
 
-    def check(self, requests: list[Request], plan: Plan) -> None:
-        """Raise UserError for what is more than a client may ask for."""
-        for what, asked, most in (
-            ("pictures", len(requests), self.most_pictures),
+    def check(self, asked: Asked, plan: Plan) -> None:
+        """Raise UserError for what is more than a client may ask for; before anything is made for each picture."""
+        for what, count, most in (
+            ("pictures", asked.n, self.most_pictures),
             ("steps", plan.steps, self.most_steps),
             ("pixels of width", plan.width or 0, self.most_side),
             ("pixels of height", plan.height or 0, self.most_side),
-            ("letters of a prompt", max(len(r.prompt) + len(r.negative) for r in requests), LETTERS),
+            ("letters of a prompt", len(asked.prompt) + len(asked.negative), LETTERS),
         ):
-            if asked > most:
-                raise UserError(f"{asked} {what} were asked for, and this server's limit is {most}; ask for fewer")
+            if count > most:
+                raise UserError(f"{count} {what} were asked for, and this server's limit is {most}; ask for fewer")
         if plan.tile is not None and plan.tile < SMALLEST_TILE:
             raise UserError(f"a tile of {plan.tile} pixels is too small here; choose {SMALLEST_TILE} or more, or none")

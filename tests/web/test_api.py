@@ -106,6 +106,9 @@ def test_pictures_are_written_to_a_folder_if_that_is_wanted(shelf: Shelf, tmp_pa
         ({"n": 0}, "at least 1"),
         ({"n": 17}, "limit is 16"),
         ({"n": 10**30}, "n must be"),
+        ({"n": 10**15}, "limit is 16"),  # before a request is made for each
+        ({"sampler": "a" * 200_000}, "letters of settings"),
+        ({"sigmas": [*range(100_000, 0, -1)]}, "letters of settings"),
         ({"steps": 151}, "limit is 150"),
         ({"sigmas": [*range(200, 0, -1)]}, "limit is 150"),
         ({"steps": "many"}, "steps must be a whole number"),
@@ -154,7 +157,9 @@ def test_a_fault_of_the_servers_own_is_no_clients_and_the_server_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr("ldm.provenance.record", broken)
-        assert server.draw().status == 500
+        answer = server.draw()
+        assert answer.status == 500
+        assert all(answer.headers[name.lower()] == value for name, value in HEADERS.items())
         assert server.draw(EVENTS).events[-1][0] == "error"
     assert server.draw().status == 200
 
@@ -401,16 +406,18 @@ def test_a_client_that_takes_nothing_holds_nobody_up(shelf: Shelf):
 
 
 def test_multipart_parts_are_the_job(server: Server):
-    def form(**parts: bytes) -> Any:
+    def form(more: str = "", **parts: bytes) -> Any:
         lines = [
-            f'--xx\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n'.encode() + v + b"\r\n"
+            f'--xx\r\nContent-Disposition: form-data; name="{k}"{more}\r\n\r\n'.encode() + v + b"\r\n"
             for k, v in parts.items()
         ]
         content = b"".join(lines) + b"--xx--\r\n"
         return server.ask("/api/draw", content, {"Content-Type": "multipart/form-data; boundary=xx"})
 
     assert form(job=b'{"steps": 1, "seed": 1}').body == server.draw(steps=1, seed=1).body
+    assert form('; filename="job.json"', job=b'{"steps": 1, "seed": 1}').body == server.draw(steps=1, seed=1).body
     assert "unknown part 'other'" in form(other=b"{}").error
+    assert "curl -F image=@" in form(job=b"{}", image=b"heart.png").error  # what curl sends without the @
     assert form(job=b"{").status == 400
     assert server.ask("/api/draw", b"--yy", {"Content-Type": "multipart/form-data; boundary=xx"}).status == 400
     assert server.ask("/api/draw", b"", {"Content-Type": "multipart/form-data"}).status == 400
