@@ -22,6 +22,7 @@ from ldm import image_io, provenance
 from ldm.errors import UserError
 from ldm.jobs import Settings
 from ldm.web import job as jobs
+from ldm.web.drawing import Event, Stop, Walked, draw
 from ldm.web.guard import HEADERS, Gate
 from ldm.web.limits import Limits
 from ldm.web.schema import schema
@@ -82,6 +83,14 @@ def test_a_preview_is_what_the_picture_is_going_to_be(server: Server, monkeypatc
     assert abs(last - final).mean() < 0.8 * abs(first - final).mean()
 
 
+def test_previews_are_few_where_steps_are_short(shelf: Shelf, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ldm.web.drawing.OFTEN", 1e9)
+    told: list[Event] = []
+    draw(jobs.read({"steps": 6}), shelf, Stop(60), told.append)
+    walked = [event for event in told if isinstance(event, Walked)]
+    assert len(walked) == 6 and sum(bool(event.previews) for event in walked) == 1
+
+
 def test_pictures_are_written_to_a_folder_if_that_is_wanted(shelf: Shelf, tmp_path: Path):
     with serving(shelf, folder=tmp_path) as server:
         assert server.draw(seed=1).body == (tmp_path / "00000.png").read_bytes()
@@ -125,6 +134,7 @@ def test_pictures_are_written_to_a_folder_if_that_is_wanted(shelf: Shelf, tmp_pa
         ({"model": "/etc/passwd"}, "there is no model '/etc/passwd' here; there are tiny"),
         ({"model": "hf:some/thing"}, "there is no model"),
         ({"guide_model": "../tiny"}, "there is no model"),
+        ({"refiner": "/etc/passwd"}, "there is no model '/etc/passwd' here; there are tiny"),
         ({"classifier": "/etc", "classifier_class": "a"}, "there is no classifier"),
         ({"loras": {"/etc/passwd": 1}}, "there is no LoRA"),
         ({"embeddings": ["http://example.org/x.pt"]}, "there is no embedding"),

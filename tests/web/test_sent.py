@@ -106,6 +106,8 @@ def test_previews_show_the_whole_picture(server: Server, monkeypatch: pytest.Mon
         ({"extend": [0, 0, 0, 2000]}, {"image": png()}, "limit is 1024"),
         ({"enlarge": 16, "width": 1000}, {"image": png()}, "limit is 1024"),
         ({"enlarge": 16, "width": 1000, "strength": 0.5}, {}, "limit is 1024"),
+        ({"enlarge": 16, "width": 32, "height": 1000, "strength": 0.5}, {}, "limit is 1024"),
+        ({"feather": 129}, {"image": png(), "mask": spot()}, "limit is 128"),
         ({"feather": 10**9}, {"image": png(), "mask": spot()}, "feather"),
         ({"width": 1000, "only_masked": 4}, {"image": png(8, 400), "mask": spot(8, 400)}, "would be drawn"),
     ],
