@@ -320,9 +320,12 @@ class LatentDiffusion(Model):
         from ldm.conditioning.condition import Condition
         from ldm.unet.looking import part_of
         from ldm.unet.prompt_to_prompt import prompt_to_prompt
+        from ldm.unet.unet import UNet
 
-        pair = None if self.text is None else Condition(context=self.encoder.texts([source, target]).context)
-        told = None if pair is None else part_of(self.unet.prepare(pair), 2)
+        told = None
+        if self.text is not None and isinstance(self.unet, UNet):  # other networks are refused
+            pair = Condition(context=self.encoder.texts([source, target]).context)
+            told = part_of(self.unet.prepare(pair), 2)
         return prompt_to_prompt(self.unet, self.text, source, target, weights, cross, itself, told)
 
     def adapted(
