@@ -209,7 +209,7 @@ def converted(kind: str, how: str, path: Path, given: Inputs, a: argparse.Namesp
     from ldm.conditioning.condition import Condition
 
     try:
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports] (an extra)
     except ImportError as error:
         raise UserError("the openvino side needs OpenVINO; pip install -e '.[openvino]'") from error
     model = open_ours(path, a, "torch")
