@@ -70,6 +70,7 @@ def main() -> None:
         log_level="warning",
         server_header=False,
     )
+    listening.listen(limits.connections)  # who reads the next line may come at once
     print(f"http://{f'[{host}]' if ':' in host else host}:{port} draws with {', '.join(shelf.models)}", flush=True)
     Server(config, app.state.turns.end).run([listening])
 

@@ -215,7 +215,8 @@ def test_a_launcher_that_is_killed_leaves_no_ranks_behind(tmp_path):
         time.sleep(0.005)
     process.kill()
     _, out, err = ended(process)  # when both have closed their ends
-    assert err.count(f"warning: process {process.pid}, which began this one, is gone, so it ends too") == 2
+    gone = err.count(f"warning: process {process.pid}, which began this one, is gone, so it ends too")
+    assert 1 <= gone <= 2  # the first that sees it ends both, maybe before the other has looked
     step = state(output)["step"]
     assert f"stopped at step {step} as asked" in out and log_of(output)[-1]["step"] <= step
     assert not (output / ".lock").exists()
