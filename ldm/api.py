@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.latent_diffusion import LatentDiffusion, PictureNotice, PromptNotice
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import load_model
 from ldm.model import CheckpointNotice
 from ldm.model import assemble as assemble_model
+from ldm.notices import PictureNotice, PromptNotice
 
 if TYPE_CHECKING:
     from ldm.autoencoder.codec import Codec

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ldm.backends import sparing
-from ldm.backends.sparing import InPieces, visiting
-from ldm.conditioning.condition import Condition, cat, lerp, widths
-from ldm.diffusion import Branches, Denoiser, LearnedVariance, bind
+from ldm.backends.sparing import visiting
+from ldm.diffusion import Denoiser, LearnedVariance
 from ldm.errors import UserError, out_of_memory
 from ldm.guidance import (
     autoguidance,
@@ -33,7 +32,7 @@ from ldm.guidance import (
 )
 from ldm.guidance.seen import Seen
 from ldm.helpers import NONE, Helpers
-from ldm.jobs import Ask, Plan, Request, batches, catalogue, grammar
+from ldm.jobs import Plan, Request, batches, catalogue, grammar
 from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Refine, Threshold
 from ldm.jobs.request import Sizes
 from ldm.jobs.values import reals
@@ -41,6 +40,7 @@ from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, fin
 from ldm.sampling.noise import Draws
 from ldm.sampling.slerp import varied
 from ldm.start import Noise, Pictures, Start
+from ldm.told import branches_of, conditions, prompt_notices  # noqa: F401 (those who draw ask for them here)
 
 if TYPE_CHECKING:
     from ldm.model import Model
@@ -202,62 +202,6 @@ def _wrapped(denoiser: Denoiser, wrap: Classifier | Threshold, model: Model, hel
         return classifier_guidance(denoiser, classifier.of(labels), wrap.scale, trained)
     usual = 1.0 if model.codec.autoencoder is None else LATENT_BOUND
     return THRESHOLDS[wrap.kind](denoiser, wrap.bound or usual)
-
-
-def branches_of(
-    model: Model, asks: Sequence[Sequence[Ask]], planes: Tensor | None = None, network: Callable[..., Any] | None = None
-) -> Branches:
-    """The model's predictions for K lists of B asks, each with the same `planes` (B, C, h, w) beside the latent.
-
-    `network` stands in the place of the model's own; it means by x, t and its output what that means.
-    """
-    with torch.no_grad():
-        told = [replace(conditions(model, some), planes=planes) for some in asks]
-    pieces = InPieces(network or model.unet, None if model.works_on is None else 1)
-    return (LearnedVariance if model.law.learned_variance else bind)(pieces, told, model.law)
-
-
-def conditions(model: Model, asks: Sequence[Ask]) -> Condition:
-    """What the model is told (B rows).
-
-    Each ask is read by itself (and once): in a batch its last bits would depend on how many others there are.
-    """
-    with visiting(model, model.encoder):
-        read = {ask: _told(model, ask) for ask in dict.fromkeys(asks)}
-    return cat([read[ask] for ask in asks]).to(model.device)
-
-
-def _told(model: Model, ask: Ask) -> Condition:
-    """One row: what the encoder makes of an ask, or of two, or what is given in its place, of the same parts."""
-    if ask.toward is not None:
-        (other, share), one = ask.toward, replace(ask, toward=None)
-        return lerp(model.encoder([one]), model.encoder([replace(one, text=other)]), share)
-    if ask.told is None:
-        return model.encoder([ask])
-    given, usual = ask.told.to(model.device), model.encoder([replace(ask, text="", label=None, told=None)])
-    if widths(given) != widths(usual):
-        raise UserError(
-            f"the condition that was given has {widths(given)}, and the network takes {widths(usual)} (the widths of "
-            "its parts); generate.conditions makes such ones"
-        )
-    return given
-
-
-def prompt_notices(model: Model, requests: Sequence[Request], weighted: bool = False) -> tuple[str, ...]:
-    """What a user should know of how the prompts and negative prompts are read, as `plan.weighted` says they are:
-    `Encoder.notices`; and that a model of classes alone is told none. Raises UserError for a label that the model does
-    not know."""
-    encoder, labels = model.encoder, dict.fromkeys(request.label for request in requests)
-    for label in labels:
-        encoder.number(label)
-    texts: list[str] = []
-    for request in requests:
-        prompts = [clause.text for clause in grammar.clauses(request.prompt)] if weighted else [request.prompt]
-        texts += [*prompts, *request.texts[1:]]
-    found = encoder.notices(texts, weighted)
-    if encoder.text is None and encoder.classes and None in labels:
-        found += (f"no label was given, so any class may be drawn; this model knows {encoder.known}",)
-    return found
 
 
 def decode(model: Model, step: Step, tile: int | None = None) -> Tensor:

@@ -93,6 +93,12 @@ def open_helpers(model: Model, plan: Plan, opened: Helpers = NONE) -> Helpers:
     return Helpers(models, refiners, classifiers)
 
 
+def helpers_of(model: Model, plan: Plan) -> Helpers:
+    """`open_helpers`, which keeps with the model what it opened for its last plan."""
+    model.kept["helpers"] = helpers = open_helpers(model, plan, model.kept.get("helpers", NONE))
+    return helpers
+
+
 def _open_model(model: Model, name: str, kind: str = "guide model") -> Model:
     from ldm.device import precision_name
     from ldm.guidance.latents import latent_probe, same_latents

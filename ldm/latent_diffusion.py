@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm import edits
 from ldm.errors import UserError
 from ldm.given import begin_of, numbers, plan_of, requests_of, settings_of, start_of
-from ldm.helpers import NONE, Helpers, open_helpers
-from ldm.jobs import Plan, Request, Settings
+from ldm.helpers import helpers_of
+from ldm.jobs import Settings
 from ldm.jobs.adapters import Adapter
 from ldm.jobs.request import Labels
 from ldm.jobs.values import real
 from ldm.model import CheckpointNotice, Model
+from ldm.notices import tell
 
 if TYPE_CHECKING:
     import torch
@@ -31,45 +31,20 @@ if TYPE_CHECKING:
     from ldm.inputs import Picture
     from ldm.inverted import Inverted
     from ldm.sampling import Sampler, Step
-    from ldm.unet.maps import Maps
-
-
-INVERSION = Settings(sampler="dpmpp_2m", cfg=1.0)
-
-
-class PromptNotice(UserWarning):
-    """A prompt has words that the text tower does not read or does not know; the message names them."""
-
-
-class PictureNotice(UserWarning):
-    """A picture is not drawn just as it was given; the message says how."""
 
 
 @dataclass(frozen=True, eq=False)
 class LatentDiffusion(Model):
     """A text-to-picture model, ready to draw. What a plan names beside it is opened once and kept."""
 
+    invert = edits.invert
+    attention_maps = edits.attention_maps
+    prompt_to_prompt = edits.prompt_to_prompt
+
     @classmethod
     def of(cls, model: Model) -> LatentDiffusion:
         """The same model, able to draw."""
         return cls(**{field.name: getattr(model, field.name) for field in fields(Model)})
-
-    @cached_property
-    def _opened(self) -> dict[str, Helpers]:
-        return {"last": NONE}
-
-    def _helpers(self, plan: Plan) -> Helpers:
-        self._opened["last"] = helpers = open_helpers(self, plan, self._opened["last"])
-        return helpers
-
-    def _tell(self, requests: Sequence[Request], plan: Plan, helpers: Helpers, of_start: Sequence[str] = ()) -> None:
-        from ldm import generate
-
-        for notice in of_start:
-            warnings.warn(notice, PictureNotice, stacklevel=3)
-        for reader in (self, *helpers.readers):
-            for notice in generate.prompt_notices(reader, requests, plan.weighted):
-                warnings.warn(notice, PromptNotice, stacklevel=3)
 
     def txt2img(
         self,
@@ -110,8 +85,8 @@ class LatentDiffusion(Model):
         requests = requests_of(prompt, negative, seed, n, label, noise)
         begin = start_of(start, latents, len(requests), sampler, noise)
         plan = plan_of(settings_of(settings, start), cfg, steps, sampler, grid, guide, noise, network)
-        helpers = self._helpers(plan)
-        self._tell(requests, plan, helpers)
+        helpers = helpers_of(self, plan)
+        tell(self, requests, plan, helpers)
         return generate.draw(self, requests, plan, helpers, batch_size, begin)
 
     def img2img(
@@ -153,8 +128,8 @@ class LatentDiffusion(Model):
         begin, requests = begin_of(image, latents, prompt, negative, label, seed, noise, mask, depth)
         strengths = numbers(strength, len(requests), "strengths")
         plan = plan_of(settings, cfg, steps, sampler, grid, guide, noise, network)
-        helpers = self._helpers(plan)
-        self._tell(requests, plan, helpers, begin.notices(self))
+        helpers = helpers_of(self, plan)
+        tell(self, requests, plan, helpers, begin.notices(self))
         begin.shape(self, plan, len(requests))  # as many of both, and of a size that fits
         drawn: dict[int, Tensor] = {}
         for value in dict.fromkeys(strengths):  # each has levels of its own, so pictures of one are drawn together
@@ -194,8 +169,8 @@ class LatentDiffusion(Model):
         plan = plan_of(settings, cfg, steps, sampler, grid, guide, noise, network)
         if len(set(strengths)) > 1:
             raise UserError("pictures of one batch walk the same levels; give them one strength")
-        helpers = self._helpers(plan)
-        self._tell(requests, plan, helpers, begin.notices(self))
+        helpers = helpers_of(self, plan)
+        tell(self, requests, plan, helpers, begin.notices(self))
         yield from generate.sample(self, requests, plan, helpers, replace(begin, strength=strengths[0]))
 
     def sample(
@@ -224,8 +199,8 @@ class LatentDiffusion(Model):
         requests = requests_of(prompt, negative, seed, n, label, noise)
         begin = start_of(start, latents, len(requests), sampler, noise) or Noise()
         plan = plan_of(settings_of(settings, start), cfg, steps, sampler, grid, guide, noise, network)
-        helpers = self._helpers(plan)
-        self._tell(requests, plan, helpers)
+        helpers = helpers_of(self, plan)
+        tell(self, requests, plan, helpers)
         yield from generate.sample(self, requests, plan, helpers, begin)
 
     def decode(self, step: Step, tile: int | None = None) -> Tensor:
@@ -235,43 +210,6 @@ class LatentDiffusion(Model):
         from ldm import generate
 
         return generate.decode(self, step, tile)
-
-    def invert(
-        self,
-        image: Picture | Sequence[Picture],
-        prompt: str | Sequence[str] = "",
-        *,
-        label: Labels = None,
-        negative: str | Sequence[str] = "",
-        strength: float = 1.0,
-        refinements: int = 1,
-        exact: bool = False,
-        cfg: float | None = None,
-        steps: int | None = None,
-        sampler: str | None = None,
-        batch_size: int = 4,
-        settings: Settings = INVERSION,
-    ) -> Inverted:
-        """What `image`, told `prompt`, is drawn from: a `start` for `txt2img` and `sample`, by this or another prompt.
-        Images and prompts are those of `img2img`, `strength` says up to which level of noise.
-
-        `sampler`: any that draws no noise on its way. `refinements`: how often what the way up and down misses is sent
-        up too, two more walks each. `exact`: by EDICT, whose way back meets the picture's latent to rounding at any
-        cfg, in twice the evaluations and with a sampler of its own. Raises UserError.
-        """
-        from ldm import inverting, start
-        from ldm.backends.sparing import visiting
-
-        picture, requests = begin_of(image, None, prompt, negative, label, 0, None, None, None)
-        assert isinstance(picture, start.Picture)  # no latents were given
-        if exact and sampler is not None:
-            raise UserError("an exact inversion has a sampler of its own; leave the sampler out, or exact")
-        settings = settings_of(settings).but(cfg, steps, sampler)
-        plan, picture = settings.plan(), replace(picture, strength=strength)
-        helpers = self._helpers(plan)
-        self._tell(requests, plan, helpers, picture.notices(self))
-        with visiting(self, self.unet, self.codec.autoencoder):
-            return inverting.invert(self, requests, settings, helpers, picture, refinements, exact, batch_size)
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> LatentDiffusion:
         """The model on `device` ("cuda:1") and in the precision `dtype` ("fp16", torch.float16), each as it is if None.
@@ -294,39 +232,8 @@ class LatentDiffusion(Model):
         for network in (self.encoder, self.unet, self.codec):
             network.to(device=None if rests else where, dtype=kind)
         made = replace(self, works_on=where or self.works_on) if rests else self
-        made._opened["last"] = NONE
+        made.kept.clear()  # what was opened is elsewhere
         return made
-
-    def attention_maps(self, size: int = 32) -> AbstractContextManager[Maps]:
-        """`with model.attention_maps() as maps:` keeps what the U-Net looks at of the prompt, in all that is drawn
-        inside, by layer, evaluation and token, in layers of at most `size` x `size` positions. No bit of a
-        picture changes. Raises UserError for a network without cross-attention.
-        """
-        from ldm.unet.maps import attention_maps
-
-        return attention_maps(self.unet, self.text, size)
-
-    def prompt_to_prompt(
-        self,
-        source: str,
-        target: str,
-        weights: Mapping[str, float] | None = None,
-        cross: float = 0.8,
-        itself: float = 0.4,
-    ) -> AbstractContextManager[None]:
-        """`with model.prompt_to_prompt(source, target):` draws [source, target], in one batch and from one seed, so
-        that the second is the first one with other words (ldm/unet/prompt_to_prompt.py has the arguments). UserError.
-        """
-        from ldm.conditioning.condition import Condition
-        from ldm.unet.looking import part_of
-        from ldm.unet.prompt_to_prompt import prompt_to_prompt
-        from ldm.unet.unet import UNet
-
-        told = None
-        if self.text is not None and isinstance(self.unet, UNet):  # other networks are refused
-            pair = Condition(context=self.encoder.texts([source, target]).context)
-            told = part_of(self.unet.prepare(pair), 2)
-        return prompt_to_prompt(self.unet, self.text, source, target, weights, cross, itself, told)
 
     def adapted(
         self,

@@ -88,6 +88,11 @@ class Model:
         return self.unet.dtype
 
     @cached_property
+    def kept(self) -> dict[str, Any]:
+        """What those who draw with it keep for the next time, as helpers.py does what it opened."""
+        return {}
+
+    @cached_property
     def hash(self) -> str:
         """sha256, in hex, of the config's settings that are not the defaults, and of the stored weights, whatever
         precision they run in here."""

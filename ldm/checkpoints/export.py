@@ -6,46 +6,38 @@ What can be said in other words without a change of what is drawn is said so (`p
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldm.autoencoder.blocks import usual_groups
-from ldm.checkpoints import diffusers, native, networks, original_file, sd3, sd3_directory, sdxl
-from ldm.checkpoints import diffusers_configs as configs
+from ldm.checkpoints import diffusers, original_file, sd3, sd3_directory, sdxl
+from ldm.checkpoints import diffusers_written as written
 from ldm.checkpoints.architectures import DEPTH, MASK, extra_channels
 from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
+from ldm.checkpoints.foreign import PIPELINES, groups_of, refuse
 from ldm.checkpoints.state import exported
 from ldm.checkpoints.writing import write_tensors
 from ldm.conditioning.clip import VOCABULARY
 from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_text
 from ldm.model_config import AutoencoderConfig, MMDiTConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
-from ldm.unet.unet import level_depths
 
 States = Mapping[str, Mapping[str, Tensor]]
 """Part ("autoencoder", "text", "unet") -> its tensors."""
 
 OUTER_SCALE = 0.18215  # Stable Diffusion's
-FORMATS = ("original", "diffusers")
-NAMES = {"original": "an original file", "diffusers": "a diffusers directory"}
-PIPELINES = {
-    0: "StableDiffusionPipeline",
-    MASK: "StableDiffusionInpaintPipeline",
-    DEPTH: "StableDiffusionDepth2ImgPipeline",
-}
 
 
 def write(path: str | Path, config: ModelConfig, states: States, to: str) -> list[str]:
-    """Write a model in a foreign format of FORMATS: "original", one safetensors file, or "diffusers", a directory.
+    """Write a model in a format of foreign.FORMATS: "original", one safetensors file, or "diffusers", a directory.
 
     Returns sentences on what is said in other words there. Raises UserError for a model that the format cannot hold.
     """
     path = Path(path)
-    _refuse(config, states, to)
+    refuse(config, states, to)
     if isinstance(config.unet, MMDiTConfig) and config.autoencoder is not None:
         if to == "original":
             sd3.write_single_file(_checked(path, to), config, states)
@@ -157,10 +149,10 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
     side = config.image_size // config.autoencoder.factor
     xl = sdxl.is_xl(config)
     names = diffusers.unet_names(states["unet"])
-    written = configs.write_unet(config.unet, side, config.encoder.sizes)
-    _network(path / "unet", written, exported(states["unet"], names), "unet")
+    plain = written.write_unet(config.unet, side, config.encoder.sizes)
+    _network(path / "unet", plain, exported(states["unet"], names), "unet")
     schedule = config.schedule or ScheduleConfig()
-    _json(path / "scheduler" / "scheduler_config.json", configs.write_scheduler(schedule, config.parameterization))
+    _json(path / "scheduler" / "scheduler_config.json", written.write_scheduler(schedule, config.parameterization))
     index = {
         "_class_name": _pipeline(config),
         "_diffusers_version": "0.30.0",
@@ -168,7 +160,7 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": [None, None],
         "tokenizer": [None, None],
-        "scheduler": ["diffusers", configs.SCHEDULER],
+        "scheduler": ["diffusers", written.SCHEDULER],
         "feature_extractor": [None, None],
     }
     for name, tower in config.towers.items():
@@ -202,18 +194,18 @@ def _write_tower(path: Path, end: str, config: TextConfig, state: Mapping[str, T
     tensors = exported(state, diffusers.clip_names(state, projection=projection))
     if projection:
         tensors[projection] = tensors[projection].T.contiguous()  # a linear layer there
-    written = configs.write_text(config)
-    _network(path / f"text_encoder{end}", written, tensors, "text_encoder")
+    plain = written.write_text(config)
+    _network(path / f"text_encoder{end}", plain, tensors, "text_encoder")
     write_tokenizer(path / f"tokenizer{end}", config)
-    return ["transformers", written["architectures"][0]]
+    return ["transformers", plain["architectures"][0]]
 
 
 def _write_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor]) -> None:
-    (groups,) = _norm_groups(config)
+    (groups,) = groups_of(config)
     tensors = exported(state, diffusers.autoencoder_names(state))
     attention = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight")
     tensors = {n: v.flatten(1) if n.endswith(attention) else v for n, v in tensors.items()}  # linear layers there
-    _network(folder, configs.write_autoencoder(config, groups), tensors, "vae")
+    _network(folder, written.write_autoencoder(config, groups), tensors, "vae")
 
 
 def _network(folder: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor], kind: str) -> None:
@@ -224,94 +216,6 @@ def _network(folder: Path, config: Mapping[str, object], tensors: Mapping[str, T
 
 def _json(path: Path, plain: Mapping[str, object]) -> None:
     atomic_write_text(path, json.dumps(plain, indent=2) + "\n")
-
-
-# ---------------------------------------------------------------- what does not fit
-
-
-def where_to(config: ModelConfig) -> str:
-    """Which foreign formats can hold a model of `config`, and what keeps it from the others; for a run's plan."""
-    parts = native.part_names(config)
-    if not _complete(parts):
-        return "our own format alone: others hold a whole model or an autoencoder"
-    why = {to: ", ".join(reasons(config, parts, to)) for to in FORMATS}
-    able = " and ".join(NAMES[to] for to in FORMATS if not why[to])
-    if len(set(why.values())) == 1:
-        return able or f"our own format alone: others have no place for {why[FORMATS[0]]}"
-    kept = "; ".join(f"{NAMES[to]} has no place for {why[to]}" for to in FORMATS if why[to])
-    return f"{able or 'our own format alone'}; {kept}"
-
-
-def reasons(config: ModelConfig, parts: Collection[str], to: str) -> list[str]:
-    """What of a model with these parts, all or an autoencoder alone, format `to` has no words for; names settings."""
-    if isinstance(config.unet, MMDiTConfig) and "unet" in parts:
-        return sd3.unsayable(config, to)
-    found = []
-    if config.autoencoder is not None:
-        plain = AutoencoderConfig()
-        for name in ("kind", "patch", *(("attention_levels",) if to == "diffusers" else ())):
-            if getattr(config.autoencoder, name) != getattr(plain, name):
-                found.append(f"autoencoder.{name}={getattr(config.autoencoder, name)}")
-        if not config.autoencoder.latent_convs and ("unet" in parts or to == "original"):
-            found.append("autoencoder.latent_convs=False")
-        elif (
-            not config.autoencoder.latent_convs
-            and max(map(len, (config.autoencoder.shift, config.autoencoder.scale))) > 1
-        ):
-            found.append("a shift or scale for each channel, without the convolutions that could take them in")
-        groups = _norm_groups(config.autoencoder)
-        if len(groups) > 1 or (to == "original" and groups != {32}):
-            found.append(
-                f"an autoencoder whose norms have {' and '.join(map(str, sorted(groups)))} groups "
-                f"(autoencoder.norm_groups={config.autoencoder.norm_groups})"
-            )
-    for name, text in config.towers.items():
-        if text.arch and name in parts and networks.skeleton(name, config, "the model").causal_mask is None:
-            found.append(f"{name}.arch={text.arch}, whose tokens see those behind them")
-    if isinstance(config.unet, UNetConfig) and "unet" in parts:
-        plain_unet = UNetConfig()
-        if sdxl.is_xl(config):
-            found += sdxl.unsayable(config)
-        elif len(config.towers) > 1:
-            found.append("two text towers of a U-Net that is told no vector")
-        for name in ("time_embedding", "time_injection", "classes"):
-            if getattr(config.unet, name) != getattr(plain_unet, name):
-                found.append(f"unet.{name}={getattr(config.unet, name)}")
-        if not config.unet.context_width or not config.unet.attention_levels:
-            found.append("a U-Net without a context")
-        elif networks.norm_groups(networks.skeleton("unet", config, "the model")) != {32}:
-            found.append(f"unet.channels={config.unet.channels}, whose norms have other than 32 groups")
-        if to == "diffusers" and config.unet.multipliers[0] != 1:  # there the first level is as wide as what is before
-            found.append(f"unet.multipliers={list(config.unet.multipliers)}, which do not begin with 1")
-        if config.parameterization not in configs.PREDICTIONS.values():
-            found.append(f"parameterization={config.parameterization}")
-        if config.schedule is not None and config.schedule.kind not in configs.BETAS.values():
-            found.append(f"schedule.kind={config.schedule.kind}")
-        if config.learned_variance:
-            found.append("learned_variance=true")
-        last = len(config.unet.multipliers) - 1
-        if to == "diffusers" and level_depths(config.unet).get(last) not in (None, config.unet.transformer_depth):
-            found.append(f"unet.depths={list(config.unet.depths)}, whose last is not transformer_depth")
-        if to == "diffusers" and extra_channels(config) not in PIPELINES:
-            found.append(f"unet.in_channels={config.unet.in_channels}")
-    return found
-
-
-def _refuse(config: ModelConfig, parts: Collection[str], to: str) -> None:
-    """Raise UserError, naming the setting, for a model that format `to` has no words for."""
-    if not _complete(parts):
-        raise UserError(f"the {to} layout holds a whole model or an autoencoder, not {' and '.join(parts)}")
-    if found := reasons(config, parts, to):
-        raise UserError(f"the {to} layout has no place for {', '.join(found)}; keep the native format")
-
-
-def _complete(parts: Collection[str]) -> bool:
-    return set(parts) == {"autoencoder"} or {"autoencoder", "text", "unet"} <= set(parts)
-
-
-def _norm_groups(config: AutoencoderConfig) -> set[int]:
-    """The different numbers of groups that its norms have."""
-    return {config.norm_groups or usual_groups(config.channels * multiplier) for multiplier in config.multipliers}
 
 
 def _all_rows(table: Tensor, token_ids: tuple[int, ...]) -> Tensor:

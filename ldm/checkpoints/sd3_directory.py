@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.checkpoints import diffusers, mmdit, sd3
 from ldm.checkpoints import diffusers_configs as configs
 from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
+from ldm.checkpoints.diffusers_written import write_text
 from ldm.checkpoints.reading import Tensors
 from ldm.checkpoints.record import Checkpoint
 from ldm.checkpoints.said import follow, settle
@@ -94,7 +95,7 @@ def folders(
         "tokenizer_3": [None, None],
     }
     for name, folder in FOLDERS.items():
-        plain = configs.write_text(config.towers[name]) | {"architectures": ["CLIPTextModelWithProjection"]}
+        plain = write_text(config.towers[name]) | {"architectures": ["CLIPTextModelWithProjection"]}
         yield folder, plain, "text_encoder", sd3.clip_tensors(states[name], "")
         index |= {folder: ["transformers", "CLIPTextModelWithProjection"]}
         index |= {_tokenizer(folder): ["transformers", "CLIPTokenizer"]}

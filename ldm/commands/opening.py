@@ -18,8 +18,8 @@ from ldm.jobs import Settings
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.api import LatentDiffusion
     from ldm.canvas import Canvas
+    from ldm.model import Model
     from ldm.redraw import Pair
 
 OTHER = "choose another --out, or move it away"
@@ -37,7 +37,7 @@ Opened = tuple[Settings, "Canvas | Pair | None", "Sequence[dict[str, Any]]"]
 class Opener:
     """A batch -> what its picture is, opened. The last one's is kept: the next batch may be of the same picture."""
 
-    def __init__(self, model: LatentDiffusion, order: Order) -> None:
+    def __init__(self, model: Model, order: Order) -> None:
         self.model, self.order = model, order
         self.last: tuple[Path | None, Any] = (None, None)
 

@@ -24,11 +24,11 @@ from ldm.data.loader import Loader, PictureDecode
 from ldm.errors import UserError
 from ldm.jobs import Settings
 from ldm.training.begin import Beginning, begin_from
+from ldm.training.diffusion import Course, DiffusionStage, Trained
 from ldm.training.fitting import check_fits
 from ldm.training.inputs import Inputs
 from ldm.training.objectives import regress
 from ldm.training.preflight import check_settings
-from ldm.training.stage_two import Course, DiffusionStage, Trained
 
 
 class Word(nn.Module):

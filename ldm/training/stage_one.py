@@ -21,7 +21,7 @@ from ldm.autoencoder.kl import AutoencoderKL
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
-from ldm.checkpoints.export import where_to
+from ldm.checkpoints.foreign import where_to
 from ldm.checkpoints.limits import check_size
 from ldm.config import AutoencoderConfig, AutoencoderTraining, ModelConfig
 from ldm.data.loader import Batch, Loader, validation_batches

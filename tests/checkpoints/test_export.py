@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ldm.autoencoder.blocks import said_groups
 from ldm.autoencoder.codec import Codec
 from ldm.autoencoder.kl import AutoencoderKL
-from ldm.checkpoints import export
+from ldm.checkpoints import export, foreign
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning.clip import END, START, TextTower
 from ldm.config import AutoencoderConfig, ModelConfig, TextConfig
@@ -28,7 +28,7 @@ def codec(config: AutoencoderConfig, state: Any) -> Codec:
     return Codec(network.double().eval(), config)
 
 
-@pytest.mark.parametrize("to", export.FORMATS)
+@pytest.mark.parametrize("to", foreign.FORMATS)
 def test_shift_and_scale_of_each_channel_are_folded_into_the_weights(to: str):
     shift, scale = (0.5, -1.0, 0.0, 2.0), (0.1, 0.5, 1.0, 3.0)
     config = replace(SMALL, autoencoder=AutoencoderConfig(channels=128, multipliers=(1, 1), shift=shift, scale=scale))
@@ -152,7 +152,7 @@ def test_the_usual_groups_are_not_said():
     ],
 )
 def test_a_plan_can_say_where_a_model_will_go(config: ModelConfig, words: str):
-    assert export.where_to(config).startswith(words)
+    assert foreign.where_to(config).startswith(words)
 
 
 def test_where_it_is_written(tmp_path: Path):

@@ -10,7 +10,7 @@ import torch
 from training.toys import CPU, ICONS, run  # tests/ is the root of the tests' packages
 
 import ldm
-from ldm.checkpoints import export
+from ldm.checkpoints import export, foreign
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import AutoencoderTraining, ClipTraining, DiffusionTraining, ModelConfig, load
 from ldm.jobs import Settings
@@ -39,8 +39,8 @@ def test_where_the_recipes_models_can_go(autoencoder: str, text: str, unet: str,
     assert second.model.context_width == tower.model.width
     assert first.data.size == tower.data.size == second.data.size == tower.image_tower.size
     model = ModelConfig(first.model, tower.model, second.model, second.schedule, second.parameterization)
-    assert export.where_to(model).startswith(words)
-    assert export.where_to(ModelConfig(first.model)).startswith(words)
+    assert foreign.where_to(model).startswith(words)
+    assert foreign.where_to(ModelConfig(first.model)).startswith(words)
 
 
 def trained(name: str, kind: Any, stage: Any, folder: Path, *words: str) -> Path:

@@ -1,0 +1,97 @@
+"""To look into what a model draws, and to draw a picture again with other words: methods of LatentDiffusion.
+
+No torch until they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ldm.errors import UserError
+from ldm.given import begin_of, settings_of
+from ldm.helpers import helpers_of
+from ldm.jobs import Settings
+from ldm.jobs.request import Labels
+from ldm.model import Model
+from ldm.notices import tell
+
+if TYPE_CHECKING:
+    from ldm.inputs import Picture
+    from ldm.inverted import Inverted
+    from ldm.unet.maps import Maps
+
+INVERSION = Settings(sampler="dpmpp_2m", cfg=1.0)
+
+
+def invert(
+    model: Model,
+    image: Picture | Sequence[Picture],
+    prompt: str | Sequence[str] = "",
+    *,
+    label: Labels = None,
+    negative: str | Sequence[str] = "",
+    strength: float = 1.0,
+    refinements: int = 1,
+    exact: bool = False,
+    cfg: float | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    batch_size: int = 4,
+    settings: Settings = INVERSION,
+) -> Inverted:
+    """What `image`, told `prompt`, is drawn from: a `start` for `txt2img` and `sample`, by this or another prompt.
+    Images and prompts are those of `img2img`, `strength` says up to which level of noise.
+
+    `sampler`: any that draws no noise on its way. `refinements`: how often what the way up and down misses is sent
+    up too, two more walks each. `exact`: by EDICT, whose way back meets the picture's latent to rounding at any
+    cfg, in twice the evaluations and with a sampler of its own. Raises UserError.
+    """
+    from ldm import inverting, start
+    from ldm.backends.sparing import visiting
+
+    picture, requests = begin_of(image, None, prompt, negative, label, 0, None, None, None)
+    assert isinstance(picture, start.Picture)  # no latents were given
+    if exact and sampler is not None:
+        raise UserError("an exact inversion has a sampler of its own; leave the sampler out, or exact")
+    settings = settings_of(settings).but(cfg, steps, sampler)
+    plan, picture = settings.plan(), replace(picture, strength=strength)
+    helpers = helpers_of(model, plan)
+    tell(model, requests, plan, helpers, picture.notices(model))
+    with visiting(model, model.unet, model.codec.autoencoder):
+        return inverting.invert(model, requests, settings, helpers, picture, refinements, exact, batch_size)
+
+
+def attention_maps(model: Model, size: int = 32) -> AbstractContextManager[Maps]:
+    """`with model.attention_maps() as maps:` keeps what the U-Net looks at of the prompt, in all that is drawn
+    inside, by layer, evaluation and token, in layers of at most `size` x `size` positions. No bit of a
+    picture changes. Raises UserError for a network without cross-attention.
+    """
+    from ldm.unet import maps
+
+    return maps.attention_maps(model.unet, model.text, size)
+
+
+def prompt_to_prompt(
+    model: Model,
+    source: str,
+    target: str,
+    weights: Mapping[str, float] | None = None,
+    cross: float = 0.8,
+    itself: float = 0.4,
+) -> AbstractContextManager[None]:
+    """`with model.prompt_to_prompt(source, target):` draws [source, target], in one batch and from one seed, so
+    that the second is the first one with other words (ldm/unet/prompt_to_prompt.py has the arguments). UserError.
+    """
+    from ldm.conditioning.condition import Condition
+    from ldm.unet import prompt_to_prompt as room
+    from ldm.unet.looking import part_of
+    from ldm.unet.unet import UNet
+
+    told = None
+    if model.text is not None and isinstance(model.unet, UNet):  # other networks are refused
+        pair = Condition(context=model.encoder.texts([source, target]).context)
+        told = part_of(model.unet.prepare(pair), 2)
+    return room.prompt_to_prompt(model.unet, model.text, source, target, weights, cross, itself, told)
