@@ -216,6 +216,7 @@ def test_settings_that_no_model_could_follow(settings: Settings, words: str) -> 
         ("dpmpp_2s_ancestral", "dpmpp_2s_a", "karras"),
         ("DPM2 a", "dpm_2_a", "karras"),
         ("DPM fast", "dpm_fast", "logsnr"),
+        ("DPM adaptive", "dpm_adaptive", "logsnr"),
         ("LMS Karras", "lms", "karras"),
         ("DEIS Beta", "deis", "beta"),
         ("Restart", "restart", "karras"),

@@ -36,6 +36,10 @@ class SamplerInfo:
 
 
 ETA = {"eta": 1.0, "s_noise": 1.0}
+ADAPTIVE = {
+    **{"order": 3, "rtol": 0.05, "atol": 0.0078, "h_init": 0.05},
+    **{"pcoeff": 0.0, "icoeff": 1.0, "dcoeff": 0.0, "accept_safety": 0.81},
+}
 
 SAMPLERS: dict[str, SamplerInfo] = {
     "ddim": SamplerInfo("DDIM (Song 2021); eta 0 is deterministic, 1 is DDPM; order 1", "path", {"eta": 0.0}),
@@ -53,6 +57,11 @@ SAMPLERS: dict[str, SamplerInfo] = {
     "dpm_2": SamplerInfo("DPM-Solver-2 (Lu 2022), the midpoint in log sigma; order 2, two evaluations a step"),
     "dpm_2_a": SamplerInfo("DPM-Solver-2 with ancestral noise; two evaluations a step", "path", ETA),
     "dpm_fast": SamplerInfo("DPM-Solver-3 (Lu 2022), three steps of the grid at a time; order 3", grid="logsnr"),
+    "dpm_adaptive": SamplerInfo(
+        "DPM-Solver with steps of its own (Lu 2022), each picture by itself; order 2 or 3; the steps asked are looks",
+        options=ADAPTIVE,
+        grid="logsnr",
+    ),
     "dpmpp_2s_a": SamplerInfo("DPM-Solver++ 2S with ancestral noise; two evaluations a step", "path", ETA),
     "dpmpp_2m": SamplerInfo("DPM-Solver++ 2M (Lu 2022): order 2 at one evaluation a step"),
     "dpmpp_2m_sde": SamplerInfo(

@@ -11,6 +11,7 @@ latent = finish(x, schedule, sigmas)
 from collections.abc import Callable
 
 from ldm.sampling.adams import deis, gradient_estimation, ipndm, lms, plms, res_multistep
+from ldm.sampling.adaptive import dpm_adaptive
 from ldm.sampling.ancestral import dpm_2_a, dpmpp_2s_a, euler_a
 from ldm.sampling.cfg_pp import ddim_cfg_pp, euler_a_cfg_pp, euler_cfg_pp
 from ldm.sampling.consistency import lcm
@@ -38,6 +39,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "dpm_2": dpm_2,
     "dpm_2_a": dpm_2_a,
     "dpm_fast": dpm_fast,
+    "dpm_adaptive": dpm_adaptive,
     "dpmpp_2s_a": dpmpp_2s_a,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
@@ -75,6 +77,7 @@ __all__ = [
     "deis",
     "dpm_2",
     "dpm_2_a",
+    "dpm_adaptive",
     "dpm_fast",
     "dpmpp_2m",
     "dpmpp_2m_sde",

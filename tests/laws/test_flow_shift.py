@@ -27,7 +27,7 @@ OPTIONS = {
     "pc": {"moves": 0},
     "langevin": {"moves": 30, "step_size": 0.2},
 }  # pc's moves are scaled by norms: no affine map
-AFFINE = sorted(set(SAMPLERS) - {"ode", "lcm"})
+AFFINE = sorted(set(SAMPLERS) - {"ode", "dpm_adaptive", "lcm"})
 
 
 def error(name: str, steps: int, spacing: str, data: Gaussian = DATA) -> float:

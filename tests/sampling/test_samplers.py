@@ -71,7 +71,7 @@ OTHER_COUNTS: dict[str, Count] = {
     "langevin": lambda steps, to_zero, leaps: 10 * (steps - to_zero) + to_zero + leaps,
 }
 """Evaluations of a grid's steps, the last one to 0 or not, as each sampler's docstring has them; otherwise one a step.
-`ode` is adaptive, and tested by itself."""
+`ode` and `dpm_adaptive` are adaptive, and tested by themselves."""
 
 
 def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
@@ -105,8 +105,8 @@ def test_steps_asked_are_steps_run(name: str, steps: int, spacing: str) -> None:
         assert step.x.dtype == torch.float64 and step.x.shape == step.x0.shape == (2, *SHAPE)
         assert bool(step.x.isfinite().all())
     to_zero = bool(sigmas[-1] == 0)
-    if name == "ode":
-        assert len(calls) >= 8 * (steps - to_zero) + to_zero
+    if name in ("ode", "dpm_adaptive"):
+        assert name != "ode" or len(calls) >= 8 * (steps - to_zero) + to_zero
         assert len(calls) == 1 or float(sigmas[-2 if to_zero else -1]) * (1 - 1e-9) < min(calls), "never beyond the end"
     else:
         count = OTHER_COUNTS.get(name.split()[0], ONE_A_STEP)
@@ -176,7 +176,10 @@ def test_a_trajectory_taken_up_later_goes_on_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["ddim", "euler", "heun", "dpm_2", "dpmpp_2m", "plms", "unipc", "ode", "lms", "deis", "res_multistep", "dpm_fast"],
+    [
+        *("ddim", "euler", "heun", "dpm_2", "dpmpp_2m", "plms", "unipc", "ode", "lms", "deis", "res_multistep"),
+        *("dpm_fast", "dpm_adaptive"),
+    ],
 )
 def test_the_deterministic_ones_ask_for_no_noise(name: str) -> None:
     sigmas, noise = make_grid(SCHEDULE, 12), NoiseStream([3], SHAPE)

@@ -16,7 +16,8 @@ BUDGETS = (6, 12, 24, 48)  # evaluations, about
 TWO: tuple[str, ...] = ("heun", "dpm_2", "dpm_2_a", "dpmpp_2s_a", "dpmpp_sde", "restart", "pc", "langevin")
 COST: dict[str, int] = dict.fromkeys(TWO, 2)  # evaluations a step, where it is not 1
 OPTIONS = {"langevin": {"moves": 2}}  # ten, its default, would leave a budget of 12 one level
-TOLERANCES = (1e-1, 1e-2, 1e-3)  # of `ode`, which takes as many evaluations as its tolerance asks for
+ADAPTIVE = ("ode", "dpm_adaptive")  # they take as many evaluations as their tolerance asks for
+TOLERANCES = (1e-1, 1e-2, 1e-3)
 
 
 def run(subject: Subject, quick: bool, pictures: int) -> None:
@@ -24,7 +25,7 @@ def run(subject: Subject, quick: bool, pictures: int) -> None:
     names = ("ddim", "dpmpp_2m", "pc", "ode") if quick else tuple(SAMPLERS)
     cells = []
     for name in names:
-        if name == "ode":
+        if name in ADAPTIVE:
             for tolerance in TOLERANCES[:1] if quick else TOLERANCES:
                 options = {"rtol": tolerance, "atol": tolerance}
                 settings = Settings(cfg=1.0, steps=2, sampler=name, spacing="karras", options=options)
