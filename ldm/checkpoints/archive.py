@@ -27,6 +27,7 @@ MAX_PICKLE = 64 << 20  # bytes; Stable Diffusion's has 0.3 million
 MAX_DIRECTORY = 8 << 20  # bytes of the zip's table of contents; Stable Diffusion's has 0.2 million
 MAX_NESTING = 8  # containers within containers that are looked into for tensors
 MAX_SIDES = 16  # of a tensor's shape
+MAX_NAME = 300  # letters of a tensor's name; a long one may stand before the names of many
 MAX_SHARING = 4  # bytes of all tensors / bytes of the file: tied weights are stored once and named twice
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
@@ -44,6 +45,7 @@ _TYPES = {
     "Untyped": torch.uint8,
 }
 _STORAGES = {f"{home}.{name}Storage": dtype for home in ("torch", "torch.storage") for name, dtype in _TYPES.items()}
+_NUMBERS = {*_TYPES.values(), torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64}
 
 
 class BadArchive(Exception):
@@ -114,10 +116,11 @@ def read_stream(file: BinaryIO, size: int) -> Contents:
         keys, at = read_pickle(content, {}, _storage, at)
     except BadPickle as error:
         raise BadArchive(f"is a pickle that cannot be read as data ({error})") from error
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(stored):
+    plain = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not plain or sorted(keys) != sorted(stored):
         raise BadArchive("does not hold the storages that its tensors name")
     places = {}
-    for key in map(str, keys):  # each: how many items, 8 bytes, then they
+    for key in keys:  # each: how many items, 8 bytes, then they
         length = stored[key].items * stored[key].dtype.itemsize
         if at + 8 + length > size or struct.unpack("<q", _bytes(file, at, 8))[0] != stored[key].items:
             raise BadArchive("is truncated or damaged")
@@ -186,10 +189,11 @@ def _storage(argument: Any) -> _Storage:
     """A persistent id: ("storage", class, key, where it was, how many items)."""
     if not isinstance(argument, tuple) or len(argument) < 5 or argument[0] != "storage":
         raise ValueError("a persistent id that is no storage")
-    kind, key, items = argument[1], str(argument[2]), argument[4]
+    kind, key, items = argument[1], argument[2], argument[4]
     if not isinstance(kind, Name) or kind.name not in _STORAGES:
-        raise ValueError(f"storages of the kind {kind.name if isinstance(kind, Name) else kind}")
-    if type(items) is not int or items < 0 or not key or len(key) > 100:
+        raise ValueError(f"storages of the kind {kind.name if isinstance(kind, Name) else type(kind).__name__}")
+    # Nothing but text: to spell out a tuple of tuples, which a few instructions double again and again, never ends.
+    if type(items) is not int or items < 0 or not isinstance(key, str) or not 0 < len(key) <= 100:
         raise ValueError("a storage without a size or name")
     if len(argument) > 5 and argument[5] is not None:
         raise ValueError("a view of a storage")
@@ -207,7 +211,7 @@ def _tensor_v3(arguments: tuple[Any, ...]) -> _View:
     storage, offset, shape, stride = arguments[:4]
     name = arguments[6].name.removeprefix("torch.")
     dtype = getattr(torch, name, None) if name.isidentifier() else None
-    if not isinstance(dtype, torch.dtype):
+    if dtype not in _NUMBERS:
         raise ValueError(f"tensors of the type {name[:40]}")
     return _view(storage, offset, shape, stride, dtype)
 
@@ -284,8 +288,14 @@ def _named(top: Any) -> Iterator[tuple[str, _View]]:
         seen.add(id(value))
         items = value.items() if isinstance(value, dict) else enumerate(value)
         inner = [
-            (f"{name}.{key}" if name else str(key), item, depth + 1)
+            (_joined(name, str(key)), item, depth + 1)
             for key, item in items
             if isinstance(item, _View | dict | list | tuple) and not isinstance(key, Inert)
         ]
         waiting.extend(reversed(inner))
+
+
+def _joined(name: str, key: str) -> str:
+    if len(name) + len(key) >= MAX_NAME:
+        raise BadArchive(f"has a tensor with a name of more than {MAX_NAME} letters ({f'{name}.{key}'[:60]!r}...)")
+    return f"{name}.{key}" if name else key

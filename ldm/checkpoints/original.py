@@ -280,12 +280,13 @@ def schedule_of(
         candidates += [ScheduleConfig(kind, steps, start, end) for kind in ("scaled_linear", "linear")]
     candidates += [ScheduleConfig("linear", steps, 1e-4, 0.02), ScheduleConfig("cosine", steps)]
     fitting = []
+    candidates = [config for config in candidates if config.steps == steps]  # a file may say any number of steps
     for config in [*candidates, *(replace(config, zero_terminal_snr=True) for config in candidates)]:
         try:
             made = make_schedule(config).alphas_cumprod
         except UserError:
             continue
-        if made.shape == table.shape and bool(torch.isclose(made, table, rtol=rtol, atol=atol).all()):
+        if bool(torch.isclose(made, table, rtol=rtol, atol=atol).all()):
             fitting.append((float((made - table).abs().mean()), config))
     # Where the numbers are coarse several fit: the first of those that fit about as well as the best.
     least = min((error for error, _ in fitting), default=0.0)

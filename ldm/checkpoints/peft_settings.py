@@ -12,6 +12,7 @@ from typing import Any
 from ldm.checkpoints.reading import Tensors
 from ldm.errors import UserError, first_line
 from ldm.plain import parse_json, read_json
+from ldm.ranges import MAX_FLOAT
 
 MAX_PATTERN = 500  # letters of an expression; a module's name has a hundred
 UNUSUAL = re.compile(r"\{|\(\?(?![:=!]|<[=!])")  # counts, whose matching may fill the memory; recursion, flags, names
@@ -55,7 +56,7 @@ class Strength:
         return self.settings.get(f"{PARTS[part] if self._each else ''}{key}", default)
 
     def _number(self, value: Any, what: str) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value == 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < abs(value) < MAX_FLOAT:
             raise UserError(f"{self.path} says that {what} is {str(value)[:40]}, which is no number to scale by")
         return float(value)
 

@@ -179,8 +179,9 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     for tensors, said in cases:
         with pytest.raises(UserError, match=said):
             merged({"unet": unet}, [(read_lora(file(tmp_path, tensors), unet, None), 1.0)])
-    with pytest.raises(UserError, match="no number"):
-        read_lora(file(tmp_path, good, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}), unet, None)
+    for alpha in ('"x"', "1e999", "1" + "0" * 400):
+        with pytest.raises(UserError, match="no number"):
+            read_lora(file(tmp_path, good, {"lora_adapter_metadata": f'{{"unet.lora_alpha": {alpha}}}'}), unet, None)
 
 
 # ---------------------------------------------------------------- peers

@@ -179,6 +179,38 @@ def pickle_of_doublings(path: Path) -> None:
     torch_zip(path, b"\x80\x02}(" + double + b"K\x01u.")
 
 
+DOUBLED = b")" + b"2\x86" * 60  # a tuple of tuples, each of which is the one before twice: written out, 2^60 brackets
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+
+
+def doublings_as_a_storage(path: Path) -> None:
+    torch_zip(path, b"\x80\x02" + STORAGE + DOUBLED + text("cpu") + number(1) + b"tQ.")
+
+
+def doublings_as_a_storage_of_the_old_format(path: Path) -> None:
+    """The fifth of its pickles is the list of the storages' keys."""
+    magic = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little") + b"."
+    path.write_bytes(magic + 3 * b"\x80\x02}." + b"\x80\x02]" + DOUBLED + b"a.")
+
+
+def long_name_of_many(path: Path) -> None:
+    """A hundred thousand tensors, in a list under a name of a million letters: 100 GB of names."""
+    made = tensor(items=0, shape=(0,))
+    torch_zip(
+        path,
+        b"\x80\x02}" + text("k" * 10**6) + b"](" + made + b"q\x00" + b"h\x00" * 10**5 + b"es.",
+        {"archive/data/0": b""},
+    )
+
+
+def number_without_arithmetic(path: Path) -> None:
+    storage = STORAGE.replace(b"Float", b"Untyped") + text("0") + text("cpu") + number(16) + b"tQ"
+    made = (
+        b"ctorch._utils\n_rebuild_tensor_v3\n(" + storage + b"K\x00K\x02\x85K\x01\x85\x89}ctorch\nfloat4_e2m1fn_x2\ntR"
+    )
+    torch_zip(path, program(("x", made)), {"archive/data/0": bytes(16)})
+
+
 def pickle_of_a_far_memo(path: Path) -> None:
     """Python's own machine makes room for all 2^31 numbers before this one."""
     torch_zip(path, b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
@@ -346,6 +378,10 @@ CORPUS: list[tuple[Callable[[Path], None], str]] = [
     (torn_archive, DAMAGED),
     (endless_directory, DAMAGED),
     (pickle_of_doublings, "holds no tensors"),
+    (doublings_as_a_storage, "a storage without a size or name"),
+    (doublings_as_a_storage_of_the_old_format, "does not hold the storages"),
+    (long_name_of_many, "a name of more than 300 letters"),
+    (number_without_arithmetic, "tensors of the type float4_e2m1fn_x2"),
     (pickle_of_a_far_memo, "holds no tensors"),
     (pickle_of_a_long_buffer, "a damaged list of contents"),
     (pickle_without_end, "more than 500,000 instructions"),

@@ -191,6 +191,8 @@ def test_a_table_of_another_law_is_no_roundings():
 
 def test_a_table_longer_than_any_is_not_compared():
     assert original.schedule_of(torch.zeros(1).expand(10**12)) is None
+    likely = [ScheduleConfig(steps=10**15)]  # no room is made for what a file says of itself beside its table
+    assert original.schedule_of(torch.linspace(0.9, 0.1, 100), None, likely) is None
 
 
 def test_what_is_set_of_a_schedule_leaves_the_rest_as_the_table_has_it():
