@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ldm.errors import UserError, first_line
 
-FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
-SETTINGS = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*.json", "model.json")
+FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
+SETTINGS = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer*/*.json", "model.json")
 WEIGHTS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
 _NAME = re.compile(
     r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+\.(?:safetensors|ckpt)))?"

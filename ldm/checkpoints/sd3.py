@@ -100,7 +100,7 @@ def completed(config: ModelConfig) -> ModelConfig:
         config,
         schedule=config.schedule or FLOW,
         parameterization="flow",
-        image_size=SIDE if config.image_size == ModelConfig.image_size else config.image_size,
+        image_size=SIDE,
         encoder=encoder if config.towers else EncoderConfig(),
     )
 

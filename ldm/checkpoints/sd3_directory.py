@@ -64,13 +64,15 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
         source, embed_dim = sd3.with_projection(source, sd3.PROJECTION, f"{inner}final_layer_norm.weight")
         settings[name] = replace(text, embed_dim=embed_dim, layer="penultimate", final_norm=False)
         parts[name] = sd3.clip_part(source, "", inner, path / folder)
-    config = follow(ModelConfig(schedule=ScheduleConfig("flow"), **settings), settle(said, path, decided))
+    config = sd3.completed(
+        follow(ModelConfig(schedule=ScheduleConfig("flow"), **settings), settle(said, path, decided))
+    )
     if (path / "text_encoder_3").is_dir():
         remarks += (sd3.NO_T5.format(path / "text_encoder_3"),)
     side = plain.get("sample_size")
     if isinstance(side, int) and config.autoencoder is not None:
         config = replace(config, image_size=side * config.autoencoder.factor)
-    return Checkpoint(path, "diffusers directory", sd3.completed(config), parts, tuple(assumed), remarks)
+    return Checkpoint(path, "diffusers directory", config, parts, tuple(assumed), remarks)
 
 
 def folders(

@@ -161,7 +161,8 @@ class Encoder(nn.Module):
             return texts
         rows = {name: keep[name].to(texts.context)[:, None] for name in self.towers}
         widths = {name: tower.config for name, tower in self.named_towers.items()}
-        context = texts.context * torch.cat([rows[n].expand(-1, widths[n].width) for n in rows], dim=1)[:, None]
+        said = torch.cat([rows[n].expand(-1, widths[n].width) for n in rows], dim=1)
+        context = texts.context * F.pad(said, (0, self.context_width - said.shape[1]))[:, None]  # zeros are behind them
         if texts.pooled is None:
             return Texts(context)
         return Texts(context, texts.pooled * torch.cat([rows[n].expand(-1, widths[n].embed_dim) for n in rows], dim=1))

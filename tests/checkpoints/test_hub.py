@@ -52,6 +52,26 @@ def test_a_repository_is_fetched_and_opened(remote: Path):
     assert not any(name.endswith((".bin", ".ckpt")) or name.startswith("safety") for name in names)
 
 
+def test_all_that_a_pipeline_is_read_from_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """XL's second tokenizer says what its tower pads with; Stable Diffusion 3's network is a transformer."""
+    asked: list[str] = []
+
+    def snapshot_download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError):  # there is nothing
+        fetch("someone/model")
+    network = "diffusion_pytorch_model.safetensors"
+    names = [f"{folder}/{network}" for folder in ("unet", "transformer", "vae")]
+    for end in ("", "_2"):
+        names += [f"text_encoder{end}/model.safetensors", f"text_encoder{end}/config.json"]
+        names += [f"tokenizer{end}/{name}.json" for name in ("tokenizer_config", "special_tokens_map", "vocab")]
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in asked) for name in names)
+    assert not any(fnmatch.fnmatch("text_encoder_3/model.bin", pattern) for pattern in asked)
+
+
 def test_fp16_is_fetched_where_there_is_nothing_else(remote: Path):
     for file in [*remote.rglob("diffusion_pytorch_model.safetensors"), remote / "text_encoder/model.safetensors"]:
         file.rename(file.with_suffix(".fp16.safetensors"))

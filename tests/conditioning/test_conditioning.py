@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.conditioning.clip import TextTower
 from ldm.conditioning.condition import Condition, cat, drop, lerp
+from ldm.conditioning.encoder import Encoder, Texts
+from ldm.config import TextConfig
+from ldm.model_config import EncoderConfig
 
 
 def batch(size: int, seed: int = 0) -> Condition:
@@ -110,3 +114,14 @@ def test_dropout_refuses_what_does_not_fit():
         drop(conditions, Condition(torch.zeros(1, 5, 9)), keep)
     with pytest.raises(ValueError, match="has none"):
         drop(Condition(torch.zeros(2, 5, 8)), batch(1), keep)
+
+
+def test_a_row_without_a_tower_has_zeros_there_where_the_context_is_wider_than_the_towers():
+    config = TextConfig(context_length=8, width=32, heads=2, layers=2, embed_dim=16)
+    encoder = Encoder({"text": TextTower(config), "text_2": TextTower(config)}, EncoderConfig(pooled=True, width=96))
+    keep = {"text": torch.tensor([True, False]), "text_2": torch.tensor([True, True])}
+    told = encoder.without(Texts(torch.ones(2, 8, 96), torch.ones(2, 32)), keep)
+    assert told.context is not None and told.pooled is not None
+    assert told.context[0, :, :64].all() and told.pooled[0].all()
+    assert not told.context[1, :, :32].any() and told.context[1, :, 32:64].all()
+    assert not told.pooled[1, :16].any() and told.pooled[1, 16:].all()
