@@ -41,6 +41,7 @@ from ldm.sampling.noise import Draws
 from ldm.sampling.slerp import varied
 from ldm.start import Noise, Pictures, Start
 from ldm.told import branches_of, conditions, prompt_notices  # noqa: F401 (those who draw ask for them here)
+from ldm.unet.shortcuts import shortened
 
 if TYPE_CHECKING:
     from ldm.model import Model
@@ -172,7 +173,12 @@ def _guided(
     asks, others = zip(*pairs, strict=True)
     clauses, weights = grammar.conjunction(asks)
     told = (Cfg() if callable(plan.guide) else plan.guide).asks(clauses, others)
-    own = branches_of(model, told, planes, plan.network)
+    network = plan.network
+    if plan.shortcuts:
+        if network is not None:
+            raise UserError("the plan has a network of its own, which no shortcut is known of; leave one of them out")
+        network = shortened(model.unet, plan.shortcuts)
+    own = branches_of(model, told, planes, network)
     branches = together(own, weights, len(told) + 1 - len(clauses)) if len(clauses) > 1 else own
     seen = Seen(branches)
     if callable(plan.guide):

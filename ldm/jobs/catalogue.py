@@ -36,7 +36,7 @@ class SamplerInfo:
 
 
 ETA = {"eta": 1.0, "s_noise": 1.0}
-ADAPTIVE = {
+PID = {
     **{"order": 3, "rtol": 0.05, "atol": 0.0078, "h_init": 0.05},
     **{"pcoeff": 0.0, "icoeff": 1.0, "dcoeff": 0.0, "accept_safety": 0.81},
 }
@@ -59,7 +59,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
     "dpm_fast": SamplerInfo("DPM-Solver-3 (Lu 2022), three steps of the grid at a time; order 3", grid="logsnr"),
     "dpm_adaptive": SamplerInfo(
         "DPM-Solver with steps of its own (Lu 2022), each picture by itself; order 2 or 3; the steps asked are looks",
-        options=ADAPTIVE,
+        options=PID,
         grid="logsnr",
     ),
     "dpmpp_2s_a": SamplerInfo("DPM-Solver++ 2S with ancestral noise; two evaluations a step", "path", ETA),
@@ -110,6 +110,8 @@ SAMPLERS: dict[str, SamplerInfo] = {
         "the probability flow by an adaptive solver, each picture by itself", options={"rtol": 1e-5, "atol": 1e-5}
     ),
 }
+
+ADAPTIVE = ("ode", "dpm_adaptive")  # they choose their steps by an error that they measure
 
 GRIDS: dict[str, str] = {
     "trailing": "even in t, from the last level on (Lin 2024)",

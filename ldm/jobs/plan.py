@@ -91,6 +91,22 @@ class Refine:
     share: float = 0.2
 
 
+@dataclass(frozen=True)
+class Merge:
+    """Token merging (Bolya & Hoffman 2023): at most that share of the tokens is merged, up to 0.75."""
+
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """DeepCache (Ma et al. 2023): the U-Net runs whole at each `every`-th evaluation; at the others `branch` stages of
+    its way down, and as many and one of its way up."""
+
+    every: int = 3
+    branch: int = 0
+
+
 Guide = Cfg | PerpNegative | Auto
 Wrap = Refine | Classifier | Threshold
 
@@ -114,6 +130,7 @@ class Plan:
     weighted: bool = False  # how prompts are read: an Ask's
     guide: Guide | Callable[..., Any] = Cfg()  # Branches of prompt and negative prompt -> Denoiser
     wraps: tuple[Wrap, ...] = ()
+    shortcuts: tuple[Merge | Reuse, ...] = ()  # of the model's own network, and of a refiner's
     noise: Callable[..., Any] | None = None  # (seeds, shape, device) -> start.Draws; None: the sampler's kind
     network: Callable[..., Any] | None = None  # diffusion.Network, or (x, t, told) -> F, in the model's own place
     sizes: Sizes = Sizes()

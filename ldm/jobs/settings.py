@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.jobs import catalogue, grammar
-from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Plan, Refine, Threshold, Wrap
+from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, Merge, PerpNegative, Plan, Refine, Reuse, Threshold, Wrap
 from ldm.jobs.request import Request, Sizes
 from ldm.jobs.values import real, reals, shown, table, whole, wholes, word
 from ldm.ranges import MAX_SIDE, Level
@@ -53,6 +53,9 @@ class Settings:
     refiner: str | None = None  # a model on the same latents that takes over where little noise is left, as SDXL's
     refine_below: str = "20%"  # from where on: that share of the trained levels, or a sigma, such as 0.57
     tile: int | None = None  # pixels of a tile's side: decode (and encode) piece by piece; None: the whole at once
+    merge_tokens: float | None = None  # faster, not the same: merge that share of the tokens (ToMe), up to 0.75
+    reuse: int | None = None  # faster, not the same: run the U-Net whole at each so many-th evaluation (DeepCache)
+    reuse_branch: int = 0  # of reuse: so many stages of the way down run at each evaluation
     rho: float | None = None  # how uneven a karras (7) or polyexponential (1) spacing is; None: those
 
     def check(self) -> Settings:
@@ -110,6 +113,7 @@ class Settings:
             raise UserError(f"the guidance interval ({low:g}, {high:g}] is empty; give low < high in sigma")
         self._check_sizes()
         self._check_guides()
+        self._check_shortcuts(sampler)
         return dataclasses.replace(
             self,
             sampler=sampler,
@@ -137,6 +141,11 @@ class Settings:
             wraps.append(Classifier(checked.classifier, checked.classifier_class, checked.classifier_scale))
         if checked.threshold is not None:
             wraps.append(Threshold(checked.threshold, checked.threshold_bound))
+        shortcuts: list[Merge | Reuse] = []
+        if checked.merge_tokens is not None:
+            shortcuts.append(Merge(checked.merge_tokens))
+        if checked.reuse is not None:
+            shortcuts.append(Reuse(checked.reuse, checked.reuse_branch))
         same = ("sampler", "options", "rho", "steps", "sigmas", "width", "height", "tile")
         values = {name: getattr(checked, name) for name in same}
         return Plan(
@@ -145,6 +154,7 @@ class Settings:
             weighted=checked.prompt_syntax == "weighted",
             guide=guide,
             wraps=tuple(wraps),
+            shortcuts=tuple(shortcuts),
             sizes=checked._sizes(),
         )
 
@@ -224,6 +234,17 @@ class Settings:
             raise UserError(catalogue.unknown("threshold", self.threshold, THRESHOLDS))
         if bound is not None and (self.threshold is None or not 0 < bound < math.inf):
             raise UserError(f"a threshold's bound is {bound:g}; choose it positive, and static or dynamic with it")
+
+    def _check_shortcuts(self, sampler: str) -> None:
+        share, every, branch = self.merge_tokens, self.reuse, self.reuse_branch
+        if share is not None and not 0 < share <= 0.75:
+            raise UserError(f"merge_tokens is {share:g}; choose a share above 0 and at most 0.75, such as 0.5")
+        if every is not None and every < 2:
+            raise UserError(f"reuse is {every}; choose 2 (each second evaluation is whole) or more")
+        if branch < 0 or (branch and every is None):
+            raise UserError(f"reuse_branch is {branch}; choose 0 or more, and reuse with it")
+        if every is not None and sampler in catalogue.ADAPTIVE:
+            raise UserError(f"{sampler} measures its own error, and reuse would be that; choose another sampler")
 
 
 def _below(text: str) -> tuple[float | None, float]:

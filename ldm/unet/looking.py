@@ -100,6 +100,12 @@ def looking(unet: nn.Module, see: See, wants: Wants) -> Iterator[None]:
             layer.attends = usual[name]
 
 
+def looked_at(unet: nn.Module) -> bool:
+    """Whether some block of `looking` is about this network now."""
+    functions = (getattr(each, "attends", None) for each in unet.modules())
+    return any(isinstance(each, partial) and each.func is _seen for each in functions)
+
+
 def _seen(
     attends: Attend,
     see: See,

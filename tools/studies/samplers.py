@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ldm.files import atomic_write_bytes
 from ldm.jobs import Settings
-from ldm.jobs.catalogue import SAMPLERS
+from ldm.jobs.catalogue import ADAPTIVE, SAMPLERS
 from ldm.metrics.sweep import plot
 from ldm.metrics.tables import sweep_table
 from studies.subject import Subject
@@ -16,8 +16,7 @@ BUDGETS = (6, 12, 24, 48)  # evaluations, about
 TWO: tuple[str, ...] = ("heun", "dpm_2", "dpm_2_a", "dpmpp_2s_a", "dpmpp_sde", "restart", "pc", "langevin")
 COST: dict[str, int] = dict.fromkeys(TWO, 2)  # evaluations a step, where it is not 1
 OPTIONS = {"langevin": {"moves": 2}}  # ten, its default, would leave a budget of 12 one level
-ADAPTIVE = ("ode", "dpm_adaptive")  # they take as many evaluations as their tolerance asks for
-TOLERANCES = (1e-1, 1e-2, 1e-3)
+TOLERANCES = (1e-1, 1e-2, 1e-3)  # of the adaptive ones, which take as many evaluations as that asks for
 
 
 def run(subject: Subject, quick: bool, pictures: int) -> None:
