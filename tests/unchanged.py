@@ -42,7 +42,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    packed.available = lambda dtype: False  # layers as torch has them, of guide models too: their last bits are told
+    packed.available = lambda dtype: False  # layers as torch has them, whose last bits are told
     with tempfile.TemporaryDirectory() as folder:
         found = pictures(Path(folder)) if arguments.what == "pictures" else training(Path(folder))
     if arguments.keep:
@@ -185,10 +185,20 @@ def training(folder: Path) -> dict[str, object]:
     return found
 
 
+AS_TORCH = """
+import runpy, sys
+from ldm.backends import packed
+packed.available = lambda dtype: False
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def train(output: Path, stage: str, *words: str) -> None:
     shards = [f"data.shards={ROOT}/tests/fixtures/icons/train-*.tar"]
     loop = ["loop.steps=30", "loop.log_every=1", "loop.threads=1", "loop.sample_every=0"]
-    command = [sys.executable, str(ROOT / f"scripts/train_{stage}.py"), *words, *shards, *loop, f"output={output}"]
+    script = str(ROOT / f"scripts/train_{stage}.py")
+    command = [sys.executable, "-c", AS_TORCH, script, *words, *shards, *loop, f"output={output}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

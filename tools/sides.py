@@ -149,7 +149,10 @@ def ours(kind: str, how: str, path: Path, given: Inputs, a: argparse.Namespace) 
 
     model = open_ours(path, a, how or ("torch" if kind == "train" else "auto"))
     if kind == "train":
-        return training(model.unet, lambda: model.unet(given.x, given.t, given.context), given, a)
+        from ldm.backends.trained import trained
+
+        network = trained(model.unet)  # as ldm/training/members.py has it
+        return training(network, lambda: network(given.x, given.t, given.context), given, a)
     if kind == "sample":
         settings = Settings(width=given.size, height=given.size, sampler="ddim", spacing="leading", steps=a.steps)
         prompts = [PROMPT] * a.batch

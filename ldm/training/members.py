@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ldm.backends.trained import trained
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.training.ema import EMA, local, power
@@ -35,6 +36,8 @@ class Members:
             player.module.to(accelerator.device)
             if accelerator.distributed_type == DistributedType.FSDP:  # which takes no other order in memory
                 player.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            elif accelerator.device.type == "cpu":
+                trained(player.module)
             optimizer = build_optimizer(player.module, player.optimizer)
             if loop.compile:
                 player.module.compile()
