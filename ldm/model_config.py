@@ -122,16 +122,16 @@ class EncoderConfig:
 class ScheduleConfig:
     """The law t <-> sigma of the training noise. The defaults are Stable Diffusion's."""
 
-    kind: str = "scaled_linear"  # chains: linear, scaled_linear (in sqrt(beta)), cosine, sigmoid; or vp, ve, flow
-    steps: Annotated[int, Range(least=2)] = 1000  # trained levels; vp, ve and flow are trained between them too
+    kind: str = "scaled_linear"  # chains: linear, scaled_linear (in sqrt(beta)), cosine, sigmoid; or vp, ve, flow, edm
+    steps: Annotated[int, Range(least=2)] = 1000  # trained levels; the others are trained between them too
     beta_start: Positive = 0.00085  # linear, scaled_linear
     beta_end: Positive = 0.012  # the same two
     zero_terminal_snr: bool = False  # rescale so that the last step is pure noise (Lin et al. 2024, algorithm 1)
     beta_min: NotNegative = 0.1  # vp: beta of the continuous chain at time 0 and 1 (Song et al. 2021, appendix C)
     beta_max: Positive = 20.0  # vp
     time_min: Positive = 1e-3  # vp: the first trained time
-    sigma_min: Positive = 0.002  # ve: its ends (Karras et al. 2022; Song et al. 2021 have 0.01 and 50)
-    sigma_max: Positive = 80.0  # ve
+    sigma_min: Positive = 0.002  # ve, edm: its ends (Karras et al. 2022; Song et al. 2021 have 0.01 and 50)
+    sigma_max: Positive = 80.0  # ve, edm (CosXL: 120)
     shift: Positive = 1.0  # flow: times every sigma of a grid and of the level draw (SD 3: 3.0 at 1024 pixels)
 
 

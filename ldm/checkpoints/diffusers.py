@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import diffusers_configs as configs
-from ldm.checkpoints import sdxl
+from ldm.checkpoints import edm, sdxl
 from ldm.checkpoints.architectures import assumed_side
 from ldm.checkpoints.common_names import GROUPS, TRANSFORMER, autoencoder_of_shapes, clip_names
 from ldm.checkpoints.reading import Tensors, read_tensors
@@ -144,12 +144,13 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
         parts["unet"] = part_of(source, path / "unet", unet_names, GROUPS)
         where = path / "scheduler" / "scheduler_config.json"
         said, remarks = read_scheduler(read_json(where), _scheduler_class(index), str(where))
-        said += by_tensors(source)
+        said += by_tensors(source) + edm.by_tensors(source)
         side = plain.get("sample_size")
     else:
         side = None
+    unscaled_latent = False
     if (path / "vae").is_dir():
-        settings["autoencoder"], parts["autoencoder"], _ = autoencoder_in(path / "vae")
+        settings["autoencoder"], parts["autoencoder"], unscaled_latent = autoencoder_in(path / "vae")
     folders = [f"text_encoder{which}" for which in TOWERS_THERE if (path / f"text_encoder{which}").is_dir()]
     for part, folder in zip(TOWERS, folders, strict=False):
         padding = padding_of(path / folder.replace("text_encoder", "tokenizer"))
@@ -164,7 +165,7 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
         taken = "a" if sdxl.is_xl(config) else "no"
         raise UserError(f"{path} is a {pipeline[:60]}, and its U-Net is told {taken} vector of sizes; copy it again")
     if sdxl.is_xl(config):
-        config = _said_of_xl(sdxl.completed(config, path), index)
+        config = _said_of_xl(sdxl.completed(config, path, scaled=not unscaled_latent), index)
     config = follow(config, settle(said, path, decided))
     if isinstance(side, int) and config.autoencoder is not None:
         config = replace(config, image_size=side * config.autoencoder.factor)

@@ -7,6 +7,7 @@ since a setting passed over is a wrong picture without a word.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -50,8 +51,6 @@ UNET_FIXED: Plain = {  # the value of Stable Diffusion, which is also diffusers'
 }
 AUTOENCODER_FIXED: Plain = {
     "act_fn": "silu",
-    "latents_mean": None,
-    "latents_std": None,
 }
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
@@ -120,6 +119,7 @@ def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
     groups = value(plain, "norm_num_groups", 32, where)
     if groups < 1:
         raise UserError(f"{where}: norm_num_groups is {groups} and should be at least 1")
+    scale, channels = value(plain, "scaling_factor", 0.18215, where), value(plain, "latent_channels", 4, where)
     return AutoencoderConfig(
         in_channels=value(plain, "in_channels", 3, where),
         channels=widths[0],
@@ -127,10 +127,10 @@ def read_autoencoder(plain: Plain, where: str) -> AutoencoderConfig:
         blocks=value(plain, "layers_per_block", 1, where),
         middle_attention=bool(plain.get("mid_block_add_attention", True)),
         latent_convs=convs,
-        latent_channels=value(plain, "latent_channels", 4, where),
+        latent_channels=channels,
         norm_groups=said_groups(widths, groups),
-        shift=(value(plain, "shift_factor", 0.0, where),),
-        scale=(value(plain, "scaling_factor", 0.18215, where),),
+        shift=_channels(plain, "latents_mean", channels, where) or (value(plain, "shift_factor", 0.0, where),),
+        scale=tuple(scale / one for one in _channels(plain, "latents_std", channels, where) or (1.0,)),
     )
 
 
@@ -179,6 +179,16 @@ def value(plain: Plain, name: str, default: T, where: str) -> T:
         return found
     wanted = {int: "a whole number", float: "a number", tuple: "a list of whole numbers"}[type(default)]
     raise UserError(f"{where}: {name} is {str(found)[:60]} and should be {wanted}")
+
+
+def _channels(plain: Plain, name: str, count: int, where: str) -> tuple[float, ...]:
+    """A number for each channel of the latent, or none. Deviations are positive."""
+    found = plain.get(name) or []
+    least = 0.0 if name == "latents_std" else -math.inf
+    known = isinstance(found, list) and all(type(one) in (int, float) and least < one < 1e30 for one in found)
+    if not known or len(found) not in (0, count):
+        raise UserError(f"{where}: {name} is {str(found)[:60]} and should be a number for each channel")
+    return tuple(map(float, found))
 
 
 def _words(plain: Plain, name: str, default: Sequence[str]) -> tuple[str, ...]:

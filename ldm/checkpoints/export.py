@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import diffusers, original_file, sd3, sd3_directory, sdxl
+from ldm.checkpoints import diffusers, edm, original_file, sd3, sd3_directory, sdxl
 from ldm.checkpoints import diffusers_written as written
 from ldm.checkpoints.architectures import DEPTH, MASK, extra_channels
 from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
@@ -152,7 +152,9 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
     plain = written.write_unet(config.unet, side, config.encoder.sizes)
     _network(path / "unet", plain, exported(states["unet"], names), "unet")
     schedule = config.schedule or ScheduleConfig()
-    _json(path / "scheduler" / "scheduler_config.json", written.write_scheduler(schedule, config.parameterization))
+    of_edm = schedule.kind == "edm"
+    scheduler = edm.write_scheduler(config) if of_edm else written.write_scheduler(schedule, config.parameterization)
+    _json(path / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": _pipeline(config),
         "_diffusers_version": "0.30.0",
@@ -160,7 +162,7 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": [None, None],
         "tokenizer": [None, None],
-        "scheduler": ["diffusers", written.SCHEDULER],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "feature_extractor": [None, None],
     }
     for name, tower in config.towers.items():

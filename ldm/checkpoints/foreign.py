@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from ldm.autoencoder.blocks import usual_groups
 from ldm.checkpoints import diffusers_configs as configs
-from ldm.checkpoints import native, networks, sd3, sdxl
+from ldm.checkpoints import edm, native, networks, sd3, sdxl
 from ldm.checkpoints.architectures import DEPTH, MASK, extra_channels
 from ldm.errors import UserError
 from ldm.model_config import AutoencoderConfig, MMDiTConfig, ModelConfig, UNetConfig
@@ -75,9 +75,11 @@ def reasons(config: ModelConfig, parts: Collection[str], to: str) -> list[str]:
             found.append(f"unet.channels={config.unet.channels}, whose norms have other than 32 groups")
         if to == "diffusers" and config.unet.multipliers[0] != 1:  # there the first level is as wide as what is before
             found.append(f"unet.multipliers={list(config.unet.multipliers)}, which do not begin with 1")
-        if config.parameterization not in configs.PREDICTIONS.values():
+        if config.schedule is not None and config.schedule.kind == "edm":
+            found += edm.unsayable(config, to)
+        elif config.parameterization not in configs.PREDICTIONS.values():
             found.append(f"parameterization={config.parameterization}")
-        if config.schedule is not None and config.schedule.kind not in configs.BETAS.values():
+        if config.schedule is not None and config.schedule.kind not in ("edm", *configs.BETAS.values()):
             found.append(f"schedule.kind={config.schedule.kind}")
         if config.learned_variance:
             found.append("learned_variance=true")

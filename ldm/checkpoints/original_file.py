@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import original, sdxl
+from ldm.checkpoints import edm, original, sdxl
 from ldm.checkpoints.architectures import assumed_prediction, assumed_side
 from ldm.checkpoints.common_names import GROUPS, autoencoder_of_shapes
 from ldm.checkpoints.original_yaml import read_yaml
@@ -146,7 +146,7 @@ def _complete(
     said = by_words(tensors.metadata, None if sdxl.is_xl(config) else config.text)
     remarks = range_remark(tensors.metadata)
     if config.unet is not None:
-        said += by_tensors(tensors)
+        said += by_tensors(tensors) + edm.by_tensors(tensors)
     if path.with_suffix(".yaml").is_file():
         by_yaml, told = read_yaml(path.with_suffix(".yaml"), config)
         said, remarks = said + by_yaml, remarks + told
@@ -253,7 +253,7 @@ def write_original(path: Path, config: ModelConfig, states: Mapping[str, Mapping
     words: dict[str, str] = {}
     if config.unet is not None and "unet" in states:
         schedule = config.schedule or ScheduleConfig()
-        tensors |= {} if xl else original.tables(schedule)
+        tensors |= edm.markers(config) if xl or schedule.kind == "edm" else original.tables(schedule)
         words["modelspec.prediction_type"] = PREDICTIONS[config.parameterization]
         if config.parameterization == "v" and (schedule.zero_terminal_snr or assumed_prediction(config) != "v"):
             tensors["v_pred"] = torch.empty(0)

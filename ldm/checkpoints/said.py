@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.diffusion.schedule import OWN
 from ldm.errors import UserError
 from ldm.model_config import ModelConfig, ScheduleConfig, TextConfig
 
@@ -41,9 +42,8 @@ class Said:
 MARKERS: Mapping[str, tuple[str, Any]] = {
     "v_pred": ("parameterization", "v"),
     "ztsnr": (ZERO_SNR, True),
-    # EDM's networks are told ln(sigma) / 4, and ours a thousand times that.
-    **dict.fromkeys(("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std"), ("parameterization", None)),
 }
+NUMBERS = ("edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std")  # of EDM's laws (edm.py)
 PREDICTIONS = {
     **dict.fromkeys(("epsilon", "eps"), "eps"),
     **dict.fromkeys(("v", "v_prediction", "v_pred", "vpred", "velocity"), "v"),
@@ -58,14 +58,14 @@ SILENT = ("", "none", "null", "auto", "unknown")  # what those write who do not 
 
 
 def marker(name: str) -> str:
-    """Which of MARKERS a tensor's name is; "" if it is none."""
+    """Which of MARKERS or NUMBERS a tensor's name is; "" if it is none."""
     bare = re.sub(r"^model\.(diffusion_model\.)?", "", name)
-    return bare if bare in MARKERS else ""
+    return bare if bare in MARKERS or bare in NUMBERS else ""
 
 
 def by_tensors(names: Iterable[str]) -> list[Said]:
-    """What the marker tensors among `names` say."""
-    return [Said(*MARKERS[marker(name)], f"the tensor {name}") for name in names if marker(name)]
+    """What the empty marker tensors among `names` say."""
+    return [Said(*MARKERS[marker(name)], f"the tensor {name}") for name in names if marker(name) in MARKERS]
 
 
 def by_words(words: Mapping[str, str], text: TextConfig | None) -> list[Said]:
@@ -168,16 +168,16 @@ def follow(config: ModelConfig, answers: Mapping[str, Any]) -> ModelConfig:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, ScheduleConfig) and isinstance(b, ScheduleConfig):
-        ends = ((a.beta_start, b.beta_start), (a.beta_end, b.beta_end))
-        return (a.kind, a.steps, a.shift) == (b.kind, b.steps, b.shift) and all(
-            math.isclose(*pair, rel_tol=1e-3) for pair in ends
-        )
+        read = [name for kinds, names in OWN.items() if a.kind in kinds for name in names]
+        same = (math.isclose(getattr(a, name), getattr(b, name), rel_tol=1e-3) for name in read)
+        return (a.kind, a.steps) == (b.kind, b.steps) and all(same)
     return a == b
 
 
 def _show(value: Any) -> str:
     if isinstance(value, ScheduleConfig):
         ends = f" {value.beta_start:g} to {value.beta_end:g}" if "linear" in value.kind else ""
+        ends += f" {value.sigma_min:g} to {value.sigma_max:g}" if value.kind in ("ve", "edm") else ""
         ends += f" with shift {value.shift:g}" if value.shift != 1 else ""
         return f"{value.kind}{ends} over {value.steps} steps"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

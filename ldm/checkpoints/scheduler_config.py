@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ldm.checkpoints import edm
 from ldm.checkpoints.diffusers_configs import BETAS, PREDICTIONS, value
 from ldm.checkpoints.said import FLOW, ZERO_SNR, Said
 from ldm.errors import UserError
@@ -40,6 +41,10 @@ def read_scheduler(plain: Plain, named: str, where: str) -> tuple[list[Said], tu
         return _unknown(f"{where} names a {kind[:60]}, model_index.json a {named[:60]}"), ()
     if _family(bare) == "flow" or plain.get("use_flow_sigmas"):
         return _flow(plain, bare, where)
+    if bare in edm.SCHEDULERS or plain.get("timestep_type") == "continuous":
+        said = edm.by_scheduler(plain, bare, where)
+        words = ", timestep_type continuous" if bare in CHAINS else ""
+        return said or _unknown(f"{where}: the scheduler is {kind[:60]}{words}"), ()
     if bare not in CHAINS:
         return _unknown(f"{where}: the scheduler is {kind[:60]}"), ()
     start, end, spacing = CHAINS[bare]
@@ -60,8 +65,6 @@ def read_scheduler(plain: Plain, named: str, where: str) -> tuple[list[Said], tu
         words = f"{where}: beta_schedule {betas[:60]}"
         said.append(Said("schedule", schedule if schedule.kind else None, words))
     said.append(Said(ZERO_SNR, zero, f"{where}: rescale_betas_zero_snr"))
-    if plain.get("timestep_type") == "continuous":  # of EDM's networks, which are told ln(sigma) / 4
-        said.append(Said("parameterization", None, f"{where}: timestep_type continuous"))
     if plain.get("variance_type") in ("learned", "learned_range"):
         said.append(Said("learned_variance", None, f"{where}: variance_type {plain['variance_type']}"))
     return said, ()

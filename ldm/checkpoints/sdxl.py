@@ -21,12 +21,12 @@ def is_xl(config: ModelConfig) -> bool:
     return isinstance(config.unet, UNetConfig) and config.unet.vector_width > 0
 
 
-def completed(config: ModelConfig, where: object) -> ModelConfig:
-    """`config`, made of shapes, with how the towers are read and what the vector is made of. Raises UserError for a
-    vector that cannot be made of these towers."""
+def completed(config: ModelConfig, where: object, scaled: bool = False) -> ModelConfig:
+    """`config`, made of shapes, with how the towers are read and what the vector is made of, and the latent's scale
+    unless it is said (`scaled`). Raises UserError for a vector that cannot be made of these towers."""
     unet = config.unet
     assert isinstance(unet, UNetConfig)
-    if config.autoencoder is not None:
+    if config.autoencoder is not None and not scaled:
         config = replace(config, autoencoder=replace(config.autoencoder, scale=(SCALE,)))
     if not config.towers:
         return config

@@ -6,13 +6,14 @@ parameterization turns its output into x0. A network with a learned variance has
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.continuous import TIME_UNIT
 from ldm.diffusion.parameterization import Parameterization, check, make_parameterization, per_picture
-from ldm.diffusion.schedule import TIME_UNIT, Schedule, make_schedule
+from ldm.diffusion.schedule import Schedule, make_schedule
 from ldm.model_config import ScheduleConfig
 
 
@@ -51,6 +52,9 @@ def make_law(
     schedule: ScheduleConfig, parameterization: str, sigma_data: float = 1.0, learned_variance: bool = False
 ) -> Law:
     """The law that the settings describe. Raises UserError for settings that make none, or none that makes sense."""
-    made = Law(make_schedule(schedule), make_parameterization(parameterization, sigma_data), learned_variance)
+    form = make_parameterization(parameterization, sigma_data)
+    # EDM's own clock is ln(sigma) / 4 already; beside others, the networks trained here are told a thousand times that.
+    form = replace(form, c_noise=None) if schedule.kind == "edm" else form
+    made = Law(make_schedule(schedule), form, learned_variance)
     check(made.schedule, made.parameterization, learned_variance)
     return made

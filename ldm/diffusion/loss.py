@@ -24,7 +24,7 @@ from ldm.diffusion.law import Law
 from ldm.diffusion.learned_variance import split, variance_bound
 from ldm.diffusion.levels import LEVELS
 from ldm.diffusion.parameterization import per_picture
-from ldm.diffusion.schedule import TIME_UNIT, Schedule
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.model_config import DiffusionLossConfig
 
@@ -40,7 +40,7 @@ def elbo(schedule: Schedule, sigma: Tensor) -> Tensor:
     """
     snr = sigma**-2
     if schedule.clock is not None:
-        return (schedule.t_max - schedule.t_min) / TIME_UNIT * snr * schedule.clock.slope(sigma)
+        return (schedule.t_max - schedule.t_min) / schedule.clock.told[1] * snr * schedule.clock.slope(sigma)
     index = schedule.t(sigma).round().long()
     before = torch.where(index > 0, schedule.sigmas[(index - 1).clamp(min=0)] ** -2, 1 + 2 * snr)
     return schedule.steps / 2 * (before - snr)

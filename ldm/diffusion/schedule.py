@@ -28,9 +28,6 @@ SIGMA_CUT = 1e6
 MAX_BETA = 0.999
 """Nichol & Dhariwal 2021, section 3.2: keeps the last steps of laws that end in noise from being singular."""
 
-TIME_UNIT = 1000.0
-"""A continuous law's time runs over [0, 1]; networks are told a thousand times that, as their embeddings expect."""
-
 
 @dataclass(frozen=True)
 class Scaling:
@@ -44,7 +41,7 @@ PRESERVING = Scaling(alpha=lambda sigma: (1 + sigma**2).rsqrt(), start=lambda si
 EXPLODING = Scaling(alpha=torch.ones_like, start=lambda sigma: sigma)
 STRAIGHT = Scaling(alpha=lambda sigma: 1 / (1 + sigma), start=lambda sigma: 1 + sigma)
 
-SCALINGS = {"vp": PRESERVING, "ve": EXPLODING, "flow": STRAIGHT}
+SCALINGS = {"vp": PRESERVING, "ve": EXPLODING, "flow": STRAIGHT, "edm": PRESERVING}
 
 
 def step_deviations(alpha: Callable[[Tensor], Tensor], sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,8 +64,8 @@ class Schedule:
     `pure_noise_end`: the last level stands for sigma = infinity (zero terminal SNR, flow), cut at `SIGMA_CUT`.
     `scaling`: alpha; variance-preserving unless another is given.
     `clock`: time in closed form. None for a chain, whose time is the index of a level: `t` is then in [0, T - 1],
-        linear in log sigma between levels. With a clock `t` is 1000 tau, in (0, 1000] whatever T is, and the T levels
-        are evenly spaced in it.
+        linear in log sigma between levels. With a clock `t` is 1000 tau, in (0, 1000] whatever T is (of edm
+        ln(sigma) / 4, which may be negative), and the T levels are evenly spaced in it.
     `shift`: what grids and level draws multiply a flow's levels by; 1 for other laws.
     """
 
@@ -99,7 +96,7 @@ class Schedule:
 
     @property
     def t_max(self) -> float:
-        """The time of the last level: T - 1 for a chain, 1000 (flow: less by the cut) in continuous time."""
+        """The time of the last level: T - 1 for a chain, 1000 (flow: less by the cut) for others but edm."""
         return float(self.t(self.sigmas[-1]))
 
     @property
@@ -149,7 +146,7 @@ class Schedule:
         Never rounded; levels outside the trained range get its ends.
         """
         level = sigma.detach().cpu().double()
-        time = self._index(level) if self.clock is None else TIME_UNIT * self.clock.tau(self._trained(level))
+        time = self._index(level) if self.clock is None else self.clock.time(self._trained(level))
         return time.to(sigma.dtype).to(sigma.device)
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -158,7 +155,7 @@ class Schedule:
         if self.clock is None:
             level = self._at_index(time)
         else:
-            level = self._trained(self.clock.sigma((time / TIME_UNIT).clamp(0, 1)))
+            level = self._trained(self.clock.level(time))
         return level.to(t.dtype if t.is_floating_point() else torch.float64).to(t.device)
 
     def _trained(self, level: Tensor) -> Tensor:
@@ -225,7 +222,7 @@ BETAS: dict[str, Callable[[ScheduleConfig], Tensor]] = {
 OWN = {  # which kinds read what of a schedule's settings
     ("linear", "scaled_linear"): ("beta_start", "beta_end"),
     ("vp",): ("beta_min", "beta_max", "time_min"),
-    ("ve",): ("sigma_min", "sigma_max"),
+    ("ve", "edm"): ("sigma_min", "sigma_max"),
     ("flow",): ("shift",),
 }
 

@@ -37,6 +37,8 @@ LIST_OF = {
     "Stable Diffusion v1 inpainting": "v1_inpainting",
     "Stable Diffusion v2": "v2",
     "Stable Diffusion v2 inpainting": "v2_inpainting",
+    "Stable Diffusion XL": "xl",
+    "Stable Diffusion XL refiner": "xl_refiner",
 }
 
 
@@ -71,7 +73,8 @@ def test_what_is_written_of_a_known_architecture_is_the_published_list(name: str
     states = {part: skeleton(part, config, "").state_dict() for part in native.part_names(config)}
     original_file.write_original(Path("/tmp/never-written.safetensors"), config, states)
     published = dict(LISTS[LIST_OF[name]])
-    published.pop("cond_stage_model.model.logit_scale", None)  # of the contrastive training; no tower of ours has it
+    for key in [key for key in published if key.endswith(".logit_scale")]:
+        del published[key]  # of the contrastive training; no tower of ours has it
     assert written == published
 
 

@@ -46,11 +46,70 @@ def test_markers_of_a_v_prediction(prefix: str, tables: bool):
     assert law(rescaled.config) == ("v", ZERO) and "parameterization" in rescaled.assumed
 
 
-@pytest.mark.parametrize("name", ["edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std"])
-def test_edms_networks_are_refused_by_name(name: str):
-    with pytest.raises(UserError, match=rf"not read.*the tensor {name}.*--set parameterization"):
-        opened(BARE["v1"] | {name: [], "v_pred": [0]})
-    assert opened(BARE["v1"] | {name: []}, decided=("parameterization",)).foreign == ()
+COSXL = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
+MEAN, STD = (-1.6574, 1.886, -1.383, 2.5155), (8.4927, 5.9022, 6.5498, 5.2299)
+PLAYGROUND = {"edm_mean": torch.tensor(MEAN).reshape(1, 4, 1, 1), "edm_std": torch.tensor(STD).reshape(1, 4, 1, 1)}
+
+
+def marked(tensors: Mapping[str, Tensor], *more: str, name: str = "xl") -> ModelConfig:
+    shapes = {key: list(value.shape) for key, value in tensors.items()} | {key: [0] for key in more}
+    found = opened(LISTS[name] | shapes, tensors=tensors)
+    assert found.foreign == () and "parameterization" not in found.assumed
+    return found.config
+
+
+@pytest.mark.parametrize("more", [(), ("v_pred",)])
+def test_markers_of_cosxl(more: tuple[str, ...]):
+    config = marked(COSXL, *more)
+    assert law(config) == ("v", ScheduleConfig("edm", sigma_min=0.002, sigma_max=120.0))
+    assert config.autoencoder is not None and config.autoencoder.scale == (0.13025,)
+    assert law(marked({"edm_vpred.sigma_max": torch.tensor([80.0])}))[1] == ScheduleConfig("edm")
+    half = {name: value.half() for name, value in COSXL.items()}
+    assert law(marked(half, *more))[1] == ScheduleConfig("edm", sigma_min=pytest.approx(0.002, rel=1e-3), sigma_max=120)
+
+
+def test_markers_of_playground():
+    config = marked(PLAYGROUND)
+    assert law(config) == ("edm", ScheduleConfig("edm")) and config.sigma_data == 0.5
+    assert config.autoencoder is not None and config.autoencoder.shift == MEAN
+    assert config.autoencoder.scale == tuple(0.5 / one for one in STD)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model."])
+def test_markers_of_v_prediction_among_those_of_xl(prefix: str):
+    """Merges of XL have no table beside them."""
+    empty = torch.empty(0)
+    assert law(marked({f"{prefix}v_pred": empty})) == ("v", ScheduleConfig())
+    assert law(marked({f"{prefix}v_pred": empty, f"{prefix}ztsnr": empty})) == ("v", ZERO)
+    assert law(opened(LISTS["xl"] | {"ztsnr": [0]}).config) == ("v", ZERO)
+    refiner = opened(LISTS["xl_refiner"] | {"v_pred": [0]})
+    assert refiner.config.encoder.score and law(refiner.config) == ("v", ScheduleConfig())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"edm_vpred.sigma_min": torch.tensor(0.002)}, "edm_vpred.sigma_max is missing"),
+        ({"edm_mean": torch.zeros(4)}, "edm_std is missing"),
+        ({"edm_mean": torch.zeros(4), "edm_std": torch.zeros(4)}, "no mean and deviation"),
+        ({"edm_mean": torch.zeros(4), "edm_std": torch.ones(3)}, "no mean and deviation"),
+        ({"edm_vpred.sigma_max": torch.tensor(float("inf"))}, "holds 1 numbers"),
+        ({"edm_vpred.sigma_max": torch.empty(0)}, "holds 0 numbers"),
+        ({"edm_vpred.sigma_max": torch.zeros(1).expand(10**12)}, "holds 1000000000000 numbers"),
+        ({"edm_vpred.sigma_max": torch.tensor(-1.0)}, "no law"),
+    ],
+)
+def test_numbers_that_make_no_law_of_edm(tensors: dict[str, Tensor], words: str):
+    with pytest.raises(UserError, match=words):
+        marked(tensors)
+
+
+def test_cosxl_and_a_table_of_a_chain_disagree():
+    shapes = LISTS["v1"] | {name: [] for name in COSXL}
+    with pytest.raises(
+        UserError, match=r"edm_vpred\.sigma_max.*edm 0\.002 to 120.*the table alphas_cumprod.*scaled_linear"
+    ):
+        opened(shapes, tensors=SCHEDULE | COSXL)
 
 
 # ---------------------------------------------------------------- words in the metadata

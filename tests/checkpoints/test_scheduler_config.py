@@ -101,6 +101,54 @@ def test_flows(read: Read, folder: Path, kind: str, fields: dict[str, Any]):
     assert open_checkpoint(folder).notices == ()
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "wanted"),
+    [
+        ("EDMDPMSolverMultistep", {}, ("edm", ScheduleConfig("edm"), 0.5)),
+        (
+            "EDMEuler",
+            {"sigma_max": 120.0, "sigma_data": 1.0, "prediction_type": "v_prediction"},
+            ("v", ScheduleConfig("edm", sigma_max=120.0), 1.0),
+        ),
+        (
+            "EulerDiscrete",
+            SD
+            | {
+                "timestep_type": "continuous",
+                "prediction_type": "v_prediction",
+                "sigma_min": 0.002,
+                "sigma_max": 700.0,
+            },
+            ("v", ScheduleConfig("edm", sigma_max=700.0), 1.0),
+        ),
+    ],
+)
+def test_edms_laws(read: Read, kind: str, fields: dict[str, Any], wanted: tuple[Any, ...]):
+    config = read(kind, **fields)
+    assert (*law(config), config.sigma_data) == wanted
+
+
+def test_numbers_that_make_no_law_of_edm(read: Read):
+    with pytest.raises(UserError, match=r"EDMEulerScheduler says sigmas from 80 to 0\.1.*no law"):
+        read("EDMEuler", sigma_min=80.0, sigma_max=0.1)
+
+
+def test_a_latents_mean_and_deviation_stand_beside_it(folder: Path, read: Read):
+    place = folder / "vae" / "config.json"
+    plain = json.loads(place.read_text()) | {"scaling_factor": 0.5, "latents_mean": [-1.5, 2, 0, 1.0]}
+
+    def found(std: Any) -> Any:
+        place.unlink()
+        place.write_text(json.dumps(plain | {"latents_std": std}))
+        return read("EDMEuler").autoencoder
+
+    config = found([8.0, 4, 2, 1])
+    assert (config.shift, config.scale) == ((-1.5, 2.0, 0.0, 1.0), (0.0625, 0.125, 0.25, 0.5))
+    for wrong in ([8, 4, 2, 0], "8", [8, 4, 2, None]):
+        with pytest.raises(UserError, match=r"latents_std is .* a number for each channel"):
+            found(wrong)
+
+
 def test_a_shift_by_the_pictures_size_is_told(read: Read, folder: Path):
     read("FlowMatchEulerDiscrete", shift=3.0, use_dynamic_shifting=True)
     assert any("by the picture's size" in notice for notice in open_checkpoint(folder).notices)
@@ -110,7 +158,7 @@ def test_a_shift_by_the_pictures_size_is_told(read: Read, folder: Path):
     ("kind", "fields", "words"),
     [
         ("EDMEuler", {"sigma_min": 0.002, "sigma_max": 80.0, "prediction_type": "v_prediction"}, "EDMEulerScheduler"),
-        ("EDMDPMSolverMultistep", {}, "EDMDPMSolverMultistepScheduler"),
+        ("EDMDPMSolverMultistep", {"prediction_type": "sample"}, "EDMDPMSolverMultistepScheduler"),
         ("KarrasVe", {}, "KarrasVeScheduler"),
         ("CogVideoXDDIM", SD, "CogVideoXDDIMScheduler"),
         ("SomethingNew", SD, "SomethingNewScheduler"),

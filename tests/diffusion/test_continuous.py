@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion import Schedule, make_schedule
+from ldm.diffusion import Schedule, make_law, make_schedule
 from ldm.errors import UserError
 from ldm.sampling import ddim, make_grid, start
 
-LAWS = {kind: make_schedule(ScheduleConfig(kind=kind)) for kind in ("vp", "ve", "flow")}
+LAWS = {kind: make_schedule(ScheduleConfig(kind=kind)) for kind in ("vp", "ve", "flow", "edm")}
 
 
 @given(kind=st.sampled_from(sorted(LAWS)), share=st.floats(0, 1))
@@ -35,7 +35,7 @@ def test_trained_levels_are_evenly_spaced_in_time(kind: str) -> None:
     torch.testing.assert_close(gaps, gaps[0].expand(len(gaps)), rtol=1e-6, atol=0)
     torch.testing.assert_close(law.sigma(t), law.sigmas, rtol=1e-9, atol=0)
     assert float(t[0]) == law.t_min and float(t[-1]) == law.t_max
-    assert law.t_max == pytest.approx(1000 if kind != "flow" else 999.999, abs=1e-6)
+    assert law.t_max == pytest.approx({"flow": 999.999, "edm": math.log(80) / 4}.get(kind, 1000), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", LAWS)
@@ -94,6 +94,25 @@ def test_ve_is_geometric_between_its_ends() -> None:
     assert law.alpha(law.sigmas).tolist() == [1.0] * 11
 
 
+@pytest.mark.parametrize(("form", "deviation"), [("v", 1.0), ("edm", 1.0), ("edm", 0.5), ("eps", 1.0)])
+def test_edm_is_karras_et_al(form: str, deviation: float) -> None:
+    """Their table 1, and its descendants: v (CosXL) is F with its sign turned, eps has c_skip 1 and c_out -sigma."""
+    law = make_law(ScheduleConfig("edm", sigma_max=120.0), form, deviation)
+    sigma = torch.tensor([0.002, 0.7, 120.0], dtype=torch.float64)
+    x, f = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
+    total = sigma**2 + deviation**2
+    skip, out = deviation**2 / total, sigma * deviation * total.rsqrt()
+    skip, out = (torch.ones(3), -sigma) if form == "eps" else (skip, -out if form == "v" else out)
+    found, t = law.input(x, sigma)
+    torch.testing.assert_close(found, (x * total.rsqrt()[:, None, None, None]).float())
+    torch.testing.assert_close(t, (sigma.log() / 4).float())
+    expected = skip[:, None, None, None] * x + out[:, None, None, None] * f
+    torch.testing.assert_close(law.denoised(f, x, sigma), expected)
+    x0, n = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
+    noisy = x0 + sigma[:, None, None, None] * n
+    torch.testing.assert_close(law.denoised(law.target(x0, n, sigma), noisy, sigma), x0, rtol=0, atol=1e-9)
+
+
 def test_flow_walks_straight_lines() -> None:
     """z = (1 - tau) x0 + tau n, and the network is told 1000 tau, whatever T is."""
     for steps in (1000, 10):
@@ -108,7 +127,7 @@ def test_flow_walks_straight_lines() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("vp", math.sqrt(1 + 14.6**2)), ("ve", 14.6), ("flow", 15.6), ("linear", math.hypot(1, 14.6))],
+    [(kind, math.hypot(1, 14.6)) for kind in ("vp", "edm", "linear")] + [("ve", 14.6), ("flow", 15.6)],
 )
 def test_the_deviation_at_pure_noise(kind: str, expected: float) -> None:
     """sqrt(1 + s^2) where variance is preserved, 1 + s on straight paths, s where it explodes."""

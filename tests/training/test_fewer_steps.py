@@ -17,8 +17,8 @@ import ldm
 from ldm.conditioning.condition import Condition
 from ldm.config import Consistency, ConsistencyTraining, DiffusionTraining, Halve, LoraConfig, SampleConfig
 from ldm.diffusion import make_law
+from ldm.diffusion.continuous import TIME_UNIT
 from ldm.diffusion.fewer_steps import halved, heun_step
-from ldm.diffusion.schedule import TIME_UNIT
 from ldm.errors import UserError
 from ldm.model_config import DiffusionLossConfig, ScheduleConfig
 from ldm.sampling import make_grid
