@@ -39,7 +39,7 @@ def load(
 ) -> LatentDiffusion:
     """The model of a shipped name, a checkpoint directory or file, or a Hugging Face id, ready to draw.
 
-    Native checkpoints, Stable Diffusion v1 and v2 in the original single file (.safetensors, .ckpt) and diffusers
+    Native checkpoints, Stable Diffusion 1, 2, XL and 3 in the original single file (.safetensors, .ckpt) and diffusers
     directories are read; `hf:owner/name` is fetched first. What such files do not say of themselves is assumed by the
     rules of checkpoints/architectures.py, and a CheckpointNotice warns of it.
 

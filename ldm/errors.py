@@ -70,7 +70,7 @@ def explain_os_error(error: OSError, doing: str) -> UserError:
     if error.errno == errno.EFBIG:
         return UserError(f"the file-size limit was reached while {doing}; raise the limit or choose another folder")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"permission denied while {doing}; choose a folder you may write to")
+        return UserError(f"permission denied while {doing}; choose a path that you may read and write")
     file = error.filename2 or error.filename
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return UserError(f"there is a file where a folder is needed ({file}) while {doing}; choose another path")

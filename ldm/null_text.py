@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm import generate, start
+from ldm.backends.sparing import visiting
 from ldm.conditioning.condition import Condition
 from ldm.config import UNetConfig
 from ldm.diffusion import Law, Network, precondition
@@ -115,8 +116,10 @@ def null_text(
     asks, others = zip(*(request.asks(h * f, w * f, plan.weighted) for request in requests), strict=True)
     with torch.no_grad():
         told, empty = (generate.conditions(model, some) for some in (asks, others))
-        pivots = [x, *(step.x for step in rise(ddim(), denoiser, x, sigmas))][::-1]
-    contexts = _optimised(model.unet, model.law, told, empty, pivots, sigmas, plan.guide.scale, iterations)
+    with visiting(model, model.unet):
+        with torch.no_grad():
+            pivots = [x, *(step.x for step in rise(ddim(), denoiser, x, sigmas))][::-1]
+        contexts = _optimised(model.unet, model.law, told, empty, pivots, sigmas, plan.guide.scale, iterations)
     assert empty.context is not None
     times = model.law.schedule.t(sigmas[:-1]).tolist()
     size = picture.image.shape[2], picture.image.shape[3]

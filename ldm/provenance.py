@@ -131,6 +131,8 @@ def read(path: str | Path | bytes) -> Recipe:
         begin = from_dict(Beginning, _as(dict, data.get("begin", {})), str(path)).check()
         inputs = {name: _as(dict, data[name]) for name in ("init", "other", "mask", "depth") if name in data}
         model, batch, made_on = (_as(dict, data[key]) for key in ("model", "batch", "made_on"))
+        for name in {"device", "precision", "attention", "backend"} & set(made_on):
+            _as(str, made_on[name])
         size, index = _as(int, batch["size"]), _as(int, batch["index"])
         name, digest, guides = _as(str, model["name"]), _as(str, model["hash"]), _as(dict, data.get("guides", {}))
         adapters = from_record(data.get("adapters", []))

@@ -144,13 +144,21 @@ def sized(picture: Image.Image, size: tuple[int | None, int | None]) -> Image.Im
 
 
 def size_of(own: tuple[int, int], asked: tuple[int | None, int | None]) -> tuple[int, int]:
-    """Height and width that a picture of `own` width and height is drawn at. `asked`: height and width, or None."""
+    """Height and width that a picture of `own` width and height is drawn at. `asked`: height and width, or None.
+
+    Raises UserError for a size, by one side and the picture's proportions, that is too large.
+    """
     (wide, tall), (height, width) = own, asked
     if height is None and width is None:
         return tall, wide
     if height is None:
-        return max(1, round((width or wide) * tall / wide)), width or wide
-    return height, width or max(1, round(height * wide / tall))
+        height = max(1, round((width or wide) * tall / wide))
+    width = width or max(1, round(height * wide / tall))
+    if max(height, width) > MAX_SIDE or height * width > pictures.MAX_PIXELS:
+        raise UserError(
+            f"the picture would be drawn at {width} x {height} pixels; choose a smaller --width or --height"
+        )
+    return height, width
 
 
 def notices(model: Model, begin: Beginning, made: Canvas) -> tuple[str, ...]:

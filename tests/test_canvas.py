@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from ldm import canvas, generate, pictures
+from ldm import canvas, generate, pictures, redraw
 from ldm.api import LatentDiffusion, PictureNotice, assemble
 from ldm.errors import UserError
 from ldm.guidance import windows
@@ -219,3 +219,10 @@ def test_a_large_picture_is_drawn_in_windows(tiny_model: LatentDiffusion) -> Non
 
 def test_both_starts_have_notices(tiny_model: LatentDiffusion) -> None:
     assert Noise().notices(tiny_model) == Picture(torch.zeros(1, 3, 32, 32)).notices(tiny_model) == ()
+
+
+def test_one_side_asked_of_a_narrow_picture_makes_no_endless_other() -> None:
+    assert redraw.size_of((40, 30), (None, 20)) == (15, 20) and redraw.size_of((40, 30), (60, None)) == (60, 80)
+    for asked in ((None, 16_000), (16_000, 16_000)):
+        with pytest.raises(UserError, match="choose a smaller --width or --height"):
+            redraw.size_of((10, 10_000), asked)

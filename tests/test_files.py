@@ -91,7 +91,9 @@ def test_a_file_that_is_a_folder_or_has_too_long_a_name(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match=r"permission denied while writing .*; choose a folder you may write to"):
+    with pytest.raises(
+        UserError, match=r"permission denied while writing .*; choose a path that you may read and write"
+    ):
         atomic_write_bytes(tmp_path / "file", b"")
 
 

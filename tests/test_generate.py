@@ -432,6 +432,10 @@ def test_a_recipe_comes_back_from_a_png(tiny_model: LatentDiffusion, tmp_path: P
         ({"batch": {"size": 10**9, "index": 1}}, "cannot be"),
         ({"batch": {"size": 2, "index": 2}}, "cannot be"),
         ({"model": None}, "lacks a setting"),
+        ({"made_on": {"device": ["cpu"]}}, "lacks a setting"),
+        ({"cfg": 10**400}, "cfg must be a number"),
+        ({"variation": [1, 10**400]}, "more than 300 digits"),
+        ({"adapters": [{"kind": "lora", "path": "a", "scale": 10**400, "hash": ""}]}, "more than 300 digits"),
     ],
 )
 def test_recipes_that_make_no_sense(

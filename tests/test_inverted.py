@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -240,3 +242,27 @@ def test_what_null_text_does_not_take_is_refused(tiny_model: LatentDiffusion) ->
         null_text(tiny_model, pictures(), PROMPT, iterations=-1)
     with pytest.raises(UserError, match="2 pictures to begin from"):
         null_text(tiny_model, pictures(2), PROMPT)
+
+
+def test_the_network_is_on_the_models_device_for_as_long_as_a_null_text_is_sought(
+    tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = 0
+
+    @contextmanager
+    def visiting(model: LatentDiffusion, *networks: object) -> Iterator[None]:
+        nonlocal there
+        there += model.unet in networks
+        yield
+        there -= model.unet in networks
+
+    def called(*_: object) -> None:
+        assert there == 1
+
+    monkeypatch.setattr("ldm.null_text.visiting", visiting)
+    hook = tiny_model.unet.register_forward_pre_hook(called)
+    try:
+        null_text(tiny_model, pictures(), PROMPT, cfg=6, steps=2, iterations=2)
+    finally:
+        hook.remove()
+    assert there == 0

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from ldm import pictures
-from ldm.errors import UserError
+from ldm.errors import UserError, explain_os_error
 from ldm.jobs.adapters import read_hash
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -37,7 +37,10 @@ def inits(words: Iterable[str]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES and each.is_file())
+        try:
+            inside = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES and each.is_file())
+        except OSError as error:
+            raise explain_os_error(error, f"reading the folder {path}") from error
         if not inside:
             raise UserError(f"the folder {path} has no picture ({', '.join(SUFFIXES)}); name another")
         found += inside
@@ -66,6 +69,8 @@ def names(paths: Sequence[Path], count: int) -> list[list[str]]:
         path.stem if stems[path.stem] == 1 else path.name if whole[path.name] == 1 else f"{i:05d}-{path.name}"
         for i, path in enumerate(paths)
     ]
+    if len({*bases}) < len(bases):  # a.png, a.jpg and a.png.jpg
+        bases = [f"{i:05d}-{path.name}" for i, path in enumerate(paths)]
     return [[f"{base}.png" if count == 1 else f"{base}-{k}.png" for k in range(count)] for base in bases]
 
 

@@ -140,10 +140,10 @@ def between(given: Mapping[str, Any], usual: Beginning, frames: int) -> Order:
         label = given["label"][0] if "label" in given else None
         request = Request(prompts[way], given.get("negative", ""), seeds[way], label, toward, variation).check()
         ways[way].append((request, share))
-    batches = []
+    batches, size = [], given.get("batch_size", 4)
     for way, some in enumerate(ways):
-        for part in (some[i : i + given.get("batch_size", 4)] for i in range(0, len(some), given.get("batch_size", 4))):
-            requests, shares = [request for request, _ in part], [share for _, share in part]
+        for i, requests in enumerate(jobs.batches([request for request, _ in some], size)):
+            shares = [share for _, share in some[i * size : (i + 1) * size]]
             batches.append(Batch(requests, paths[way], (), paths[way + 1], shares) if paths else Batch(requests))
     return Order(batches, settings_of(given), beginning_of(given, usual) if paths else Beginning())
 

@@ -169,7 +169,7 @@ def parse(content: bytes, path: str) -> ShardIndex | None:
             if any(offset < 0 or length < 0 or offset + length > size for offset, length in samples[key].values()):
                 return None
         return ShardIndex(path, samples, bool(plain["torn"]), size)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
 
 

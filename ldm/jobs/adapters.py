@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError, explain_os_error
+from ldm.jobs.values import real
 
 KINDS = ("lora", "embedding")
 
@@ -53,12 +54,14 @@ def read_hash(path: str | Path) -> str:
 
 
 def from_record(plain: Any) -> tuple[Adapter, ...]:
-    """The inverse of `asdict` for each; raises TypeError or KeyError for anything else."""
+    """The inverse of `asdict` for each; raises TypeError, KeyError or UserError for anything else."""
     if not isinstance(plain, Sequence) or not all(isinstance(item, Mapping) for item in plain):
         raise TypeError("adapters")
     found = []
     for item in plain:
-        adapter = Adapter(str(item["kind"]), str(item["path"]), float(item["scale"]), str(item["hash"]))
+        adapter = Adapter(
+            str(item["kind"]), str(item["path"]), float(real(item["scale"], "the scale")), str(item["hash"])
+        )
         if adapter.kind not in KINDS or not math.isfinite(adapter.scale):
             raise TypeError(f"an adapter of the kind {adapter.kind[:40]!r}")
         found.append(adapter)

@@ -207,6 +207,8 @@ def check_options(sampler: str, options: Mapping[str, Value]) -> dict[str, Value
             raise UserError(f"the sampler {sampler} has no option '{name}'; {others}")
         kind = type(known[name])
         try:
+            if kind is int and isinstance(value, float) and not value.is_integer():
+                raise ValueError
             made[name] = kind(value)
         except (ValueError, TypeError, OverflowError):  # options may come from a stranger's picture
             what = {int: "a whole number", float: "a number", str: "a word"}[kind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ def real(value: Any, what: str) -> float:
     number = value.item() if getattr(value, "shape", None) == () else value  # numpy's and torch's
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise UserError(f"{what} is {shown(value)}, which is not a number")
+    if isinstance(number, int) and abs(number) > sys.float_info.max:
+        raise UserError(f"{what} is a number of more than 300 digits; choose a smaller one")
     return number
 
 

@@ -66,4 +66,5 @@ def varied(noise: Draws, requests: Sequence[Request]) -> Draws:
     pairs = [request.variation or (request.seed, 0.0) for request in requests]
     shape = (first.shape[1], first.shape[2], first.shape[3])
     others = NoiseStream([seed for seed, _ in pairs], shape, first.device, first.dtype).initial()
-    return Varied(noise, slerp(first, others, torch.tensor([share for _, share in pairs])))
+    shares = torch.tensor([share for _, share in pairs])
+    return Varied(noise, slerp(first.cpu(), others.cpu(), shares).to(first.device))  # Apple's GPUs have no float64

@@ -71,7 +71,8 @@ def make_accelerator(loop: LoopConfig, output: Path) -> Accelerator:
         log_with=list(loop.trackers) or None,
         project_dir=output,
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # No network here has buffers that change: what DDP would send before every step is constant.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=PATIENCE),  # where `join` has made no group yet
         ],
     )

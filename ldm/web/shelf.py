@@ -1,4 +1,4 @@
-"""What the server was started with, by names: all that a client can choose from, each opened once.
+"""What the server was started with, by names: all that a client can choose from, opened when it is asked for.
 
 A client never gives a path. What goes out to it, a picture's recipe too, has names in the place of paths.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.errors import UserError, instead
+from ldm.errors import UserError, explain_os_error, instead
 from ldm.find import SHIPPED, find
 from ldm.helpers import NONE, Helpers, open_helpers
 from ldm.jobs import Plan, Settings
@@ -38,7 +38,10 @@ def named(words: Iterable[str], what: str) -> dict[str, str]:
             raise UserError(f"there is no {what} {word}; check the path")
         own = what == "model" and (word in SHIPPED or word.startswith("hf:"))
         folder = what in ("LoRA", "embedding") and Path(word).is_dir()
-        files = sorted(path for path in Path(word).iterdir() if path.suffix in WEIGHTS) if folder else [Path(word)]
+        try:
+            files = sorted(path for path in Path(word).iterdir() if path.suffix in WEIGHTS) if folder else [Path(word)]
+        except OSError as error:
+            raise explain_os_error(error, f"reading the folder {word}") from error
         if not files:
             raise UserError(f"the folder {word} has no file that ends in {', '.join(WEIGHTS)}; name another")
         for path in files:

@@ -393,7 +393,7 @@ def test_a_shard_that_is_not_what_its_index_says_is_in_quarantine(tmp_path, serv
     assert "othe" in {key[:4] for key in keys(Loader(config, 4), 6)}  # a new run indexes it anew
 
 
-@pytest.mark.parametrize("change", [b"{", b"[]", b'{"format": "x"}', "size", "offset"])
+@pytest.mark.parametrize("change", [b"{", b"[]", b'{"format": "x"}', "size", "offset", "endless", "huge"])
 def test_an_index_that_cannot_be_is_none(tmp_path, change):
     index = index_shard(write_tar(tmp_path / "x.tar", sample("a")))
     content = dump(index)
@@ -403,6 +403,10 @@ def test_an_index_that_cannot_be_is_none(tmp_path, change):
         change = content.replace(b'"size": 10240', b'"size": 1024')
     elif change == "offset":
         change = content.replace(b"[512,", b"[-512,")
+    elif change == "endless":
+        change = content.replace(b'"size": 10240', b'"size": 1e999')
+    elif change == "huge":
+        change = content.replace(b'"size": 10240', b'"size": 1' + b"0" * 40).replace(b"[512,", b"[1" + b"0" * 39 + b",")
     assert change != content and parse(change, "x") is None
 
 

@@ -21,6 +21,8 @@ from PIL import Image
 from ldm import image_io
 from ldm.checkpoints import native
 from ldm.commands import files
+from ldm.errors import UserError
+from ldm.web.shelf import named
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -271,10 +273,22 @@ def test_the_way_between_prompts_seeds_and_pictures(command: Commands, tmp_path:
 def test_names_of_what_is_drawn_of_a_folder() -> None:
     assert files.names([Path("x/a.png"), Path("x/b.png")], 1) == [["a.png"], ["b.png"]]
     assert files.names([Path("x/a.png"), Path("x/a.jpg")], 1) == [["a.png.png"], ["a.jpg.png"]]
+    clash = [Path("a.png"), Path("a.jpg"), Path("a.png.jpg")]
+    assert files.names(clash, 1) == [["00000-a.png.png"], ["00001-a.jpg.png"], ["00002-a.png.jpg.png"]]
     assert files.names([Path("x/a.png"), Path("y/a.png")], 2) == [
         ["00000-a.png-0.png", "00000-a.png-1.png"],
         ["00001-a.png-0.png", "00001-a.png-1.png"],
     ]
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for read in (files.inits, lambda words: named(words, "LoRA")):
+        with pytest.raises(UserError, match="permission"):
+            read([str(tmp_path)])
 
 
 # ---------------------------------------------------------------- what they refuse
@@ -320,6 +334,7 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
         "there is no way between labels": [
             *["interpolate", "--prompt", "a", *["--label", "b"] * 2, "--seeds", "1", "2"]
         ],
+        "a batch of 0 pictures": [*["interpolate", "--prompt", "a", "--prompt", "b", "--batch-size", "0"]],
         "1 frames were asked for": [*["interpolate", "--prompt", "a", "--prompt", "b", "--frames", "1"]],
         "--film is 'mp4'": [*["interpolate", "--prompt", "a", "--prompt", "b", "--film", "mp4"]],
         "a share of 1.5 was asked for": [*["variations", "--prompt", "a", "--amount", "1.5"]],

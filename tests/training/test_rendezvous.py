@@ -57,4 +57,7 @@ def test_a_process_may_wait_for_hours_for_what_one_does_alone(tmp_path, monkeypa
     with contextlib.suppress(AttributeError):  # of an accelerator that was not made
         make_accelerator(LOOP, tmp_path)
     asked += [handler.timeout for handler in given["kwargs_handlers"] if hasattr(handler, "timeout")]
+    assert not any(
+        getattr(handler, "broadcast_buffers", False) for handler in given["kwargs_handlers"]
+    )  # SD 3's: 226 MB
     assert asked == [PATIENCE, PATIENCE] and timedelta(hours=1) < PATIENCE
