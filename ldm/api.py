@@ -19,6 +19,7 @@ from ldm.notices import PictureNotice, PromptNotice
 if TYPE_CHECKING:
     from ldm.autoencoder.codec import Codec
     from ldm.conditioning.clip import TextTower
+    from ldm.conditioning.t5 import T5Tower
     from ldm.config import ModelConfig
     from ldm.networks import AnyNetwork
 
@@ -80,7 +81,7 @@ def load(
 def assemble(
     config: ModelConfig,
     codec: Codec,
-    towers: Mapping[str, TextTower],
+    towers: Mapping[str, TextTower | T5Tower],
     unet: AnyNetwork,
     name: str = "",
     path: Path | None = None,

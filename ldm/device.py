@@ -53,3 +53,16 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def precision_name(dtype: torch.dtype) -> str:
     """The name under which `choose_precision` knows `dtype`."""
     return next(name for name, value in PRECISIONS.items() if str(dtype) == f"torch.{value}")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a CPU or CUDA device; None: it is not known."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available
+    return None

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ldm.errors import MemoryNotice
 from ldm.find import find
 from ldm.model import Model, assemble
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoints.record import Checkpoint
+
+ROOM = 0.8  # of the memory that is free, for T5 and the network together
 
 
 def load_model(
@@ -40,13 +50,36 @@ def load_model(
     if low_memory and where.type != "cpu":
         where, backend = choose_device("cpu"), "torch" if backend == "auto" else backend
     codec = checkpoint.load("autoencoder", where, dtype)
-    towers = checkpoint.load_towers(where, dtype)
+    towers = checkpoint.load_towers(where, dtype, rest=low_memory or _too_large(checkpoint, where, dtype))
     unet = checkpoint.load("unet", where, dtype)
     unet.set_attention_backend(attention)
-    for network in (codec.autoencoder, *towers.values(), unet):
-        if network is not None:
+    for network in (codec.autoencoder, *(towers[name] for name in checkpoint.config.towers), unet):
+        if network is not None:  # T5 is run as it is: twice for a picture, and there is too much of it to reorder
             backends.run_by(backend, network, main=network is unet)
     made = assemble(checkpoint.config, codec, towers, unet, name=str(model), path=path)
     named = None if vae is None else str(vae)
     made = replace(made, checkpoint=checkpoint, vae=named, settings=dict(settings or {}), backend=backend)
     return replace(made, works_on=works_on)
+
+
+def _too_large(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether T5 does not fit beside the network, and is read layer by layer; a MemoryNotice says so."""
+    from ldm.device import free_memory
+
+    if checkpoint.config.t5 is None or "t5" not in checkpoint.parts or "unet" not in checkpoint.parts:
+        return False
+    t5, unet = (
+        dtype.itemsize * sum(math.prod(state.form(key)[1]) for key in state)
+        for state in (checkpoint.state("t5"), checkpoint.state("unet"))
+    )
+    free = free_memory(device)
+    if free is None or t5 + unet <= ROOM * free:
+        return False
+    warnings.warn(
+        f"T5 takes {t5 / 1e9:.1f} GB beside the network's {unet / 1e9:.1f}, and {free / 1e9:.1f} GB are free, so its "
+        "layers are read from the file one by one while it runs; --precision bf16 halves it, and --set t5=null leaves "
+        "it out",
+        MemoryNotice,
+        stacklevel=4,
+    )
+    return True

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ldm.checkpoints.record import Checkpoint
     from ldm.conditioning.clip import TextTower
     from ldm.conditioning.encoder import Encoder
+    from ldm.conditioning.t5 import T5Tower
     from ldm.diffusion.law import Law
     from ldm.jobs.adapters import Adapter
     from ldm.networks import AnyNetwork
@@ -74,7 +75,7 @@ class Model:
 
     @property
     def towers(self) -> dict[str, TextTower]:
-        """All towers that read captions, by the names of their parts."""
+        """All CLIPs that read captions, by the names of their parts; `encoder.readers` has T5 too."""
         return self.encoder.named_towers
 
     @property
@@ -101,7 +102,7 @@ class Model:
         if self.path is not None and self.checkpoint is not None:
             weights = native.fingerprint(self.checkpoint.tensors())
         else:
-            parts = {"autoencoder": self.codec.autoencoder, **self.towers, "unet": self.unet}
+            parts = {"autoencoder": self.codec.autoencoder, **self.encoder.readers, "unet": self.unet}
             weights = "".join(native.fingerprint(part) for part in parts.values() if part is not None)
         document = json.dumps(changed(self.config), sort_keys=True)  # a setting added later changes no old model
         return hashlib.sha256(f"{document}\n{weights}".encode()).hexdigest()
@@ -110,7 +111,7 @@ class Model:
 def assemble(
     config: ModelConfig,
     codec: Codec,
-    towers: Mapping[str, TextTower],
+    towers: Mapping[str, TextTower | T5Tower],
     unet: AnyNetwork,
     name: str = "",
     path: Path | None = None,

@@ -61,6 +61,20 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class T5Config:
+    """The encoder of T5 1.1 (Raffel et al. 2020), gated GELU. The defaults are XXL's, which Stable Diffusion 3 has."""
+
+    vocabulary: Count = 32128  # rows of the token embedding
+    width: Count = 4096  # of the context
+    heads: Count = 64  # of each attention
+    head_width: Count = 64
+    hidden: Count = 10240  # width inside the MLP
+    layers: Count = 24  # blocks of attention and MLP
+    buckets: Count = 32  # of relative positions
+    tokenizer: Whole = 0  # bytes of its tokenizer.json, kept among its weights; 0: there is none
+
+
+@dataclass(frozen=True)
 class UNetConfig:
     """Noisy latent, t, context -> prediction. The defaults are Stable Diffusion v1's."""
 
@@ -168,12 +182,18 @@ class ModelConfig:
     loss: DiffusionLossConfig | None = None  # what the U-Net was trained by; training that goes on from it reads this
     encoder: EncoderConfig = EncoderConfig()  # what the network is told beside the caption
     text_2: TextConfig | None = None  # a second tower, whose context stands beside the first one's
+    t5: T5Config | None = None  # a third reader of captions, whose context stands behind the towers'
 
     @property
     def towers(self) -> dict[str, TextConfig]:
-        """The text towers that there are, by the names of their parts, in order."""
+        """The text towers that there are, CLIP's, by the names of their parts, in order."""
         named = {name: getattr(self, name) for name in TOWERS}
         return {name: tower for name, tower in named.items() if tower is not None}
+
+    @property
+    def readers(self) -> dict[str, TextConfig | T5Config]:
+        """The same, and T5 behind them."""
+        return {**self.towers, **({} if self.t5 is None else {"t5": self.t5})}
 
     @property
     def takes_text(self) -> bool:

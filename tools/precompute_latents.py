@@ -78,7 +78,7 @@ def encode(arguments: argparse.Namespace, config: DiffusionTraining, folder: Pat
     device = choose_device(arguments.device)
     dtype = choose_precision(arguments.precision, device)
     autoencoder = open_checkpoint(config.autoencoder).only("autoencoder")
-    text = open_towers(config.text, config.text_2) if config.text else None
+    text = open_towers(config.text, config.text_2, config.encoder.t5_tokens > 0) if config.text else None
     for notice in (*autoencoder.notices, *(() if text is None else text.notices)):
         print(f"note: {notice}", file=sys.stderr)
     codec = autoencoder.load("autoencoder", device, dtype)

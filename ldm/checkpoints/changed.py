@@ -13,11 +13,11 @@ from ldm.checkpoints.state import Shape, Source
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor that stands in the place of a stored one, of the type of the stored one `like`."""
+    """A tensor that stands in the place of a stored one, of the type of the stored one `like`, or of that type."""
 
     shape: Shape
     make: Callable[[], Tensor]
-    like: str
+    like: str | torch.dtype
 
 
 class Changed:
@@ -30,7 +30,8 @@ class Changed:
         """Type and shape, without reading it."""
         if name not in self._made:
             return self._source.form(name)
-        return self._source.form(self._made[name].like)[0], self._made[name].shape
+        like = self._made[name].like
+        return like if isinstance(like, torch.dtype) else self._source.form(like)[0], self._made[name].shape
 
     def __getitem__(self, name: str) -> Tensor:
         return self._made[name].make() if name in self._made else self._source[name]

@@ -45,7 +45,7 @@ def write(path: str | Path, config: ModelConfig, states: States, to: str) -> lis
             _write_autoencoder(_checked(path, to) / "vae", config.autoencoder, states["autoencoder"])
             for place, plain, kind, tensors in sd3_directory.folders(config, states):
                 _network(path / place, plain, tensors, kind) if kind else _json(path / place, plain)
-            sd3_directory.write_tokenizers(path, config)
+            sd3_directory.write_tokenizers(path, config, states)
         return []
     config, states, remarks = prepare(config, states, to)
     (original_file.write_original if to == "original" else write_diffusers)(_checked(path, to), config, states)

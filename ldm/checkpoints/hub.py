@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ldm.errors import UserError, first_line
 
-FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
+FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 SETTINGS = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer*/*.json", "model.json")
 WEIGHTS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
 _NAME = re.compile(
@@ -55,7 +55,7 @@ def _weights(variant: str) -> list[str]:
         for stem in WEIGHTS:
             found += [f"{folder}{stem}{variant}.safetensors", f"{folder}{stem}{variant}-*-of-*.safetensors"]
             found.append(f"{folder}{stem}.safetensors.index{variant}.json")
-    native = [f"{name}.safetensors" for name in ("autoencoder", "text", "text_2", "unet")]
+    native = [f"{name}.safetensors" for name in ("autoencoder", "text", "text_2", "t5", "unet")]
     return found if variant else found + native
 
 

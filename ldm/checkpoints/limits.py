@@ -7,6 +7,7 @@ from ldm.model_config import MMDiTConfig, ModelConfig
 
 MAX_BLOCKS = 1024  # of one network, counted level by level; Stable Diffusion XL's U-Net has 90
 MAX_CONTEXT = 4096  # tokens; the causal mask is square
+MAX_TOKENIZER = 16 << 20  # bytes; T5's has 2.4 million
 MAX_GRID = 1024  # patches along a side of the table of positions
 MAX_STEPS = 1_000_000  # of the schedule's table
 MAX_SIDE = 16_384  # pixels
@@ -17,6 +18,9 @@ def check_size(config: ModelConfig, where: str) -> ModelConfig:
     found: list[tuple[str, int, int]] = [("image_size", config.image_size, MAX_SIDE)]
     if (a := config.autoencoder) is not None:
         found.append(("autoencoder levels x blocks", len(a.multipliers) * (a.blocks + 1), MAX_BLOCKS))
+    if config.t5 is not None:
+        found += [("t5.layers", config.t5.layers, MAX_BLOCKS), ("t5.tokenizer", config.t5.tokenizer, MAX_TOKENIZER)]
+    found.append(("encoder.t5_tokens", config.encoder.t5_tokens, MAX_CONTEXT))
     for name, t in config.towers.items():
         found.append((f"{name}.layers", t.layers, MAX_BLOCKS))
         found.append((f"{name}.context_length", t.context_length, MAX_CONTEXT))

@@ -6,6 +6,7 @@ A directory                                or one file
     autoencoder.safetensors  its state dict                             keys "autoencoder.…"
     text.safetensors                                                         "text.…"
     text_2.safetensors                                                       "text_2.…"
+    t5.safetensors           its tokenizer among them, as bytes              "t5.…"
     unet.safetensors                                                         "unet.…"
 
 Only the parts whose config is not None are there; the identity codec has a config and no weights.
@@ -34,7 +35,7 @@ from ldm.plain import parse_json, read_json
 from ldm.settings import from_dict, to_dict
 
 FORMAT = "ldm-1"
-PARTS = ("autoencoder", *TOWERS, "unet")
+PARTS = ("autoencoder", *TOWERS, "t5", "unet")
 Weights = nn.Module | Mapping[str, Tensor]
 
 

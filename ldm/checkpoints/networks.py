@@ -28,20 +28,25 @@ class _Undrawn(TorchFunctionMode):
 
 
 def skeleton(name: str, config: ModelConfig, where: str | Path) -> nn.Module:
-    """The network of a part ("autoencoder", a text tower, "unet") on the meta device: names and shapes, no numbers.
+    """The network of a part ("autoencoder", a text tower, "t5", "unet") on the meta device: names and shapes alone.
 
     Raises UserError for settings that describe no network, since they may be a stranger's; `where` they stand.
     """
     from ldm.autoencoder.kl import AutoencoderKL
     from ldm.conditioning.clip import TextTower
+    from ldm.conditioning.t5 import T5Tower, installed
     from ldm.networks import make_network
 
+    if name == "t5":
+        installed()
     try:
         with torch.device("meta"), _Undrawn():
             if name == "autoencoder" and config.autoencoder is not None:
                 return AutoencoderKL(config.autoencoder)
             if name in config.towers:
                 return TextTower(config.towers[name])
+            if name == "t5" and config.t5 is not None:
+                return T5Tower(config.t5)
             if name == "unet" and config.unet is not None:
                 return make_network(config.unet)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:

@@ -75,10 +75,11 @@ def open_checkpoint(
     return found
 
 
-def open_towers(text: str | Path, text_2: str | Path = "") -> Checkpoint:
-    """The text towers of the model `text` alone, and beside its one the first of the model `text_2`; as above."""
+def open_towers(text: str | Path, text_2: str | Path = "", t5: bool = False) -> Checkpoint:
+    """The text towers of the model `text` alone, with its `t5` if it has one, and beside its one the first of the model
+    `text_2`; as above."""
     found = open_checkpoint(text)
-    found = found.only(*(found.config.towers or ("text",)))
+    found = found.only(*((found.config.readers if t5 else found.config.towers) or ("text",)))
     return found.with_second_tower(open_checkpoint(text_2)) if text_2 else found
 
 

@@ -23,9 +23,16 @@ from ldm.settings import from_dict, to_dict
 if TYPE_CHECKING:
     from ldm.autoencoder.codec import Codec
     from ldm.conditioning.clip import TextTower
+    from ldm.conditioning.t5 import T5Tower
     from ldm.networks import AnyNetwork
 
-WORDS = {"autoencoder": "autoencoder", "text": "text tower", "text_2": "second text tower", "unet": "U-Net"}
+WORDS = {
+    "autoencoder": "autoencoder",
+    "text": "text tower",
+    "text_2": "second text tower",
+    "t5": "T5",
+    "unet": "U-Net",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Checkpoint:
     path: Path
     layout: str  # "native", "original" or "diffusers", and what of it: "original single file"
     config: ModelConfig
-    parts: Mapping[str, Part]  # "autoencoder", "text", "text_2", "unet" -> where it is
+    parts: Mapping[str, Part]  # "autoencoder", "text", "text_2", "t5", "unet" -> where it is
     assumed: tuple[str, ...] = ()  # settings ("text.padding") that rules decided, since the files do not say
     remarks: tuple[str, ...] = ()  # other sentences that a user should read
     foreign: tuple[str, ...] = ()  # tensors that are no part of the model
@@ -63,11 +70,15 @@ class Checkpoint:
     ) -> TextTower: ...
     @overload
     def load(
+        self, name: Literal["t5"], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> T5Tower: ...
+    @overload
+    def load(
         self, name: Literal["unet"], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> AnyNetwork: ...
     def load(
         self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Codec | TextTower | AnyNetwork:
+    ) -> Codec | TextTower | T5Tower | AnyNetwork:
         """A part as a network, frozen and in evaluation mode; the autoencoder as the codec, with its shift and scale.
 
         Raises UserError for a part that is not there, torn, or of another architecture than its config says.
@@ -82,13 +93,27 @@ class Checkpoint:
         return Codec(network, config) if name == "autoencoder" and config is not None else network
 
     def load_towers(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> dict[str, TextTower]:
-        """The text towers by name; none of a model that takes no captions. Raises UserError as `load`."""
+        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, rest: bool = False
+    ) -> dict[str, TextTower | T5Tower]:
+        """The text towers by name, T5 behind them; none of a model that takes no captions. `rest`: T5's numbers stay in
+        the file and are read layer by layer while it runs. Raises UserError as `load`, and for a T5 without tokenizer.
+        """
         names: tuple[Any, ...] = (*self.config.towers,) or (
             "text",
         )  # the latter should be there, and `load` says that it is not
-        return {name: self.load(name, device, dtype) for name in names} if self.config.takes_text else {}
+        towers = {name: self.load(name, device, dtype) for name in names} if self.config.takes_text else {}
+        if self.config.t5 is None or not towers:
+            return towers
+        if not self.config.t5.tokenizer:
+            raise UserError(
+                f"the T5 in {self.part('t5').file} has no tokenizer, and files of weights bring none: put "
+                "tokenizer.json or spiece.model of google/t5-v1_1-xxl, or of a tokenizer_3 of Stable Diffusion 3, into "
+                "a folder tokenizer_3 beside the model; or leave T5 out by --set t5=null, and zeros stand in its place"
+            )
+        if not rest:
+            return towers | {"t5": self.load("t5", device, dtype)}
+        tower: Any = networks.skeleton("t5", self.config, self.part("t5").file)
+        return towers | {"t5": tower.rest(self.state("t5", tower), networks.fill, device, dtype)}
 
     def state(self, name: str, network: nn.Module | None = None) -> Translated:
         """The tensors of a part ("autoencoder", "text", "unet" ...) as they are stored, each read when it is asked for.
@@ -99,8 +124,11 @@ class Checkpoint:
         part = self.part(name)
         if network is None:
             network = networks.skeleton(name, self.config, part.file)
-        shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-        state = Translated(part.source, part.names(shapes), shapes, f"the {WORDS[name]} in {part.file}", part.scope)
+        own = network.state_dict()
+        shapes = {key: tuple(value.shape) for key, value in own.items()}
+        data = [key for key, value in own.items() if not value.is_floating_point()]
+        what = f"the {WORDS[name]} in {part.file}"
+        state = Translated(part.source, part.names(shapes), shapes, what, part.scope, data)
         found = networks.norm_groups(network)
         if part.groups and found - {part.groups}:
             raise UserError(
@@ -161,10 +189,13 @@ class Checkpoint:
             found.insert(0, f"{told} (--set changes it, init_set of a training)")
         if self.foreign:
             found.append(f"{len(self.foreign)} tensors in {self.path} are passed over: {some(self.foreign)}")
+        if self.config.t5 is None and self.config.encoder.t5_tokens and self.config.unet is not None:
+            found.append(f"{self.path} draws without T5: zeros stand in its place")
         return tuple(found)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Checkpoint:
-        """The same with some settings of its config replaced: {"parameterization": "v", "text.padding": "eot"}.
+        """The same with some settings of its config replaced: {"parameterization": "v", "text.padding": "eot"}; and
+        without the parts that they are None of, as {"t5": None}.
 
         Raises UserError for one that does not exist or is not read, or a value of the wrong type.
         """
@@ -181,7 +212,8 @@ class Checkpoint:
         if config.schedule is not None:  # of what was set; what the model had of another kind may stand there
             check_used(config.schedule, {key.removeprefix("schedule.") for key in settings})
         assumed = tuple(key for key in self.assumed if key not in settings)
-        return replace(self, config=config, assumed=assumed)
+        left = {name: part for name, part in self.parts.items() if name not in settings or settings[name] is not None}
+        return replace(self, config=config, parts=left, assumed=assumed)
 
     def with_second_tower(self, other: Checkpoint) -> Checkpoint:
         """The same with the text tower of `other` beside its own, both read as Stable Diffusion XL reads its two: the

@@ -4,11 +4,11 @@
     first_stage_model.*                   the autoencoder, of 16 channels, without 1x1 convolutions
     text_encoders.clip_l.transformer.*    CLIP ViT-L/14 in Hugging Face's names; its projection is missing
     text_encoders.clip_g.transformer.*    OpenCLIP ViT-bigG/14 in the same
-    text_encoders.t5xxl.transformer.*     the encoder of T5 XXL, which is not read: zeros stand in its place
+    text_encoders.t5xxl.transformer.*     the encoder of T5 XXL (t5.py), or zeros stand in its place
 
-A file without towers lies beside theirs, as published: clip_l.safetensors and clip_g.safetensors, there or in the
-folder text_encoders. What no tensor says is the same for all: rectified flow with shift 3, 1024 pixels, the latent's
-shift and scale, and how the towers are read (Esser et al. 2024, appendix B.3).
+A file without towers lies beside theirs, as published: clip_l.safetensors, clip_g.safetensors and
+t5xxl_fp16.safetensors, there or in the folder text_encoders. What no tensor says is the same for all: rectified flow
+with shift 3, 1024 pixels, the latent's shift and scale, and how the towers are read (Esser et al. 2024, appendix B.3).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import mmdit, original
+from ldm.checkpoints import mmdit, original, t5
 from ldm.checkpoints.changed import Changed, Made
 from ldm.checkpoints.common_names import autoencoder_of_shapes, clip_names
 from ldm.checkpoints.reading import Tensors, read_tensors
@@ -39,7 +39,6 @@ CONFIG = "ldm.config"  # the metadata's key of our own config, in files that we 
 UNET, AUTOENCODER = original.UNET, original.AUTOENCODER
 TOWERS = {"text": "clip_l", "text_2": "clip_g"}
 PROJECTION = "text_projection.weight"
-NO_T5 = "the T5 in {} is not read here: zeros stand in its place, as for those who draw without it"
 FLOW = ScheduleConfig("flow", shift=3.0)
 SHIFT, SCALE = 0.0609, 1.5305  # of the latent
 LENGTH, SIDE = 77, 1024  # tokens of T5; pixels
@@ -53,7 +52,8 @@ def is_single_file(path: Path, tensors: Tensors | None) -> bool:
 
 
 def open_single_file(path: Path, stored: Tensors, weights: str = "auto", decided: Collection[str] = ()) -> Checkpoint:
-    """The checkpoint in `path`, whose tensors these are. Raises UserError for networks that are not SD 3's."""
+    """The checkpoint in `path`, whose tensors these are; without T5 where that is `decided`. Raises UserError for
+    networks that are not SD 3's."""
     tensors = unscaled(stored)
     shapes = {name: tensors.form(name)[1] for name in tensors}
     own = tensors.metadata.get(CONFIG)
@@ -82,10 +82,14 @@ def open_single_file(path: Path, stored: Tensors, weights: str = "auto", decided
             remarks.append(f"{path} has no text tower {theirs}; that of {beside} is used")
         settings[name], parts[name] = tower(source, prefix, file, CLIP if name == "text" else BIGG)
         used += [n for n in shapes if n.startswith(f"text_encoders.{theirs}.")]
-    if any(name.startswith("text_encoders.t5xxl.") for name in shapes):
-        used += [n for n in shapes if n.startswith("text_encoders.t5xxl.")]
-        remarks.append(NO_T5.format(path))
+    used += [n for n in shapes if n.startswith("text_encoders.t5xxl.")]
+    third = t5.within(path, tensors) if "text" in parts and "t5" not in decided else None
+    if third is not None:
+        settings["t5"], parts["t5"] = third[0], Part(*third[1])
+        if parts["t5"].file != str(path):
+            remarks.append(f"{path} has no T5; that of {parts['t5'].file} is used")
     made = config or completed(ModelConfig(**settings))  # type: ignore[arg-type]
+    made = replace(made, t5=settings.get("t5"))  # type: ignore[arg-type]
     foreign = tuple(name for name in shapes if name not in {*used} and not original.unused(name))
     facts = {key: value for key, value in tensors.metadata.items() if key not in (CONFIG, "format")}
     assumed = () if config else ("schedule.shift", "image_size")
@@ -206,6 +210,10 @@ def write_single_file(path: Path, config: ModelConfig, states: Mapping[str, Mapp
     tensors |= exported(states["autoencoder"], names)
     for name, theirs in TOWERS.items():
         tensors |= clip_tensors(states[name], f"text_encoders.{theirs}.transformer.")
+    if "t5" in states:
+        tensors |= t5.written(states["t5"], t5.PREFIX, twice=True)
+        if "tokenizer" in states["t5"]:
+            tensors[f"{t5.PREFIX}{t5.TOKENIZER}"] = states["t5"]["tokenizer"]
     words = {"format": "pt", CONFIG: json.dumps(to_dict(config)), "modelspec.prediction_type": "flow"}
     with atomic_write(path) as temporary:
         write_tensors(tensors, temporary, words)

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints import diffusers, mmdit, sd3
+from ldm.checkpoints import diffusers, mmdit, sd3, t5
 from ldm.checkpoints import diffusers_configs as configs
 from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
 from ldm.checkpoints.diffusers_written import write_text
 from ldm.checkpoints.reading import Tensors
-from ldm.checkpoints.record import Checkpoint
+from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.said import follow, settle
 from ldm.checkpoints.scheduler_config import read_scheduler
 from ldm.checkpoints.state import exported
@@ -67,8 +67,9 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
     config = sd3.completed(
         follow(ModelConfig(schedule=ScheduleConfig("flow"), **settings), settle(said, path, decided))
     )
-    if (path / "text_encoder_3").is_dir():
-        remarks += (sd3.NO_T5.format(path / "text_encoder_3"),)
+    if (path / "text_encoder_3").is_dir() and config.towers and "t5" not in decided:
+        third = t5.in_directory(path, diffusers.open_weights(path / "text_encoder_3", "text_encoder"))
+        config, parts["t5"] = replace(config, t5=third[0]), Part(*third[1])
     side = plain.get("sample_size")
     if isinstance(side, int) and config.autoencoder is not None:
         config = replace(config, image_size=side * config.autoencoder.factor)
@@ -78,7 +79,7 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
 def folders(
     config: ModelConfig, states: Mapping[str, Mapping[str, Tensor]]
 ) -> Iterator[tuple[str, dict[str, Any], str, dict[str, Tensor]]]:
-    """What the directory of a StableDiffusion3Pipeline without T5 has beside its autoencoder and tokenizers.
+    """What the directory of a StableDiffusion3Pipeline has beside its autoencoder and tokenizers.
 
     Each is a folder of a network, its config.json, its kind and its tensors; or a JSON file, of no kind.
     """
@@ -101,14 +102,20 @@ def folders(
         yield folder, plain, "text_encoder", sd3.clip_tensors(states[name], "")
         index |= {folder: ["transformers", "CLIPTextModelWithProjection"]}
         index |= {_tokenizer(folder): ["transformers", "CLIPTokenizer"]}
+    if config.t5 is not None:
+        yield "text_encoder_3", t5.write_config(config.t5), "text_encoder", t5.written(states["t5"], "", twice=False)
+        index |= {"text_encoder_3": ["transformers", "T5EncoderModel"]}
+        index |= {"tokenizer_3": ["transformers", "T5TokenizerFast"]} if config.t5.tokenizer else {}
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
     yield "scheduler/scheduler_config.json", scheduler | {"shift": config.schedule.shift}, "", {}
     yield "model_index.json", index, "", {}
 
 
-def write_tokenizers(path: Path, config: ModelConfig) -> None:
+def write_tokenizers(path: Path, config: ModelConfig, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     for name, folder in FOLDERS.items():
         write_tokenizer(path / _tokenizer(folder), config.towers[name])
+    if config.t5 is not None and config.t5.tokenizer:
+        t5.write_tokenizer(path / "tokenizer_3", bytes(states["t5"]["tokenizer"].cpu().numpy()))
 
 
 def _tokenizer(folder: str) -> str:

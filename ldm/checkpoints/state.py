@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -96,14 +96,21 @@ class Translated(Mapping[str, Tensor]):
 
     `shapes` are ours. Axes of length 1 may be missing or too many at the end of theirs: a 1 x 1 convolution is a
     linear layer. Raises UserError, at once and naming them, if tensors are missing, unexpected or of another shape.
-    `what` names them in that error ("the U-Net in sd.ckpt"), `scope` lists the names in `source` that belong here.
+    `what` names them in that error ("the U-Net in sd.ckpt"), `scope` lists the names in `source` that belong here;
+    ours among `data` hold bytes, all others floats.
     """
 
     def __init__(
-        self, source: Source, names: Names, shapes: Mapping[str, Shape], what: str, scope: Iterable[str]
+        self,
+        source: Source,
+        names: Names,
+        shapes: Mapping[str, Shape],
+        what: str,
+        scope: Iterable[str],
+        data: Iterable[str] = (),
     ) -> None:
         self._source, self._names, self._shapes = source, names, shapes
-        _check(source, wanted(names, shapes), scope, what)
+        _check(source, wanted(names, shapes), scope, what, {name for ours in data for name in names[ours]})
 
     def __getitem__(self, name: str) -> Tensor:
         pieces = [self._source[theirs] for theirs in self._names[name]]
@@ -161,15 +168,16 @@ def wanted(names: Names, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     return found
 
 
-def _check(source: Source, shapes: Mapping[str, Shape], scope: Iterable[str], what: str) -> None:
+def _check(source: Source, shapes: Mapping[str, Shape], scope: Iterable[str], what: str, data: Collection[str]) -> None:
     missing = [name for name in shapes if name not in source]
     unexpected = [name for name in scope if name not in shapes]
     misshapen = []
     for name, shape in shapes.items():
         if name in source:
             dtype, found = source.form(name)
-            if not dtype.is_floating_point:
-                misshapen.append(f"{name} holds {str(dtype).removeprefix('torch.')} and should hold floats")
+            if dtype != torch.uint8 if name in data else not dtype.is_floating_point:
+                kind = "bytes" if name in data else "floats"
+                misshapen.append(f"{name} holds {str(dtype).removeprefix('torch.')} and should hold {kind}")
             elif _bare(found) != _bare(shape):
                 misshapen.append(f"{name} is {tuple(found)} and should be {shape}")
     groups = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm.conditioning import chunks
 from ldm.conditioning.clip import TextTower
 from ldm.conditioning.condition import Condition, cat
+from ldm.conditioning.t5 import LONGEST, T5Tower, flat
 from ldm.errors import UserError, printable
 from ldm.jobs import Ask, grammar
 from ldm.model_config import EncoderConfig
@@ -47,16 +48,22 @@ class Texts:
 class Encoder(nn.Module):
     """Asks -> Condition.
 
-    `towers`: those of the captions by name, of contexts equally long, which are joined by width; none for a network
-    that takes no captions. `classes`: how many a class-conditional network knows; the label after the last is the null
-    class. `config` has their names, and what the vector is made of. Raises UserError for settings that contradict each
-    other.
+    `towers`: those of the captions by name, of contexts equally long, which are joined by width, and behind them along
+    the context "t5"; none for a network that takes no captions. `classes`: how many a class-conditional network knows;
+    the label after the last is the null class. `config` has their names, and what the vector is made of. Raises
+    UserError for settings that contradict each other.
     """
 
     def __init__(
-        self, towers: Mapping[str, TextTower], config: EncoderConfig = EncoderConfig(), classes: int = 0
+        self, towers: Mapping[str, TextTower | T5Tower], config: EncoderConfig = EncoderConfig(), classes: int = 0
     ) -> None:
         super().__init__()
+        self.towers, self.config, self.classes = nn.ModuleDict(towers), config, classes
+        self._check()
+        self.rows = {name: row for row, name in enumerate(config.labels or map(str, range(classes)))}
+
+    def _check(self) -> None:
+        config, classes, towers, t5 = self.config, self.classes, self.named_towers, self.t5
         names = len(config.labels)
         if names not in (0, classes):
             raise UserError(
@@ -81,17 +88,30 @@ class Encoder(nn.Module):
             raise UserError(
                 f"encoder.sizes is {config.sizes}; choose an even number (half are cosines, half sines), or 0"
             )
-        self.towers, self.config, self.classes = nn.ModuleDict(towers), config, classes
-        self.rows = {name: row for row, name in enumerate(config.labels or map(str, range(classes)))}
+        if t5 is not None and not (towers and config.t5_tokens and config.width == t5.config.width):
+            raise UserError(
+                f"T5 is {t5.config.width} wide and stands behind text towers: set encoder.width={t5.config.width} and "
+                "encoder.t5_tokens (Stable Diffusion 3: 77), or take a model without T5"
+            )
 
     def with_towers(self, towers: Mapping[str, TextTower]) -> Encoder:
         """The same with other towers, as ones that know more words."""
-        return Encoder(towers, self.config, self.classes)
+        return Encoder({**self.readers, **towers}, self.config, self.classes)
+
+    @property
+    def readers(self) -> dict[str, TextTower | T5Tower]:
+        """All that read captions by name, in order, T5 last."""
+        return cast("dict[str, TextTower | T5Tower]", dict(self.towers.items()))
 
     @property
     def named_towers(self) -> dict[str, TextTower]:
-        """The towers by name, in order."""
-        return cast("dict[str, TextTower]", dict(self.towers.items()))
+        """The towers that are CLIP's by name, in order."""
+        return {name: tower for name, tower in self.readers.items() if not isinstance(tower, T5Tower)}
+
+    @property
+    def t5(self) -> T5Tower | None:
+        """None where there is none; zeros stand in its place where the network wants one."""
+        return cast(T5Tower, self.towers["t5"]) if "t5" in self.towers else None
 
     @property
     def text(self) -> TextTower | None:
@@ -153,7 +173,8 @@ class Encoder(nn.Module):
         first = [
             each.tokens[:1].to(tower.positional_embedding.device) for tower, each in zip(towers, read, strict=True)
         ]
-        return Texts(self._filled(torch.cat(states, dim=-1)), self._pooled(first))
+        behind = None if self.t5 is None else self.t5.weighted(ask.text, self.config.t5_tokens)
+        return Texts(self._joined(torch.cat(states, dim=-1), behind), self._pooled(first))
 
     def without(self, texts: Texts, keep: Mapping[str, Tensor]) -> Texts:
         """Zeros for what a tower says, in the rows where its `keep` (B,) is False."""
@@ -161,32 +182,39 @@ class Encoder(nn.Module):
             return texts
         rows = {name: keep[name].to(texts.context)[:, None] for name in self.towers}
         widths = {name: tower.config for name, tower in self.named_towers.items()}
-        said = torch.cat([rows[n].expand(-1, widths[n].width) for n in rows], dim=1)
-        context = texts.context * F.pad(said, (0, self.context_width - said.shape[1]))[:, None]  # zeros are behind them
+        said = torch.cat([rows[n].expand(-1, widths[n].width) for n in widths], dim=1)
+        said = F.pad(said, (0, self.context_width - said.shape[1]))[:, None]  # zeros are behind them
+        own, third = texts.context.tensor_split([texts.context.shape[1] - self.config.t5_tokens], dim=1)
+        context = torch.cat([own * said, third * rows["t5"][..., None] if "t5" in rows else third], dim=1)
         if texts.pooled is None:
             return Texts(context)
-        return Texts(context, texts.pooled * torch.cat([rows[n].expand(-1, widths[n].embed_dim) for n in rows], dim=1))
+        return Texts(
+            context, texts.pooled * torch.cat([rows[n].expand(-1, widths[n].embed_dim) for n in widths], dim=1)
+        )
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
         """(B, L) long for each tower, where that is."""
         towers = self.named_towers.values()
-        return tuple(tower.tokenize(texts)[0].to(tower.positional_embedding.device) for tower in towers)
+        made = tuple(tower.tokenize(texts)[0].to(tower.positional_embedding.device) for tower in towers)
+        return made if self.t5 is None else (*made, self.t5.tokenize(texts, self.config.t5_tokens)[0])
 
     def of_tokens(self, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """(B, L) long for each tower -> context (B, L, D) and, where the vector has it, pooled text (B, E)."""
         towers = self.named_towers.values()
-        context = torch.cat([tower(own) for tower, own in zip(towers, tokens, strict=True)], dim=-1)
-        return self._filled(context), self._pooled(tokens)
+        context = torch.cat([tower(own) for tower, own in zip(towers, tokens, strict=self.t5 is None)], dim=-1)
+        return self._joined(context, None if self.t5 is None else self.t5(tokens[-1])), self._pooled(tokens)
 
-    def _filled(self, context: Tensor) -> Tensor:
-        """What the towers say (B, L, D), with zeros up to the context's width and, for a T5 that lacks, behind it."""
-        return F.pad(context, (0, self.context_width - context.shape[-1], 0, self.config.t5_tokens))
+    def _joined(self, context: Tensor, behind: Tensor | None) -> Tensor:
+        """What the towers say (B, L, D), with zeros up to the context's width, and what T5 says behind it, or zeros."""
+        missing = self.config.t5_tokens if behind is None else 0
+        context = F.pad(context, (0, self.context_width - context.shape[-1], 0, missing))
+        return context if behind is None else torch.cat([context, behind.to(context)], dim=1)
 
     def _pooled(self, tokens: Sequence[Tensor]) -> Tensor | None:
         """(B, E) of each tower that projects, joined; None where the vector has it not."""
         if not self.config.pooled:
             return None
-        read = zip(self.named_towers.values(), tokens, strict=True)
+        read = zip(self.named_towers.values(), tokens, strict=False)  # T5's own are behind them
         joined = torch.cat([tower.features(own) for tower, own in read if tower.config.embed_dim], dim=-1)
         return joined.to(torch.promote_types(joined.dtype, torch.float32))
 
@@ -201,6 +229,8 @@ class Encoder(nn.Module):
         found = [notice for text in different for notice in grammar.notices(text)] if weighted else []
         for tower in self.named_towers.values():
             found += _notices(tower, different, weighted)
+        if self.t5 is not None:
+            found += _of_t5(self.t5, different, self.config.t5_tokens, weighted)
         return tuple(dict.fromkeys(map(printable, found)))
 
     def of_texts(self, asks: Sequence[Ask], texts: Texts) -> Condition:
@@ -273,3 +303,14 @@ def _notices(tower: TextTower, different: Sequence[str], weighted: bool) -> list
             "not drawn; use words that it was trained on"
         )
     return found
+
+
+def _of_t5(tower: T5Tower, different: Sequence[str], length: int, weighted: bool) -> list[str]:
+    """What T5 does not read of texts."""
+    texts = [flat(text)[0] for text in different] if weighted else different
+    most = max(length, LONGEST) if weighted else length
+    return [
+        f"a prompt is longer than the {most} tokens that T5 reads; dropped: {words}"
+        for words in tower.tokenize(texts, most)[1]
+        if words
+    ]

@@ -76,11 +76,13 @@ def latent_fingerprint(
     if autoencoder is not None and "autoencoder" in autoencoder.parts:
         made["autoencoder"] = native.fingerprint(autoencoder.state("autoencoder"))
     if text is not None:
-        for name in (*text.config.towers,) or ("text",):
-            weights, plain = native.fingerprint(text.state(name)), to_dict(text.config.towers[name])
-            if plain["final_norm"]:
+        for name in (*text.config.readers,) or ("text",):
+            weights, plain = native.fingerprint(text.state(name)), to_dict(text.config.readers[name])
+            if plain.get("final_norm"):
                 del plain["final_norm"]  # as caches have it that were written before there was that setting
             made[name] = f"{weights} {json.dumps(plain, sort_keys=True)}"
+        if "t5" in made:
+            made["t5"] += f", {encoder.t5_tokens} tokens"
         if encoder.pooled or encoder.empty != "encoded":
             made["encoder"] = f"pooled {encoder.pooled}, empty text {encoder.empty}"
     if data.shards.strip():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from ldm.autoencoder.codec import Codec
 from ldm.checkpoints.opening import open_checkpoint, open_towers, parse_settings
 from ldm.checkpoints.record import Checkpoint
 from ldm.conditioning.clip import TextTower
+from ldm.conditioning.t5 import T5Tower
 from ldm.config import (
     AutoencoderConfig,
     DataConfig,
@@ -36,7 +38,7 @@ class Beginning:
 
     config: ModelConfig  # what the trained model is
     codec: Codec
-    towers: Mapping[str, TextTower]  # none: the U-Net takes no captions
+    towers: Mapping[str, TextTower | T5Tower]  # none: the U-Net takes no captions
     unet: AnyNetwork | None  # that of the model of init, ready to be trained; None: the training makes a new one
     sources: Mapping[str, Checkpoint]  # part -> where it came from; the identity codec and a new U-Net have no place
 
@@ -103,16 +105,18 @@ def _begin_anew(config: DiffusionTraining, device: torch.device) -> Beginning:
         raise UserError("text_2 names a second text tower, and text names no first one; say text= too")
     if config.model.context_width and not config.text:
         raise UserError("model.context_width asks for captions but no text tower is named; say text=runs/clip")
-    text = open_towers(config.text, config.text_2) if config.model.context_width else None
+    third = config.encoder.t5_tokens > 0
+    text = open_towers(config.text, config.text_2, third) if config.model.context_width else None
     towers = {} if text is None else text.load_towers(device)
     sources = {} if text is None else dict.fromkeys(towers, text)
     if config.autoencoder:
         sources["autoencoder"] = open_checkpoint(config.autoencoder).only("autoencoder")
     identity = AutoencoderConfig(kind="identity", scale=(1.0,))
+    readers: dict[str, Any] = {name: tower.config for name, tower in towers.items()}
     codec = sources["autoencoder"].load("autoencoder", device) if config.autoencoder else Codec(None, identity)
     made = ModelConfig(
         autoencoder=codec.config,
-        **{name: tower.config for name, tower in towers.items()},
+        **readers,
         unet=config.model,
         schedule=config.schedule,
         parameterization=config.parameterization or "v",

@@ -69,6 +69,9 @@ def test_all_that_a_pipeline_is_read_from_is_fetched(monkeypatch: pytest.MonkeyP
         names += [f"text_encoder{end}/model.safetensors", f"text_encoder{end}/config.json"]
         names += [f"tokenizer{end}/{name}.json" for name in ("tokenizer_config", "special_tokens_map", "vocab")]
     assert all(any(fnmatch.fnmatch(name, pattern) for pattern in asked) for name in names)
+    names += ["text_encoder_3/model-00001-of-00002.safetensors", "text_encoder_3/model.safetensors.index.json"]
+    names.append("tokenizer_3/tokenizer.json")
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in asked) for name in names[-3:])
     assert not any(fnmatch.fnmatch("text_encoder_3/model.bin", pattern) for pattern in asked)
 
 

@@ -215,7 +215,4 @@ def test_a_file_without_towers_takes_those_beside_it(small: tuple[Any, Path], tm
     assert again.config.text is not None and again.config.text.final_norm is False
     assert again.config.encoder == found.config.encoder and again.config.schedule == found.config.schedule
     assert any("clip_g" in notice for notice in again.notices)
-    tensors["text_encoders.t5xxl.transformer.shared.weight"] = torch.zeros(4, 4).to(torch.float8_e4m3fn)
-    save_file(tensors, tmp_path / "t5.safetensors")
-    passed = open_checkpoint(tmp_path / "t5.safetensors")
-    assert not passed.foreign and any("the T5 in" in notice and "zeros" in notice for notice in passed.notices)
+    assert any("without T5: zeros stand in its place" in notice for notice in again.notices)

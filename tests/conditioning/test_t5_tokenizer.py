@@ -1,0 +1,146 @@
+"""T5's tokenizer: sentencepiece's model and tokenizer.json read alike, and nothing of a stranger's that does more."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm.checkpoints import t5
+from ldm.conditioning import t5_tokenizer
+from ldm.conditioning.torchvision_ops import declare_missing_operators
+from ldm.errors import UserError
+
+pytest.importorskip("tokenizers")
+
+TEXTS = [
+    "",
+    "a red heart",
+    "two cats & a DOG, 4k!!",
+    "  spaces   here\nnew\tline ",
+    "café crème ﬁne Ⅳ",
+    "x</s>y <extra_id_3> z <pad>",
+    "日本語 😀",
+    "a" * 300,
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    """A sentencepiece model, as T5's are made."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    lines = ["a red heart", "two cats and a dog, 4k!!", "the quick brown fox jumps over the lazy dog", "café fine"]
+    into = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 20),
+        model_writer=into,
+        vocab_size=80,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return into.getvalue()
+
+
+def test_it_cuts_as_sentencepiece_and_as_transformers_do(model: bytes, tmp_path: Path) -> None:
+    declare_missing_operators()
+    transformers = pytest.importorskip("transformers")
+    import sentencepiece
+
+    (tmp_path / "spiece.model").write_bytes(model)
+    theirs = transformers.T5TokenizerFast.from_pretrained(tmp_path)
+    plain = sentencepiece.SentencePieceProcessor(model_proto=model)
+    document = t5_tokenizer.of_sentencepiece(model, "here")
+    ours = t5_tokenizer.made(document, "here")
+    for text in TEXTS:
+        assert ours.encode(text).ids == theirs(text).input_ids, text
+        if "<" not in text:  # to sentencepiece that is a text like another
+            assert ours.encode(text).ids == [*plain.encode(text), 1], text
+    theirs.save_pretrained(tmp_path / "saved")
+    again = t5_tokenizer.checked((tmp_path / "saved" / "tokenizer.json").read_bytes(), "there")
+    assert json.loads(again) == json.loads(document) and t5_tokenizer.checked(document, "here") == document
+    t5.write_tokenizer(tmp_path / "written", document)
+    written = transformers.T5TokenizerFast.from_pretrained(tmp_path / "written")
+    assert [written(text).input_ids for text in TEXTS] == [theirs(text).input_ids for text in TEXTS]
+
+
+def plain() -> dict[str, Any]:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("a", -2.0)]
+    return json.loads(t5_tokenizer.written(pieces, b""))
+
+
+def broken(**changes: Any) -> bytes:
+    return json.dumps(plain() | changes).encode()
+
+
+HOSTILE = {
+    "no JSON": b"\x80\x04.",
+    "no object": b"[]",
+    "nothing": b"{}",
+    "deep": b"[" * 100_000,
+    "another model": broken(model={"type": "BPE", "vocab": {}, "merges": []}),
+    "no special pieces": broken(model={"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}),
+    "a piece twice": broken(model={"type": "Unigram", "unk_id": 2, "vocab": [*plain()["model"]["vocab"], ["a", 0.0]]}),
+    "no score": broken(model={"type": "Unigram", "unk_id": 2, "vocab": [["<pad>", None]]}),
+    "a long piece": broken(
+        model={"type": "Unigram", "unk_id": 2, "vocab": [*plain()["model"]["vocab"], ["x" * 999, 0]]}
+    ),
+    "a regular expression": broken(
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed"}
+    ),
+    "lower case": broken(normalizer={"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}),
+    "no step": broken(normalizer={"type": "Sequence", "normalizers": [3]}),
+    "a torn table": broken(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    "a table of noise": broken(
+        normalizer={
+            "type": "Precompiled",
+            "precompiled_charsmap": base64.b64encode(b"\x00\x04\x00\x00" + b"\xff" * 1024).decode(),
+        }
+    ),
+    "no table": broken(normalizer={"type": "Precompiled", "precompiled_charsmap": "%%%"}),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_others_are_refused_in_a_sentence(kind: str) -> None:
+    with pytest.raises(UserError, match=r"^here ") as refused:
+        t5_tokenizer.made(HOSTILE[kind], "here")
+    assert "\n" not in str(refused.value)
+
+
+def test_only_the_numbers_of_a_file_are_taken() -> None:
+    """Its template, its added words and its replacements are not."""
+    rogue = plain()
+    rogue["post_processor"] = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+    rogue["added_tokens"] = [{"id": 4, "content": "heart", "special": True, "lstrip": True, "rstrip": True}]
+    rogue["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [{"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "a" * 10_000}],
+    }
+    assert t5_tokenizer.checked(json.dumps(rogue).encode(), "here") == t5_tokenizer.checked(broken(), "here")
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00" * 50, b"\xff" * 500, b"\x0a\xff\xff\xff\xff\x0f"])
+def test_what_is_no_model_of_sentencepiece_is_refused(data: bytes) -> None:
+    pytest.importorskip("sentencepiece")
+    with pytest.raises(UserError, match="no sentencepiece model of T5"):
+        t5_tokenizer.of_sentencepiece(data, "here")
+
+
+def test_a_model_of_byte_pairs_and_a_torn_one_are_refused(model: bytes) -> None:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    other = ModelProto.FromString(model)
+    other.trainer_spec.model_type = 2
+    for data in (other.SerializeToString(), model[: len(model) // 2]):
+        with pytest.raises(UserError, match="no sentencepiece model of T5"):
+            t5_tokenizer.of_sentencepiece(data, "here")
