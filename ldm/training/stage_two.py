@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -31,18 +31,24 @@ from ldm.training.diffusion import Course, DiffusionStage, Trained
 from ldm.training.fewer_steps import drawn_by, make_objective
 from ldm.training.fitting import check_fits
 from ldm.training.inputs import Inputs
+from ldm.training.objectives import Objective
 from ldm.training.preflight import check_settings
 from ldm.training.stage import Batches
 from ldm.unet.attention import check_backend
 
 
 def diffusion_stage(
-    config: DiffusionTraining, rank: int, world: int, device: torch.device, said: Collection[str] = ()
+    config: DiffusionTraining,
+    rank: int,
+    world: int,
+    device: torch.device,
+    said: Collection[str] = (),
+    own: Callable[[Model], Objective] | None = None,
 ) -> DiffusionStage:
     """The training of a network, or of a LoRA of it, that `config` describes.
 
     said: the dotted names of the settings that were written out; what the model of init contradicts is refused even
-    where it equals a default.
+    where it equals a default. own: makes an objective of the model, in place of the one of `config.objective`.
     """
     check_settings(config, world)
     check_backend(config.attention, device.type)
@@ -78,9 +84,9 @@ def diffusion_stage(
         began.notices,
     )
     inputs = Inputs(model.codec, model.encoder, config.data.size, device, takes=takes)
-    objective, teacher = make_objective(config, model.law, made.loss, network)
+    objective, teacher = (own(model), None) if own else make_objective(config, model.law, made.loss, network)
     trained = _lora_of(model, config, began) if config.lora.rank else _network_of(model, config.optimizer)
-    held_out = None if isinstance(config.objective, Regress) else objective
+    held_out = None if isinstance(config.objective, Regress) and not own else objective
     return DiffusionStage(model, inputs, objective, trained, course, teacher, held_out, check=rank == 0)
 
 
