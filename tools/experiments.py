@@ -3,12 +3,14 @@
     python tools/experiments.py steps-table --shards 'data/icons/masters/train-*.tar' --output runs/steps-table
     python tools/experiments.py samplers    --shards 'data/icons/masters/train-*.tar' --output runs/samplers
     python tools/experiments.py guidance    --shards 'data/icons/masters/train-*.tar' --output runs/guidance
+    python tools/experiments.py fewer-steps --shards 'data/icons/masters/*.tar' --classifier runs/classifier \\
+        --student four=runs/four --output runs/fewer-steps
     python tools/experiments.py grids       --output runs/grids
     python tools/experiments.py interpolate --shards 'data/icons/masters/train-*.tar' --output runs/interpolate
     python tools/experiments.py toy --output runs/toy
 
 Each prints its figures with their counts and writes them, with the protocol they were made by, into --output. What was
-drawn is kept there: the first three, which take long, go on where they were stopped. They draw and measure as
+drawn is kept there: the first four, which take long, go on where they were stopped. They draw and measure as
 scripts/evaluate.py does, and like it may be started by accelerate-launch on several processes; on a CPU, one for each
 core is fastest. --quick is a small experiment that ends in a minute.
 """
@@ -23,7 +25,8 @@ from pathlib import Path
 from ldm.arguments import COUNT, NATURAL, Parser
 from ldm.device import PRECISIONS, choose_device
 from ldm.errors import UserError
-from ldm.options import WHERE_HELP, where_of
+from ldm.home import recipe
+from ldm.options import WHERE_HELP, split_list, where_of
 
 MANY, FEW, MANY_ON_GPU = 1000, 200, 5000  # pictures in a cell of the steps table; FEW where one takes 1000 steps
 RECIPE = "@icons"  # what the shipped model was trained on
@@ -40,6 +43,8 @@ def main() -> None:
         toy.run(folder, arguments.quick)
     elif arguments.command == "grids":
         run_grids(arguments, folder)
+    elif arguments.command == "fewer-steps":
+        run_fewer(arguments, folder)
     elif arguments.command == "interpolate":
         model = ldm.load(arguments.model, precision=arguments.precision)
         pair = interpolate.read_pair(arguments.shards, arguments.concepts, arguments.style, model.config.image_size)
@@ -55,6 +60,7 @@ def parse() -> argparse.Namespace:
     curves = commands.add_parser("samplers", help="quality against evaluations, for all samplers")
     scales = commands.add_parser("guidance", help="fidelity against diversity, over the guidance scale")
     mixing = commands.add_parser("interpolate", help="two pictures mixed in noisy latents, from coarse to fine")
+    fewer = commands.add_parser("fewer-steps", help="quality against evaluations, for a model and its students")
     levels = commands.add_parser("grids", help="distance from the exact flow, for samplers on grids")
     plane = commands.add_parser("toy", help="forward process, score, Langevin and ODE paths in the plane")
 
@@ -67,13 +73,14 @@ def parse() -> argparse.Namespace:
         command.add_argument(
             "--compile", action="store_true", help="torch.compile the U-Net: for long tables; the same up to rounding"
         )
+    add_fewer(fewer)
     steps.add_argument(
         "--pictures-of-long", type=COUNT, help=f"in a cell of 1000 steps (default {FEW}, on a GPU {MANY_ON_GPU})"
     )
     mixing.add_argument("--concepts", nargs=2, default=["red apple", "dog face"], help="the two pictures' names")
     mixing.add_argument("--style", default="noto emoji")
     mixing.add_argument("--prompt", default="", help="on the way back; default: the model without a prompt")
-    for command in (steps, curves, scales, mixing):
+    for command in (steps, curves, scales, fewer, mixing):
         command.add_argument("--model", default="icons", help="shipped name, directory or file")
         command.add_argument("--shards", required=True, help="the real pictures that the model was trained on")
         command.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
@@ -92,10 +99,22 @@ def parse() -> argparse.Namespace:
     levels.add_argument(
         "--evaluations", nargs="+", type=COUNT, default=[10, 20, 50], help="of the network [%(default)s]"
     )
-    for command in (steps, curves, scales, mixing, levels, plane):
+    for command in (steps, curves, scales, fewer, mixing, levels, plane):
         command.add_argument("--output", required=True, help="folder of results")
         command.add_argument("--quick", action="store_true", help="a small one, of which the figures say little")
     return parser.parse_args()
+
+
+def add_fewer(parser: Parser) -> None:
+    parser.add_argument("--pictures", type=COUNT, default=256, help="in a cell [%(default)s]")
+    for option, what, sampler in (("--student", "a model", "ddim"), ("--lora", "a LoRA of --model", "lcm")):
+        about = f"{what} that was taught to need few steps, drawn at cfg 1 (by {sampler}, unless it says another)"
+        parser.add_argument(option, action="append", default=[], metavar="NAME=PATH[:SAMPLER]", help=about)
+    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the model itself [%(default)s]")
+    parser.add_argument("--classifier", required=True, help="folder that tools/train_classifier.py wrote: the judge")
+    parser.add_argument("--concepts", type=recipe("evaluation"), default="concepts64", help="YAML list [%(default)s]")
+    parser.add_argument("--styles", default="noto emoji,flat emoji", help="of the prompts [%(default)s]")
+    parser.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
 
 
 def run_grids(arguments: argparse.Namespace, folder: Path) -> None:
@@ -118,6 +137,36 @@ def run_grids(arguments: argparse.Namespace, folder: Path) -> None:
             grids.on_model(model, prompts, Settings(cfg=arguments.cfg)),
         )
     grids.run(measures, samplers, spacings, folder)
+
+
+def run_fewer(arguments: argparse.Namespace, folder: Path) -> None:
+    from studies import fewer_steps
+    from studies.subject import make_subject
+
+    import ldm
+    from ldm.judge.classifier import load_classifier
+    from ldm.judge.pictures import read_concepts, read_pictures
+    from ldm.metrics.crew import muster
+    from ldm.metrics.figures import Measures
+
+    quick, pictures = arguments.quick, 16 if arguments.quick else arguments.pictures
+    named = {
+        fewer_steps.Student.read(word, sampler): option == "lora"
+        for option, sampler in (("student", "ddim"), ("lora", "lcm"))
+        for word in getattr(arguments, option)
+    }
+    classifier, concepts = load_classifier(arguments.classifier), read_concepts(arguments.concepts)
+    styles, where = split_list(arguments.styles), {"name": list(concepts), **where_of(arguments.where)}
+    real = read_pictures(arguments.shards, where, classifier.config.size)
+    question = fewer_steps.Question.of(real, classifier, concepts, styles, pictures)
+    subset = min(8 if quick else 100, pictures, len(real.of(concepts, styles)))
+    measures, where = Measures(("kernel",), subset=subset), {**where, "style": styles}
+    subject = make_subject(arguments.model, arguments.shards, where, arguments.precision, folder, muster(), measures)
+    students = {
+        student: subject.model.adapted(student.path) if lora else ldm.load(student.path, precision=arguments.precision)
+        for student, lora in named.items()
+    }
+    fewer_steps.run(subject, students, question, arguments.cfg, quick, pictures)
 
 
 def run_table(arguments: argparse.Namespace, folder: Path) -> None:
