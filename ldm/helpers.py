@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
@@ -73,9 +74,12 @@ def check_paths(plan: Plan) -> None:
             )
 
 
-def open_helpers(model: Model, plan: Plan, opened: Helpers = NONE) -> Helpers:
+def open_helpers(
+    model: Model, plan: Plan, opened: Helpers = NONE, at_hand: Mapping[str, Model] = MappingProxyType({})
+) -> Helpers:
     """What `plan` asks for, on the model's device and in its precision (classifiers in float32); what is in `opened`
-    is taken from there, so that who draws many times reads each file once.
+    is taken from there, so that who draws many times reads each file once, and models `at_hand`, opened for other
+    drawings on the same device in the same precision, are not opened again.
 
     Raises UserError for what is not there or damaged, for one of other latents than the model's, and for a class that
     the classifier does not know.
@@ -83,9 +87,9 @@ def open_helpers(model: Model, plan: Plan, opened: Helpers = NONE) -> Helpers:
     if plan.guide_model is None and not plan.classifiers and not plan.refiners:
         return NONE
     check_paths(plan)
-    models = {name: opened.models.get(name) or _open_model(model, name) for name in [plan.guide_model] if name}
+    models = {name: opened.models.get(name) or _open_model(model, name, at_hand) for name in [plan.guide_model] if name}
     refining = [wrap.model for wrap in plan.refiners]
-    refiners = {name: opened.refiners.get(name) or _open_model(model, name, "refiner") for name in refining}
+    refiners = {name: opened.refiners.get(name) or _open_model(model, name, at_hand, "refiner") for name in refining}
     classifiers: dict[str, NoisyClassifier] = {}
     for wrap in plan.classifiers:
         classifiers[wrap.folder] = opened.classifiers.get(wrap.folder) or _open_classifier(model, wrap.folder)
@@ -99,13 +103,13 @@ def helpers_of(model: Model, plan: Plan) -> Helpers:
     return helpers
 
 
-def _open_model(model: Model, name: str, kind: str = "guide model") -> Model:
+def _open_model(model: Model, name: str, at_hand: Mapping[str, Model], kind: str = "guide model") -> Model:
     from ldm.device import precision_name
     from ldm.guidance.latents import latent_probe, same_latents
     from ldm.loading import load_model
 
     how = {"backend": model.backend, "low_memory": model.works_on is not None}
-    worse = load_model(name, str(model.device), precision_name(model.precision), **how)
+    worse = at_hand.get(name) or load_model(name, str(model.device), precision_name(model.precision), **how)
     if worse.codec.factor != model.codec.factor or not same_latents(
         latent_probe(model.codec), latent_probe(worse.codec)
     ):

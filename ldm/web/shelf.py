@@ -125,9 +125,12 @@ class Shelf:
         return self._adapted[key]
 
     def helpers_for(self, asked: Asked, model: Model, plan: Plan) -> Helpers:
-        """What `plan` names beside the model."""
+        """What `plan` names beside the model; what was opened for its last job that named any is kept."""
         name = asked.model or self.first
-        self._helpers[name] = helpers = open_helpers(model, plan, self._helpers.get(name, NONE))
+        at_hand = {path: self.opened[known] for known, path in self.models.items()}
+        helpers = open_helpers(model, plan, self._helpers.get(name, NONE), at_hand)
+        if helpers is not NONE:
+            self._helpers[name] = helpers
         return helpers
 
 

@@ -74,6 +74,9 @@ def test_models_and_guide_models_by_name(full: Server, folder: Path):
     assert drawn.status == 200 and str(folder).encode() not in drawn.body
     told = full.ask("/api/recipe", drawn.body).json
     assert told["notices"] == [] and (told["settings"]["model"], told["settings"]["guide_model"]) == ("other", "tiny")
+    (beside,) = full.shelf._helpers["other"].models.values()
+    assert beside is full.shelf.opened["tiny"], "what is open is not opened again"
+    assert full.draw(**JOB, model="other").status == 200 and full.shelf._helpers["other"].models, "and it stays open"
     error = full.draw(**JOB, model=str(folder / "other")).error
     assert "there are tiny, other" in error
 
