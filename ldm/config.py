@@ -12,6 +12,7 @@ from typing import Annotated
 from ldm.model_config import (  # noqa: F401 (what a model is, for those who read or write it with these settings)
     AutoencoderConfig,
     DiffusionLossConfig,
+    DrawingConfig,
     EncoderConfig,
     MMDiTConfig,
     ModelConfig,

@@ -33,7 +33,7 @@ from ldm.guidance import (
 from ldm.guidance.seen import Seen
 from ldm.helpers import NONE, Helpers
 from ldm.jobs import Plan, Request, batches, catalogue, grammar
-from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Refine, Threshold
+from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, PerpNegative, Refine, Threshold, told_scale
 from ldm.jobs.request import Sizes
 from ldm.jobs.values import reals
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid
@@ -172,26 +172,29 @@ def _guided(
     pairs = [request.asks(shape[1] * f, shape[2] * f, plan.weighted, plan.sizes) for request in requests]
     asks, others = zip(*pairs, strict=True)
     clauses, weights = grammar.conjunction(asks)
-    told = (Cfg() if callable(plan.guide) else plan.guide).asks(clauses, others)
+    guide, scale = plan.guide, 1.0
+    if model.config.told_guidance and not callable(guide):  # it guides itself
+        guide, scale = Cfg(1.0), told_scale(guide, len(clauses) > 1, model.name or "this model")
+    told = (Cfg() if callable(guide) else guide).asks(clauses, others)
     network = plan.network
     if plan.shortcuts:
         if network is not None:
             raise UserError("the plan has a network of its own, which no shortcut is known of; leave one of them out")
         network = shortened(model.unet, plan.shortcuts)
-    own = branches_of(model, told, planes, network)
+    own = branches_of(model, told, planes, network, scale)
     branches = together(own, weights, len(told) + 1 - len(clauses)) if len(clauses) > 1 else own
     seen = Seen(branches)
-    if callable(plan.guide):
-        denoiser: Denoiser = plan.guide(branches)
+    if callable(guide):
+        denoiser: Denoiser = guide(branches)
         if not callable(denoiser):
             raise UserError(f"the guide gave {denoiser!r:.60}; it gives a function (x, sigma) -> x0")
-    elif isinstance(plan.guide, Auto):
-        worse = branches_of(helpers.models[plan.guide.model], [asks], planes)
-        denoiser = autoguidance(branches, worse, *_how(plan.guide))
-    elif isinstance(plan.guide, PerpNegative):
-        denoiser = perpendicular_negative(seen, plan.guide.weight, *_how(plan.guide))
+    elif isinstance(guide, Auto):
+        worse = branches_of(helpers.models[guide.model], [asks], planes)
+        denoiser = autoguidance(branches, worse, *_how(guide))
+    elif isinstance(guide, PerpNegative):
+        denoiser = perpendicular_negative(seen, guide.weight, *_how(guide))
     else:
-        denoiser = cfg(seen, *_how(plan.guide))
+        denoiser = cfg(seen, *_how(guide))
     fraction = own.fraction if isinstance(own, LearnedVariance) else None
     return denoiser, {"unguided": seen.unguided, "fraction": fraction}
 

@@ -96,6 +96,7 @@ class UNetConfig:
     dropout: Decay = 0.0  # with it, how a batch is divided among processes and micro-batches changes the masks
     depths: tuple[Count, ...] = ()  # transformer_depth of each of attention_levels, where they differ (SDXL: 2, 10)
     kind: str = "unet"  # which network this is
+    guidance_width: Whole = 0  # > 0: told its guidance scale, as so many sinusoids (LCM: 256), an even number
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,16 @@ class DiffusionLossConfig:
 
 
 @dataclass(frozen=True)
+class DrawingConfig:
+    """How a model is meant to be drawn, where nobody says otherwise. The defaults are those of a diffusion model."""
+
+    cfg: float = 7.5  # guidance scale
+    steps: Count = 20  # of the sampler
+    sampler: str = "dpmpp_2m"  # its name
+    spacing: str = ""  # of the levels, a grid's name; empty: the sampler's own
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a checkpoint is. A part that is None is not in it (a stage-one checkpoint has an autoencoder alone)."""
 
@@ -183,6 +194,7 @@ class ModelConfig:
     encoder: EncoderConfig = EncoderConfig()  # what the network is told beside the caption
     text_2: TextConfig | None = None  # a second tower, whose context stands beside the first one's
     t5: T5Config | None = None  # a third reader of captions, whose context stands behind the towers'
+    drawing: DrawingConfig = DrawingConfig()  # how it is meant to be drawn
 
     @property
     def towers(self) -> dict[str, TextConfig]:
@@ -199,3 +211,8 @@ class ModelConfig:
     def takes_text(self) -> bool:
         """Whether the model has, or should have, a text tower: not where its network takes no captions."""
         return self.text is not None or self.unet is None or self.unet.context_width > 0
+
+    @property
+    def told_guidance(self) -> bool:
+        """Whether the network is told its guidance scale, and is guided in one evaluation."""
+        return isinstance(self.unet, UNetConfig) and self.unet.guidance_width > 0

@@ -20,14 +20,21 @@ if TYPE_CHECKING:
 
 
 def branches_of(
-    model: Model, asks: Sequence[Sequence[Ask]], planes: Tensor | None = None, network: Callable[..., Any] | None = None
+    model: Model,
+    asks: Sequence[Sequence[Ask]],
+    planes: Tensor | None = None,
+    network: Callable[..., Any] | None = None,
+    scale: float = 1.0,
 ) -> Branches:
     """The model's predictions for K lists of B asks, each with the same `planes` (B, C, h, w) beside the latent.
 
-    `network` stands in the place of the model's own; it means by x, t and its output what that means.
+    `network` stands in the place of the model's own; it means by x, t and its output what that means. `scale` is told
+    to a network that is told its guidance, and to no other.
     """
     with torch.no_grad():
         told = [replace(conditions(model, some), planes=planes) for some in asks]
+    if model.config.told_guidance:
+        told = [replace(each, guidance=torch.full((len(each),), scale, device=model.device)) for each in told]
     pieces = InPieces(network or model.unet, None if model.works_on is None else 1)
     return (LearnedVariance if model.law.learned_variance else bind)(pieces, told, model.law)
 
@@ -60,8 +67,8 @@ def _told(model: Model, ask: Ask) -> Condition:
 
 def prompt_notices(model: Model, requests: Sequence[Request], weighted: bool = False) -> tuple[str, ...]:
     """What a user should know of how the prompts and negative prompts are read, as `plan.weighted` says they are:
-    `Encoder.notices`; and that a model of classes alone is told none. Raises UserError for a label that the model does
-    not know."""
+    `Encoder.notices`; that a model of classes alone is told none; and that a negative prompt is not used. Raises
+    UserError for a label that the model does not know."""
     encoder, labels = model.encoder, dict.fromkeys(request.label for request in requests)
     for label in labels:
         encoder.number(label)
@@ -70,6 +77,8 @@ def prompt_notices(model: Model, requests: Sequence[Request], weighted: bool = F
         prompts = [clause.text for clause in grammar.clauses(request.prompt)] if weighted else [request.prompt]
         texts += [*prompts, *request.texts[1:]]
     found = encoder.notices(texts, weighted)
+    if model.config.told_guidance and any(request.negative or request.told_not is not None for request in requests):
+        found += (f"{model.name or 'this model'} is told its guidance scale, and nothing comes of a negative prompt",)
     if encoder.text is None and encoder.classes and None in labels:
         found += (f"no label was given, so any class may be drawn; this model knows {encoder.known}",)
     return found

@@ -14,6 +14,7 @@ rules that hold for the models as published; a config beside the weights goes be
     noise           scaled linear betas, 0.00085 to 0.012 over 1000 steps
     latent          0.18215 times the autoencoder's
     XL              a U-Net that takes a vector: eps, 1024 pixels, the rest in sdxl.py
+    LCM             a U-Net that is told its guidance scale is drawn as a latent consistency model
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import replace
 
 from ldm.model_config import (
     AutoencoderConfig,
+    DrawingConfig,
     EncoderConfig,
     MMDiTConfig,
     ModelConfig,
@@ -108,6 +110,8 @@ TRANSFORMERS = {
     "Stable Diffusion 3.5 large": MMDiTConfig(width=2432, depth=38, heads=38, qk_norm=True),
 }
 
+LCM = DrawingConfig(8.5, 4, "lcm", "lcm")  # of a latent consistency model that is told its scale (Luo et al. 2023)
+
 MASK, DEPTH = 5, 1  # channels beside the latent's: a mask and the masked picture's latent; a depth map
 
 
@@ -149,7 +153,8 @@ def assumed_side(config: ModelConfig) -> int:
 
 
 def _shape(config: ModelConfig) -> tuple[object, ...]:
-    """What distinguishes the known ones; whether a text tower keeps what it does not use does not count."""
+    """What distinguishes the known ones; whether a text tower keeps what it does not use does not count, nor that the
+    guidance scale is told."""
     towers = tuple(
         replace(
             tower, embed_dim=0, layers=tower.layers - (tower.layer == "penultimate"), layer="last", cleaning="plain"
@@ -160,5 +165,6 @@ def _shape(config: ModelConfig) -> tuple[object, ...]:
     if isinstance(unet, UNetConfig):
         heads = tuple(unet.heads or unet.channels * m // unet.head_width for m in unet.multipliers)
         unet = replace(unet, heads=0, head_width=0, attention_levels=tuple(sorted(unet.attention_levels)))
+        unet = replace(unet, guidance_width=0)
         return config.autoencoder, towers, unet, heads, config.parameterization
     return config.autoencoder, towers, unet, config.parameterization

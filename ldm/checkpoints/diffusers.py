@@ -28,7 +28,7 @@ from ldm.checkpoints.reading import Tensors, read_tensors
 from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.said import Said, by_tensors, follow, marker, settle
 from ldm.checkpoints.scaled import unscaled
-from ldm.checkpoints.scheduler_config import read_scheduler
+from ldm.checkpoints.scheduler_config import drawing_of, read_scheduler
 from ldm.checkpoints.state import Joined, Names, Rules, Source, Turned, names_by, rename, some
 from ldm.errors import UserError
 from ldm.model_config import TOWERS, AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig
@@ -40,11 +40,13 @@ PICKLES = {**NETWORKS, "text_encoder": "pytorch_model"}
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
 TOWERS_THERE = ("", "_2")  # the ends of the names of text towers' folders
 PROJECTION = "text_projection.weight"
+LATENT_CONSISTENCY = "LatentConsistencyModel"  # what the names of their pipelines begin with
 UNUSED = r"position_ids$|^text_projection\.weight$"  # computed; of the joint space, which nothing here draws with
 
 BLOCKS: Rules = (
     (r"^time_embedding\.linear_in", "time_embedding.linear_1"),
     (r"^time_embedding\.linear_out", "time_embedding.linear_2"),
+    (r"^guidance_embedding", "time_embedding.cond_proj"),
     (r"^vector_embedding\.linear_in", "add_embedding.linear_1"),
     (r"^vector_embedding\.linear_out", "add_embedding.linear_2"),
     (r"^norm_out", "conv_norm_out"),
@@ -127,9 +129,10 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
     """
     index = read_json(path / "model_index.json")
     pipeline = str(index.get("_class_name", ""))
-    if not pipeline.startswith("StableDiffusion") or pipeline.startswith("StableDiffusion3"):
+    if not pipeline.startswith(("StableDiffusion", LATENT_CONSISTENCY)) or pipeline.startswith("StableDiffusion3"):
         raise UserError(
-            f"{path} is a {pipeline[:60] or 'nameless pipeline'}; only Stable Diffusion v1, v2 and XL are read"
+            f"{path} is a {pipeline[:60] or 'nameless pipeline'}; only Stable Diffusion v1, v2 and XL are read, and "
+            "latent consistency models of these"
         )
     parts: dict[str, Part] = {}
     settings: dict[str, Any] = {}
@@ -143,7 +146,8 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
         source = open_weights(path / "unet", "unet", raw=weights == "raw")
         parts["unet"] = part_of(source, path / "unet", unet_names, GROUPS)
         where = path / "scheduler" / "scheduler_config.json"
-        said, remarks = read_scheduler(read_json(where), _scheduler_class(index), str(where))
+        said, remarks = read_scheduler(scheduler := read_json(where), _scheduler_class(index), str(where))
+        settings["drawing"] = drawing_of(scheduler, _scheduler_class(index), settings["unet"])
         said += by_tensors(source) + edm.by_tensors(source)
         side = plain.get("sample_size")
     else:

@@ -42,7 +42,6 @@ UNET_FIXED: Plain = {  # the value of Stable Diffusion, which is also diffusers'
     "time_embedding_dim": None,
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
-    "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "attention_type": "default",
@@ -91,6 +90,7 @@ def read_unet(plain: Plain, where: str) -> UNetConfig:
         linear_projection=bool(plain.get("use_linear_projection", False)),
         dropout=value(plain, "dropout", 0.0, where),
         vector_width=_vector_width(plain, where),
+        guidance_width=value(plain, "time_cond_proj_dim", 0, where),
         depths=() if set(own) <= {depths[-1]} else own,
     )
 

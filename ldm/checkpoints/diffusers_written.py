@@ -7,7 +7,7 @@ from typing import Any
 from ldm.checkpoints.diffusers_configs import AUTOENCODER_FIXED, BETAS, PREDICTIONS, UNET_FIXED, block_types
 from ldm.model_config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
 
-SCHEDULER = "DPMSolverMultistepScheduler"
+SCHEDULER, LCM_SCHEDULER = "DPMSolverMultistepScheduler", "LCMScheduler"
 
 
 def write_unet(config: UNetConfig, latent_side: int, sizes: int = 0) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def write_unet(config: UNetConfig, latent_side: int, sizes: int = 0) -> dict[str
         "addition_embed_type": "text_time" if config.vector_width else None,
         "addition_time_embed_dim": sizes or None,
         "projection_class_embeddings_input_dim": config.vector_width or None,
+        "time_cond_proj_dim": config.guidance_width or None,
         "attention_head_dim": config.heads or [width // config.head_width for width in widths],
         "cross_attention_dim": config.context_width,
         "use_linear_projection": config.linear_projection,
@@ -79,25 +80,30 @@ def write_text(config: TextConfig) -> dict[str, Any]:
     }
 
 
-def write_scheduler(schedule: ScheduleConfig, parameterization: str) -> dict[str, Any]:
-    """scheduler/scheduler_config.json of what `--sampler ddim --spacing trailing` draws, which is right for every law.
+def write_scheduler(schedule: ScheduleConfig, parameterization: str, lcm: bool = False) -> dict[str, Any]:
+    """scheduler/scheduler_config.json of what `--sampler ddim --spacing trailing` draws, which is right for every law;
+    or of `--sampler lcm`.
 
     DPM-Solver++ of order 1 is DDIM with eta 0. Their DDIMScheduler steps from t to t - T // N whatever its grid is, so
     with N = 30 of 1000 levels it would come by others than it evaluates.
     """
-    return {
+    drawn: dict[str, Any] = {
         "_class_name": SCHEDULER,
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 1,
+        "timestep_spacing": "trailing",
+        "steps_offset": 1,  # of leading levels; the pipeline complains of any other number
+        "final_sigmas_type": "zero",
+    }
+    if lcm:
+        drawn = {"_class_name": LCM_SCHEDULER, "original_inference_steps": 50, "set_alpha_to_one": True}
+    return drawn | {
         "num_train_timesteps": schedule.steps,
         "beta_schedule": {ours: theirs for theirs, ours in BETAS.items()}[schedule.kind],
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[parameterization],
-        "algorithm_type": "dpmsolver++",
-        "solver_order": 1,
-        "timestep_spacing": "trailing",
-        "steps_offset": 1,  # of leading levels; the pipeline complains of any other number
-        "final_sigmas_type": "zero",
         "thresholding": False,
         "clip_sample": False,  # of other schedulers, which may be made of this file and do so unless told
         "trained_betas": None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.checkpoints import diffusers, edm, original_file, sd3, sd3_directory, sdxl
 from ldm.checkpoints import diffusers_written as written
-from ldm.checkpoints.architectures import DEPTH, MASK, extra_channels
+from ldm.checkpoints.architectures import DEPTH, LCM, MASK, extra_channels
 from ldm.checkpoints.diffusers_tokenizer import write_tokenizer
 from ldm.checkpoints.foreign import PIPELINES, groups_of, refuse
 from ldm.checkpoints.state import exported
@@ -23,7 +23,15 @@ from ldm.checkpoints.writing import write_tensors
 from ldm.conditioning.clip import VOCABULARY
 from ldm.errors import UserError
 from ldm.files import atomic_write, atomic_write_text
-from ldm.model_config import AutoencoderConfig, MMDiTConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.model_config import (
+    AutoencoderConfig,
+    DrawingConfig,
+    MMDiTConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+)
 
 States = Mapping[str, Mapping[str, Tensor]]
 """Part ("autoencoder", "text", "unet") -> its tensors."""
@@ -74,6 +82,10 @@ def prepare(config: ModelConfig, states: States, to: str) -> tuple[ModelConfig, 
     for name in towers:
         towers[name], found[name], told = _tower(towers[name], found[name], to, sdxl.is_xl(config))
         remarks += [remark for remark in told if remark not in remarks]
+    if to == "diffusers" and config.drawing not in (DrawingConfig(), LCM):
+        how = config.drawing
+        told_how = f"at cfg {how.cfg:g} in {how.steps} steps of {how.sampler}"
+        remarks.append(f"that it is meant to be drawn {told_how} has no place there; say so when drawing")
     return replace(config, autoencoder=autoencoder, **towers), found, remarks
 
 
@@ -152,8 +164,9 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
     plain = written.write_unet(config.unet, side, config.encoder.sizes)
     _network(path / "unet", plain, exported(states["unet"], names), "unet")
     schedule = config.schedule or ScheduleConfig()
-    of_edm = schedule.kind == "edm"
-    scheduler = edm.write_scheduler(config) if of_edm else written.write_scheduler(schedule, config.parameterization)
+    scheduler = written.write_scheduler(schedule, config.parameterization, config.drawing.sampler == "lcm")
+    if schedule.kind == "edm":
+        scheduler = edm.write_scheduler(config)
     _json(path / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": _pipeline(config),
@@ -184,7 +197,8 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
 def _pipeline(config: ModelConfig) -> str:
     """The class that opens it; XL's inpaints by any network, and its refiner begins with a picture."""
     if not sdxl.is_xl(config):
-        return PIPELINES[extra_channels(config)]
+        lcm = config.told_guidance and config.drawing.sampler == "lcm" and not extra_channels(config)
+        return f"{diffusers.LATENT_CONSISTENCY}Pipeline" if lcm else PIPELINES[extra_channels(config)]
     if extra_channels(config) == MASK:
         return "StableDiffusionXLInpaintPipeline"
     return "StableDiffusionXLImg2ImgPipeline" if config.encoder.score else "StableDiffusionXLPipeline"

@@ -53,6 +53,7 @@ RESIDUAL: Rules = (
 ENDS: Rules = (
     (r"^time_embedding\.linear_in", "time_embed.0"),
     (r"^time_embedding\.linear_out", "time_embed.2"),
+    (r"^guidance_embedding", "time_embedding.cond_proj"),  # as diffusers' script leaves it, which has no name for it
     (r"^vector_embedding\.linear_in", "label_emb.0.0"),
     (r"^vector_embedding\.linear_out", "label_emb.0.2"),
     (r"^conv_in", "input_blocks.0.0"),
@@ -195,6 +196,7 @@ def unet_config(shapes: Mapping[str, Shape]) -> UNetConfig:
             context_width=context_width,
             linear_projection=linear,
             vector_width=shapes.get("label_emb.0.0.weight", (0, 0))[1],
+            guidance_width=shapes.get("time_embedding.cond_proj.weight", (0, 0))[1],
             depths=() if set(attention.values()) <= {depth} else tuple(attention.values()),
         )
     except (LookupError, ValueError, ZeroDivisionError) as error:

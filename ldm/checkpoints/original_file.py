@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints import edm, original, sdxl
-from ldm.checkpoints.architectures import assumed_prediction, assumed_side
+from ldm.checkpoints.architectures import LCM, assumed_prediction, assumed_side
 from ldm.checkpoints.common_names import GROUPS, autoencoder_of_shapes
 from ldm.checkpoints.original_yaml import read_yaml
 from ldm.checkpoints.reading import Tensors
@@ -104,6 +104,7 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
         }
         config = ModelConfig(autoencoder, unet=unet, schedule=ScheduleConfig() if unet else None, **towers)
         config = sdxl.completed(config, path) if sdxl.is_xl(config) else config
+        config = replace(config, drawing=LCM) if config.told_guidance else config
     config, assumed, told = _complete(config, bool(own), path, tensors, decided)
     usual = USUAL_LAYER[original.in_open_clip(prefixes.get("text", ""))]
     if config.text is not None and not own and not sdxl.is_xl(config) and config.text.layer != usual:

@@ -12,10 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from ldm.checkpoints import edm
+from ldm.checkpoints.architectures import LCM
 from ldm.checkpoints.diffusers_configs import BETAS, PREDICTIONS, value
 from ldm.checkpoints.said import FLOW, ZERO_SNR, Said
 from ldm.errors import UserError
-from ldm.model_config import ScheduleConfig
+from ldm.model_config import DrawingConfig, ScheduleConfig, UNetConfig
 
 Plain = Mapping[str, Any]
 
@@ -104,6 +105,14 @@ def _schedule_of(betas: Any) -> ScheduleConfig | None:
         return None
     table = torch.tensor(betas, dtype=torch.float64)
     return schedule_of(torch.cumprod(1 - table, 0), table)
+
+
+def drawing_of(plain: Plain, named: str, unet: UNetConfig) -> DrawingConfig:
+    """How a model with this scheduler is meant to be drawn: a latent consistency model as its pipeline draws, at the
+    scale 8.5 where the network is told it, unguided where it is not (one with a LoRA merged into it)."""
+    if _bare(str(plain.get("_class_name") or named)) != "LCM":
+        return DrawingConfig()
+    return LCM if unet.guidance_width else replace(LCM, cfg=1.0)
 
 
 def _bare(kind: str) -> str:

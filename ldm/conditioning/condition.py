@@ -1,8 +1,8 @@
 """Condition: everything that a network is told beside (x, t), one row for each picture.
 
-Parts are sorted by how they enter a network, not by what they say: a context is attended to, a vector and a label are
-added to the embedding of t, planes are concatenated to x. `encoder.py` makes conditions, networks read them, and
-nothing between the two looks inside.
+Parts are sorted by how they enter a network, not by what they say: a context is attended to, a vector, a label and a
+guidance scale are added to the embedding of t, planes are concatenated to x. `encoder.py` makes conditions, networks
+read them, and nothing between the two looks inside. Who guides adds the scale.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Condition:
     vector: Tensor | None = None  # (B, V): pooled text, sizes, anything that enters beside t
     label: Tensor | None = None  # (B,) long
     planes: Tensor | None = None  # (B, C, h, w): mask and masked picture, depth
+    guidance: Tensor | None = None  # (B,) float: the scale cfg of networks that are told it
 
     def __post_init__(self) -> None:
         sizes = {name: len(part) for name, part in self.parts().items()}
@@ -88,7 +89,7 @@ def lerp(a: Condition, b: Condition, share: float) -> Condition:
 
 def widths(condition: Condition) -> dict[str, int]:
     """How wide each part is that a network reads, by name: D, V, C, and 1 of a label."""
-    parts = {name: part for name, part in condition.parts().items() if name not in ("mask", "planes")}
+    parts = {name: part for name, part in condition.parts().items() if name not in ("mask", "planes", "guidance")}
     return {name: part.shape[-1] if part.ndim > 1 else 1 for name, part in parts.items()}
 
 

@@ -111,6 +111,26 @@ Guide = Cfg | PerpNegative | Auto
 Wrap = Refine | Classifier | Threshold
 
 
+def told_scale(guide: Guide, joined: bool, name: str) -> float:
+    """The scale that a network is told which makes one prediction, guided already; `joined`: whether prompts are, by
+    AND. Raises UserError, with the model's `name`, for a guide that compares several predictions."""
+    asked = {
+        "AND": joined,
+        "a guide model": isinstance(guide, Auto),
+        "perp_negative": isinstance(guide, PerpNegative),
+        "a sampler of CFG++": isinstance(guide, Cfg) and guide.plus,
+        "cfg_rescale": guide.rescale > 0,
+        "cfg_interval": guide.interval is not None,
+    }
+    for word, given in asked.items():
+        if given:
+            raise UserError(
+                f"{word} compares several predictions, and {name} makes one, which is guided by the scale that it is "
+                "told; leave it out"
+            )
+    return guide.scale
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be done, in the library's names. Made by `Settings.plan`, which has checked it: nobody does again.

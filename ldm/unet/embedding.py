@@ -1,4 +1,4 @@
-"""What the network is told beside the picture and the text: the noise level, and a class or a vector.
+"""What the network is told beside the picture and the text: the noise level, a class or a vector, the guidance scale.
 
 Everything here ends as one embedding (B, 4 * channels), which each residual block adds to its features or scales and
 shifts them by.
@@ -45,6 +45,17 @@ class FourierFeatures(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         return _cos_sin(t, self.frequencies.float() * (2 * math.pi / FOURIER_UNIT))
+
+
+def guidance_features(scale: Tensor, width: int) -> Tensor:
+    """cfg (B,) -> [sin(f w) | cos(f w)] (B, width), float32, w = 1000 (cfg - 1), f_i = 10000^(-i / (width / 2 - 1)).
+
+    Luo et al. 2023 call cfg - 1 the guidance scale, and embed it so in their code.
+    """
+    pairs = width // 2
+    index = torch.arange(pairs, dtype=torch.float32, device=scale.device)
+    phase = 1000 * (scale.float() - 1)[:, None] * torch.exp(-math.log(LONGEST_PERIOD) / max(pairs - 1, 1) * index)
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
 
 
 def _cos_sin(t: Tensor, frequencies: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from ldm.errors import UserError
 from ldm.model_config import UNetConfig
 from ldm.unet.attention import ContextKV, CrossAttention, SelfAttention, attention, check_backend
 from ldm.unet.blocks import Downsample, GroupNorm, ResidualBlock, SpatialTransformer, Upsample, zeroed
-from ldm.unet.embedding import FEATURES, EmbeddingMLP
+from ldm.unet.embedding import FEATURES, EmbeddingMLP, guidance_features
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,7 @@ class Prepared:
     kv: ContextKV | None = None
     embedding: Tensor | None = None  # (B, 4 channels): of vector and label, beside that of t
     planes: Tensor | None = None  # (B, C, h, w), concatenated to x
+    guidance: Tensor | None = None  # (B, channels): beside the features of t, before their MLP
 
 
 class UNet(nn.Module):
@@ -63,6 +64,9 @@ class UNet(nn.Module):
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
         self.vector_embedding = EmbeddingMLP(config.vector_width, embedding_width) if config.vector_width else None
+        self.guidance_embedding = None  # what is told nothing at first is the network that it was
+        if config.guidance_width:
+            self.guidance_embedding = zeroed(nn.Linear(config.guidance_width, config.channels, bias=False))
 
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         last, depths = len(widths) - 1, level_depths(config)
@@ -115,6 +119,7 @@ class UNet(nn.Module):
         """
         config, parts = self.config, {} if told is None else told.parts()
         wanted = {"context": config.context_width, "vector": config.vector_width, "label": config.classes}
+        wanted["guidance"] = config.guidance_width
         for name, size in wanted.items():
             if (name in parts and parts[name].numel() > 0) != (size > 0):
                 there = "missing" if size else "given"
@@ -126,7 +131,11 @@ class UNet(nn.Module):
         if self.class_embedding is not None:
             of_label = self.class_embedding(parts["label"])
             embedding = of_label if embedding is None else embedding + of_label
-        return Prepared(kv, embedding, parts.get("planes"))
+        guidance = None
+        if self.guidance_embedding is not None:
+            features = guidance_features(parts["guidance"], config.guidance_width)
+            guidance = self.guidance_embedding(features.to(self.dtype))
+        return Prepared(kv, embedding, parts.get("planes"), guidance)
 
     def project_context(self, context: Tensor, mask: Tensor | None = None) -> ContextKV:
         """context (B, L, context_width) -> the keys and values of every cross-attention layer."""
@@ -142,8 +151,8 @@ class UNet(nn.Module):
             x: (B, C, h, w), of any h and w: the noisy latent; with the planes it has `in_channels`.
             t: (B,) in [0, steps), need not be whole.
             told: a Condition with context (B, L, context_width), vector (B, vector_width), label (B,) in [0, classes],
-                where `classes` itself is the null class, and planes, each where the configuration has it; or what
-                `prepare` made of one. A tensor is a context alone; None is for networks that are told nothing.
+                where `classes` itself is the null class, guidance (B,) and planes, each where the configuration has it;
+                or what `prepare` made of one. A tensor is a context alone; None is for networks that are told nothing.
 
         Returns:
             (B, out_channels, h, w) in float32 (float64 if the parameters are).
@@ -154,7 +163,8 @@ class UNet(nn.Module):
         if not isinstance(told, Prepared):
             told = self.prepare(Condition(told) if isinstance(told, Tensor) else told)
         kv = told.kv
-        embedding = self.time_embedding(self.time_features(t).to(self.dtype))
+        features = self.time_features(t).to(self.dtype)
+        embedding = self.time_embedding(features if told.guidance is None else features + told.guidance)
         if told.embedding is not None:
             embedding = embedding + told.embedding
         embedding = F.silu(embedding)  # each residual block begins with it: once for all
@@ -240,6 +250,8 @@ def check(config: UNetConfig, name: str = "unet") -> None:
         raise UserError(f"{name}.time_injection is '{config.time_injection}'; choose add or scale_shift")
     if config.channels % 2:
         raise UserError(f"{name}.channels is {config.channels}; choose an even number (half are cosines, half sines)")
+    if config.guidance_width % 2:
+        raise UserError(f"{name}.guidance_width is {config.guidance_width}; choose an even number, such as 256, or 0")
     last = len(config.multipliers) - 1
     for level in config.attention_levels:
         if level > last:
