@@ -25,7 +25,7 @@ from ldm.settings import changed, from_dict, load, to_dict  # noqa: F401 (how wh
 
 Crop = Annotated[str, OneOf("center", "random")]
 Caption = Annotated[str, OneOf("txt", "variants", "none")]
-Law = Annotated[str, OneOf("constant", "cosine")]
+Law = Annotated[str, OneOf("constant", "cosine", "linear")]
 Precision = Annotated[str, OneOf("auto", "fp32", "bf16", "fp16")]
 Tracker = Annotated[str, OneOf("tensorboard", "wandb")]
 Width = Annotated[float, Range(least=0.001, most=0.2886)]  # an even average has 12 ** -0.5
@@ -70,8 +70,8 @@ class OptimizerConfig:
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # decays of the first and second moment
     weight_decay: NotNegative = 0.0  # of matrices, not of biases and norms
     warmup: Whole = 0  # optimizer steps in which the rate rises from 0
-    law: Law = "constant"  # constant, cosine (to `final_rate` at the last step)
-    final_rate: NotNegative = 0.0  # where the cosine ends
+    law: Law = "constant"  # constant; cosine, linear: to `final_rate` at the last step
+    final_rate: NotNegative = 0.0  # where these end
     clip: NotNegative = 1.0  # gradient norm; 0 does not clip
 
 
@@ -163,8 +163,8 @@ class SampleConfig:
     """The grids a run draws while it trains, from EMA weights."""
 
     prompts: tuple[str, ...] = ()  # a picture each; empty: none
-    cfg: float = 5.0  # guidance scale
-    steps: Count = 30  # of the sampler that draws unless another is asked for
+    cfg: float = 5.0  # guidance scale; of an objective that saves steps: of a network that is told it
+    steps: Count = 30  # of the sampler that draws unless another is asked for; one that saves steps has its own
     labels: tuple[str, ...] = ()  # of a network with classes: a picture each, without prompts or with a prompt each
 
 
@@ -181,8 +181,10 @@ class Halve:
 
     kind: str = "halve"  # which objective this is
     steps: Count = 8  # N, of the student
+    merged: Count = 2  # steps of the teacher that one of the student's stands for; 1: its guidance alone is taken in
     spacing: str = "trailing"  # of the grid that both walk
     cfg: float = 1.0  # guidance scale of the teacher, which the student then has at 1
+    cfg_range: tuple[float, float] | None = None  # scales that the student is told, one drawn for each sample: [3, 13]
 
 
 @dataclass(frozen=True)
@@ -190,10 +192,13 @@ class Consistency:
     """Consistency distillation of the model of `init`, latent or not (Song et al. 2023; Luo et al. 2023)."""
 
     kind: str = "consistency"  # which objective this is
-    levels: Count = 50  # steps of the teacher from pure noise to the picture
-    spacing: str = "trailing"  # of their grid
+    levels: Count = 50  # of the grid from pure noise to the picture
+    skip: Count = 1  # levels that one step of the teacher goes down; of levels=1000 Luo et al. skip 20
+    spacing: str = "trailing"  # of the grid
     solver: Annotated[str, OneOf("ddim", "heun")] = "ddim"  # the teacher's step
     cfg: float = 1.0  # guidance scale of the teacher, which the student then has at 1
+    cfg_range: tuple[float, float] | None = None  # scales that the student is told, one drawn for each sample: [3, 13]
+    steps: Count = 4  # in which the student is drawn
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,7 @@ class ConsistencyTraining:
     first_levels: Count = 10  # steps that the flow is cut into at first, doubled at equal distances
     last_levels: Count = 1280  # at the end
     spacing: str = "karras"  # of their grids
+    steps: Count = 4  # in which it is drawn
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,7 @@ class LoraConfig:
 class FiguresConfig:
     """What scripts/evaluate.py measures, on few pictures, at each validation of a run."""
 
-    pictures: Whole = 0  # drawn with sample.cfg and sample.steps; 0: nothing is measured
+    pictures: Whole = 0  # drawn as the sample; 0: nothing is measured
     reference: str = ""  # shards of real pictures, which lend their captions; empty: data.validation
     space: str = "efficientnet-lite0"  # of features, as scripts/evaluate.py takes it
 

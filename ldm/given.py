@@ -14,6 +14,7 @@ from ldm.errors import UserError
 from ldm.jobs import Plan, Request, Settings, catalogue, of_prompts
 from ldm.jobs.request import Labels
 from ldm.jobs.values import real, reals
+from ldm.model_config import DrawingConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,9 +147,11 @@ def plan_of(
     guide: Guide | None = None,
     noise: Noise | None = None,
     network: Network | None = None,
+    drawing: DrawingConfig = DrawingConfig(),
 ) -> Plan:
-    """The plan of settings, with what goes before them, by name or as a value. Raises UserError, also where a setting
-    is given that only what has a name would look at."""
+    """The plan of settings, with what goes before them, by name or as a value, and what they leave to the model as it
+    is meant to be drawn, `drawing`. Raises UserError, also where a setting is given that only what has a name would
+    look at."""
     settings = settings_of(settings)
     for name, value in (("guide", guide), ("network", network)):
         if value is not None and not callable(value):
@@ -163,7 +166,7 @@ def plan_of(
         settings = replace(settings, sigmas=tuple(catalogue.check_levels(reals(grid, "the grid"))))
     elif grid is not None and settings.sigmas:
         raise UserError("sigmas are written out in the settings, and a grid is given; say one")
-    plan = settings.but(cfg, steps, None if callable(sampler) else sampler).plan()
+    plan = settings.but(cfg, steps, None if callable(sampler) else sampler).of(drawing).plan()
     values = {"sampler": sampler, "spacing": grid, "guide": guide, "noise": noise, "network": network}
     return replace(plan, **{name: value for name, value in values.items() if callable(value)})
 

@@ -15,6 +15,7 @@ from ldm.errors import UserError
 from ldm.helpers import Helpers
 from ldm.inverted import Inverted
 from ldm.jobs import Plan, Request, Settings, batches
+from ldm.jobs.settings import USUAL
 from ldm.jobs.values import whole
 from ldm.sampling import weakened
 from ldm.sampling.inversion import edict_up
@@ -42,6 +43,7 @@ def invert(
 
     Raises UserError for settings that draw noise on their way, and as `generate.sample`.
     """
+    settings = settings.of(USUAL)  # a model of few steps is inverted in more
     plan = settings.plan()
     if not 0 <= whole(refinements, "refinements") <= MOST_REFINEMENTS:
         raise UserError(f"{refinements} refinements were asked for; choose 0 to {MOST_REFINEMENTS}")

@@ -84,7 +84,8 @@ class LatentDiffusion(Model):
 
         requests = requests_of(prompt, negative, seed, n, label, noise)
         begin = start_of(start, latents, len(requests), sampler, noise)
-        plan = plan_of(settings_of(settings, start), cfg, steps, sampler, grid, guide, noise, network)
+        how = settings_of(settings, start)
+        plan = plan_of(how, cfg, steps, sampler, grid, guide, noise, network, self.config.drawing)
         helpers = helpers_of(self, plan)
         tell(self, requests, plan, helpers)
         return generate.draw(self, requests, plan, helpers, batch_size, begin)
@@ -127,7 +128,7 @@ class LatentDiffusion(Model):
 
         begin, requests = begin_of(image, latents, prompt, negative, label, seed, noise, mask, depth)
         strengths = numbers(strength, len(requests), "strengths")
-        plan = plan_of(settings, cfg, steps, sampler, grid, guide, noise, network)
+        plan = plan_of(settings, cfg, steps, sampler, grid, guide, noise, network, self.config.drawing)
         helpers = helpers_of(self, plan)
         tell(self, requests, plan, helpers, begin.notices(self))
         begin.shape(self, plan, len(requests))  # as many of both, and of a size that fits
@@ -166,7 +167,7 @@ class LatentDiffusion(Model):
 
         begin, requests = begin_of(image, latents, prompt, negative, label, seed, noise, mask, depth)
         strengths = numbers(strength, len(requests), "strengths")
-        plan = plan_of(settings, cfg, steps, sampler, grid, guide, noise, network)
+        plan = plan_of(settings, cfg, steps, sampler, grid, guide, noise, network, self.config.drawing)
         if len(set(strengths)) > 1:
             raise UserError("pictures of one batch walk the same levels; give them one strength")
         helpers = helpers_of(self, plan)
@@ -198,7 +199,8 @@ class LatentDiffusion(Model):
 
         requests = requests_of(prompt, negative, seed, n, label, noise)
         begin = start_of(start, latents, len(requests), sampler, noise) or Noise()
-        plan = plan_of(settings_of(settings, start), cfg, steps, sampler, grid, guide, noise, network)
+        how = settings_of(settings, start)
+        plan = plan_of(how, cfg, steps, sampler, grid, guide, noise, network, self.config.drawing)
         helpers = helpers_of(self, plan)
         tell(self, requests, plan, helpers)
         yield from generate.sample(self, requests, plan, helpers, begin)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
-from ldm.model_config import ModelConfig, ScheduleConfig
+from ldm.model_config import DrawingConfig, ModelConfig, ScheduleConfig
 from ldm.settings import changed
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ class Model:
 
     @cached_property
     def hash(self) -> str:
-        """sha256, in hex, of the config's settings that are not the defaults, and of the stored weights, whatever
-        precision they run in here."""
+        """sha256, in hex, of the config's settings that are not the defaults (but how it is meant to be drawn), and
+        of the stored weights, whatever precision they run in here."""
         from ldm.checkpoints import native
 
         if self.path is not None and self.checkpoint is not None:
@@ -104,7 +104,9 @@ class Model:
         else:
             parts = {"autoencoder": self.codec.autoencoder, **self.encoder.readers, "unet": self.unet}
             weights = "".join(native.fingerprint(part) for part in parts.values() if part is not None)
-        document = json.dumps(changed(self.config), sort_keys=True)  # a setting added later changes no old model
+        document = json.dumps(
+            changed(replace(self.config, drawing=DrawingConfig())), sort_keys=True
+        )  # a setting added later changes no old model
         return hashlib.sha256(f"{document}\n{weights}".encode()).hexdigest()
 
 

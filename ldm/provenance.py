@@ -196,8 +196,9 @@ def differences(recipe: Recipe, model: Model, guides: Mapping[str, str] | None =
 
 
 def _drawn(model: Model, settings: Settings) -> dict[str, Any]:
-    """Checked `settings` with the size and the grid that they leave to the model filled in."""
-    side, checked = model.config.image_size, settings.check()
+    """Checked `settings` with what they leave to the model filled in: how it is meant to be drawn, size and grid."""
+    side, checked = model.config.image_size, settings.of(model.config.drawing).check()
+    assert checked.sampler is not None
     spacing = checked.spacing or own_grid(checked.sampler, model.law.schedule.is_flow)
     return asdict(checked) | {"width": checked.width or side, "height": checked.height or side, "spacing": spacing}
 

@@ -7,12 +7,14 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ldm import jobs
 from ldm.errors import UserError
 from ldm.jobs import Plan, Request, Settings, catalogue
+from ldm.model_config import DrawingConfig
 from ldm.ranges import MAX_SEED
 
 
@@ -250,6 +252,24 @@ def test_the_defaults_are_those_of_a_plan_and_of_the_catalogue() -> None:
         assert catalogue.own_grid(sampler, flow=False) == info.grid
         assert catalogue.own_grid(sampler, flow=True) == ("lcm" if sampler == "lcm" else "trailing")
     assert Settings(spacing="SGM Uniform").check().spacing == "sgm_uniform"
+
+
+def test_what_is_left_to_the_model_is_as_it_is_meant_to_be_drawn() -> None:
+    """What is said goes before it, by spelling or by levels written out too."""
+    own = DrawingConfig(1.5, 4, "lcm", "lcm")
+
+    def plan(**said: Any) -> tuple[Any, ...]:
+        made = Settings(**said).check().of(own).plan()
+        return made.guide.scale, made.steps, made.sampler, made.spacing  # type: ignore[union-attr]
+
+    assert plan() == (1.5, 4, "lcm", "lcm")
+    assert plan(cfg=2, steps=8) == (2, 8, "lcm", "lcm")
+    assert plan(sampler="euler") == (1.5, 4, "euler", "lcm") and plan(spacing="beta") == (1.5, 4, "lcm", "beta")
+    assert plan(sampler="DPM++ 2M Karras") == (1.5, 4, "dpmpp_2m", "karras")
+    assert plan(sigmas=(5.0, 1.0, 0.0)) == (1.5, 2, "lcm", "trailing")
+    left = Settings(width=64).check()
+    assert (left.cfg, left.steps, left.sampler, left.spacing) == (None,) * 4
+    assert Settings().of(DrawingConfig(spacing="")).plan() == Plan()
 
 
 def test_guidance_of_cfg_plus_plus_compares_at_scale_1_too() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ldm.adapters.lora import Lora, merged
 from ldm.adapters.textual_inversion import Embedding, TowerWithWords
 from ldm.backends import run_by
-from ldm.checkpoints.adapter_words import other_base
+from ldm.checkpoints.adapter_words import drawing_in, other_base
 from ldm.checkpoints.lora import read_lora
 from ldm.checkpoints.reading import read_metadata
 from ldm.checkpoints.textual_inversion import read_bundled, read_embeddings
@@ -34,13 +34,21 @@ def apply(model: M, adapters: Sequence[Adapter]) -> M:
     loras: list[tuple[Lora, float]] = []
     words: list[Embedding] = []
     told: list[str] = []
+    config = model.config
     for adapter in opened:
+        metadata = read_metadata(adapter.path)
+        if (drawing := drawing_in(metadata, adapter.path)) is not None:
+            config = replace(config, drawing=drawing)
+            told.append(
+                f"with {adapter.path} pictures are drawn at cfg {drawing.cfg:g} in {drawing.steps} steps of "
+                f"{drawing.sampler}, where nothing else is said"
+            )
         if adapter.kind == "lora":
             loras.append((read_lora(adapter.path, model.unet, model.towers), adapter.scale))
             words += read_bundled(adapter.path)
         else:
             words += read_embeddings(adapter.path)
-        base = other_base(read_metadata(adapter.path), model.checkpoint) if model.checkpoint is not None else ""
+        base = other_base(metadata, model.checkpoint) if model.checkpoint is not None else ""
         if base:
             told.append(
                 f"{adapter.path} says that it was made for another model ({base}) than {model.name or 'this'}; what it "
@@ -66,7 +74,8 @@ def apply(model: M, adapters: Sequence[Adapter]) -> M:
             )
     encoder = model.encoder.with_towers({name: networks[name] for name in model.towers})
     adapters = (*model.adapters, *opened)
-    return replace(model, unet=networks["unet"], encoder=encoder, adapters=adapters, told=(*model.told, *told))
+    made = {"config": config, "unet": networks["unet"], "encoder": encoder, "adapters": adapters}
+    return replace(model, **made, told=(*model.told, *told))
 
 
 def _vectors(word: Embedding, widths: Mapping[str, int]) -> dict[str, Tensor]:

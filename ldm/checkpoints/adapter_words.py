@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -12,22 +13,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.checkpoints.architectures import name_of
-from ldm.config import DiffusionTraining, EmbeddingTraining, ModelConfig
+from ldm.config import DiffusionTraining, DrawingConfig, EmbeddingTraining, ModelConfig
 from ldm.errors import explain_os_error
 from ldm.jobs.adapters import read_hash
+from ldm.plain import parse_json
+from ldm.settings import from_dict, to_dict
 
 if TYPE_CHECKING:
     from ldm.checkpoints.record import Checkpoint
 
 BASE = "ldm.base_hash"  # Checkpoint.base_hash
+DRAWING = "ldm.drawing"  # a DrawingConfig
 _HASHES = (BASE, "ss_new_sd_model_hash", "ss_sd_model_hash", "sd_checkpoint")  # ours, kohya's two, AUTOMATIC1111's
 _PREDICTIONS = {"eps": "epsilon"}
 
 
 def training_words(
-    kind: str, config: DiffusionTraining | EmbeddingTraining, base: Checkpoint, finished: bool
+    kind: str,
+    config: DiffusionTraining | EmbeddingTraining,
+    base: Checkpoint,
+    finished: bool,
+    drawing: DrawingConfig | None = None,
 ) -> dict[str, str]:
-    """The metadata of a "lora" or a "textual-inversion" that the training `config` made of the model `base`."""
+    """The metadata of a "lora" or a "textual-inversion" that the training `config` made of the model `base`.
+
+    `drawing`: how a model with it is meant to be drawn, where that is not as without it."""
     side, title = config.data.size, Path(config.output).name or kind
     optimizer, loop, loss = config.optimizer, config.loop, config.loss
     version, architecture = _version(base.config)
@@ -59,7 +69,15 @@ def training_words(
     }
     if loss.weight == "min_snr":
         said["ss_min_snr_gamma"] = f"{loss.min_snr_gamma:g}"
+    if drawing is not None:
+        said[DRAWING] = json.dumps(to_dict(drawing))
     return said | ({"ss_steps": str(loop.steps)} if finished else {})
+
+
+def drawing_in(metadata: Mapping[str, str], path: str) -> DrawingConfig | None:
+    """How a model with the adapter at `path` is meant to be drawn, if its metadata say so. Raises UserError."""
+    where = f"{DRAWING} of {path}"
+    return from_dict(DrawingConfig, parse_json(metadata[DRAWING], where), where) if DRAWING in metadata else None
 
 
 def other_base(metadata: Mapping[str, str], base: Checkpoint) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ def draw(given: Mapping[str, Any], order: Order, after: After | None = None) -> 
         from ldm.adapters import use
 
         model = use.apply(model, adapters)
+    order = replace(order, settings=order.settings.of(model.config.drawing))
+    plan = order.settings.plan()
     helpers = open_helpers(model, plan)
     if crew.main:
         told(_notices(model, order, plan, helpers))
@@ -97,8 +100,8 @@ def _draw(
 
     if after is not None and crew.world > 1:
         raise UserError("sheets and films are written by one process; leave them out, or the launcher")
-    steps = 1 if order.begin.strength == 0 else order.settings.steps
-    steps = order.settings.steps + steps if order.batches[0].init is None and order.begin.enlarge > 1 else steps
+    steps = 1 if order.begin.strength == 0 else plan.steps
+    steps = plan.steps + steps if order.batches[0].init is None and order.begin.enlarge > 1 else steps
     mine = list(crew.mine(len(order.batches)))
     first = image_io.next_number(folder)
     crew.wait()  # until all have seen the same folder

@@ -15,7 +15,8 @@ c_skip and c_out of their own are needed, which make a function of sigma_min do 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,16 +44,17 @@ def heun_step(denoiser: Denoiser, x: Tensor, s: Tensor, r: Tensor) -> Tensor:
     return torch.where(per_picture(r, x) > 0, both, ahead)
 
 
-def halved(teacher: Denoiser, x: Tensor, s: Tensor, m: Tensor, r: Tensor) -> Tensor:
-    """The x0 (B, C, h, w) with which one step of DDIM from s to r ends where the teacher's two, by m, do.
+def merged(teacher: Denoiser, x: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """The x0 (B, C, h, w) with which one step of DDIM from the first of `levels` to the last ends where the teacher's
+    steps from each to the next do: two of them are halved.
 
-    x (B, C, h, w) at s (B,) > m > r >= 0. Where r is 0 it is the teacher's own last word, D(x_m, m), without a
-    difference of nearly equal numbers.
+    x (B, C, h, w) at levels[0] (B,); they decrease, and the last may be 0. Then the target is the teacher's own last
+    word exactly, without a difference of nearly equal numbers; of a single step it is the teacher's word.
     """
-    middle = ddim_step(teacher, x, s, m)
-    last = teacher(middle, m)
-    end = last + per_picture(r / m, x) * (middle - last)
-    ratio = per_picture(r / s, x)
+    end = x
+    for s, r in pairwise(levels):
+        end = ddim_step(teacher, end, s, r)
+    ratio = per_picture(levels[-1] / levels[0], x)
     return (end - ratio * x) / (1 - ratio)
 
 

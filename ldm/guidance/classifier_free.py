@@ -6,21 +6,29 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Branches, Denoiser
+from ldm.diffusion.parameterization import per_picture
 from ldm.guidance.rule import Interval, guided
 
 
-def cfg(branches: Branches, scale: float, rescale: float = 0.0, interval: Interval | None = None) -> Denoiser:
+def cfg(branches: Branches, scale: float | Tensor, rescale: float = 0.0, interval: Interval | None = None) -> Denoiser:
     """u + scale (c - u), with c and u the x0 of branches 0 and 1 (a negative prompt stands in u's place).
 
     x0 is affine in the network's output with factors that depend on sigma alone, so guiding x0 is guiding eps or v.
 
-    `scale`: 1 is the conditional model exactly, and evaluates it alone; 0 is the unconditional one.
+    `scale`: 1 is the conditional model exactly, and evaluates it alone; 0 is the unconditional one. A tensor (B,) has
+        one for each picture.
     `rescale`, `interval`: see `rule.guided`; outside the interval the conditional model stands alone.
 
     Raises UserError for a rescale outside [0, 1] and an interval without low < high.
     """
-    denoise = guided(branches, 2, lambda both: both[1] + scale * (both[0] - both[1]), rescale, interval)
-    return denoise if scale != 1 else lambda x, sigma: branches(x, sigma, 1)[0]
+    if not isinstance(scale, Tensor) and scale == 1:
+        return lambda x, sigma: branches(x, sigma, 1)[0]
+
+    def rule(both: Tensor) -> Tensor:
+        each = per_picture(scale, both[0]) if isinstance(scale, Tensor) else scale
+        return both[1] + each * (both[0] - both[1])
+
+    return guided(branches, 2, rule, rescale, interval)
 
 
 def autoguidance(

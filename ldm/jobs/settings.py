@@ -14,11 +14,13 @@ from ldm.jobs import catalogue, grammar
 from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, Merge, PerpNegative, Plan, Refine, Reuse, Threshold, Wrap
 from ldm.jobs.request import Request, Sizes
 from ldm.jobs.values import real, reals, shown, table, whole, wholes, word
+from ldm.model_config import DrawingConfig
 from ldm.ranges import MAX_SIDE, Level
 
 THRESHOLDS = ("static", "dynamic")
 SYNTAXES = ("plain", "weighted")
 WRITTEN = "trailing"  # the word that stands for no spacing beside levels written out, in recipes of all versions
+USUAL = DrawingConfig()
 MOST_PLUS = 2.0  # of CFG++'s guidance scale, an interpolation that people stretch a little
 
 
@@ -26,9 +28,9 @@ MOST_PLUS = 2.0  # of CFG++'s guidance scale, an interpolation that people stret
 class Settings:
     """How pictures are drawn; pictures of one batch share it. None leaves the choice to the model or the sampler."""
 
-    cfg: float = 7.5  # guidance scale; 1 is the conditional model alone, at half the cost
-    steps: int = 20  # of the sampler, each an evaluation of the denoiser, or two where its method takes two (heun)
-    sampler: str = "dpmpp_2m"  # a name, or a user interface's spelling of one; txt2img.py --list-samplers prints them
+    cfg: float | None = None  # guidance scale; 1: the prompt alone, at half the cost; w + 1 of an LCM; None: 7.5
+    steps: int | None = None  # of the sampler, each an evaluation, or two where its method takes two (heun); None: 20
+    sampler: str | None = None  # by name, or as user interfaces spell it; --list-samplers has them; None: dpmpp_2m
     spacing: str | None = None  # of the levels, a grid of that list; None: what the spelling says, else the best
     eta: float | None = None  # share of fresh noise, for the samplers that have this option; 0 is deterministic
     width: int | None = None  # pixels; None: the side the model was trained at
@@ -59,11 +61,38 @@ class Settings:
     rho: float | None = None  # how uneven a karras (7) or polyexponential (1) spacing is; None: those
 
     def check(self) -> Settings:
-        """The same in the library's names and types; raises UserError for what no model could do."""
-        return self._typed()._named()
+        """The same in the library's names and types, what is left to the model still left to it.
+
+        Raises UserError for what no model could do."""
+        given, checked = self._typed(), self.of(USUAL)._named()
+        left = {name: None for name in ("cfg", "steps", "sampler") if getattr(given, name) is None}
+        if given.sigmas:
+            left.pop("steps", None)
+        return dataclasses.replace(checked, **left)
+
+    def of(self, drawing: DrawingConfig) -> Settings:
+        """The same with what is left to the model as that is meant to be drawn: `drawing`, of its config.
+
+        Levels that are written out, and a spelling of a sampler that says its own, go before the model's."""
+        given = self._typed()
+        steps = drawing.steps if given.steps is None else given.steps
+        if given.sigmas and given.steps is None:
+            steps = len(given.sigmas) - 1
+        return dataclasses.replace(
+            given,
+            cfg=drawing.cfg if given.cfg is None else given.cfg,
+            steps=steps,
+            sampler=given.sampler or drawing.sampler,
+            spacing=given.spacing or (None if given.sigmas else given._spelled() or drawing.spacing or None),
+        )
+
+    def _spelled(self) -> str | None:
+        """The spacing that the sampler's spelling asks for."""
+        return catalogue.resolve(self.sampler)[1] if self.sampler else None
 
     def _named(self) -> Settings:
-        """The same in the library's names, checked."""
+        """The same, whole, in the library's names, checked."""
+        assert self.sampler is not None and self.steps is not None and self.cfg is not None
         sampler, spelled, implied = catalogue.resolve(self.sampler)
         info = catalogue.SAMPLERS[sampler]
         said = catalogue.resolve_grid(self.spacing) if self.spacing else spelled
@@ -78,7 +107,7 @@ class Settings:
         options = {**implied, **self.options, **({} if self.eta is None else {"eta": self.eta})}
         if self.sigmas:
             written = len(catalogue.check_levels(self.sigmas)) - 1
-            if spacing != WRITTEN or self.steps not in (Settings.steps, written):
+            if spacing != WRITTEN or self.steps != written:
                 asked = f"{self.steps} steps" if spacing == WRITTEN else f"the spacing {spacing}"
                 raise UserError(
                     f"{written + 1} sigmas are written out, which are {written} steps, and {asked}; say one"
@@ -125,8 +154,10 @@ class Settings:
         )
 
     def plan(self) -> Plan:
-        """What is to be done: these settings, checked once and taken apart. Raises UserError as `check`."""
-        checked = self.check()
+        """What is to be done: these settings, checked once and taken apart; what they leave to the model is a diffusion
+        model's. Raises UserError as `check`."""
+        checked = self.of(USUAL)._named()
+        assert checked.sampler is not None and checked.cfg is not None
         how = checked.cfg, checked.cfg_rescale, checked.cfg_interval
         guide: Guide = Cfg(*how, plus=catalogue.SAMPLERS[checked.sampler].unguided)
         if checked.guide_model is not None:
@@ -165,11 +196,13 @@ class Settings:
 
     def without_effect(self, requests: Sequence[Request]) -> list[str]:
         """A sentence on what is asked for and does nothing."""
+        whole = self.of(USUAL)
+        assert whole.sampler is not None
         if self.perp_negative is not None and not any(request.negative for request in requests):
             return ["there is no negative prompt, so there is no effect of perp_negative"]
-        plus = catalogue.SAMPLERS[catalogue.resolve(self.sampler)[0]].unguided
+        plus = catalogue.SAMPLERS[catalogue.resolve(whole.sampler)[0]].unguided
         joined = self.prompt_syntax == "weighted" and any(len(grammar.clauses(each.prompt)) > 1 for each in requests)
-        if self.cfg != 1 or self.perp_negative is not None or plus or joined:  # what AND joins is guided at 1, too
+        if whole.cfg != 1 or self.perp_negative is not None or plus or joined:  # what AND joins is guided at 1, too
             return []
         asked = {
             "the negative prompt": any(request.negative for request in requests),

@@ -57,7 +57,7 @@ def evaluate_prompts(
     asked = [prompt for prompt in prompts for _ in range(n)]
     drawing = Drawing(tuple(prompt.text for prompt in asked), settings, len(asked), seed, batch_size).check()
 
-    parts, plan = list(batches(drawing.requests(0, len(asked)), batch_size)), settings.plan()
+    parts, plan = list(batches(drawing.requests(0, len(asked)), batch_size)), drawing.plan(model)
     helpers, bar_of = open_helpers(model, plan), tqdm(parts, unit="batch", disable=not bar)
     drawn = torch.cat([draw(model, part, plan, helpers, len(part)) for part in bar_of])
     places = judge.ranks(drawn, [prompt.concept for prompt in asked])

@@ -22,7 +22,7 @@ from ldm.errors import UserError
 from ldm.files import Taken, atomic_write_text, read_text
 from ldm.helpers import Helpers, open_helpers
 from ldm.image_io import save_png
-from ldm.jobs import Request, Settings
+from ldm.jobs import Plan, Request, Settings
 from ldm.jobs.catalogue import own_grid
 from ldm.metrics.crew import Crew
 from ldm.metrics.sources import Source, of_files
@@ -54,6 +54,10 @@ class Drawing:
         self.settings.check()
         return self
 
+    def plan(self, model: Model) -> Plan:
+        """Of the settings, and of what they leave to the model."""
+        return self.settings.of(model.config.drawing).plan()
+
     def requests(self, first: int, count: int) -> list[Request]:
         """Pictures first to first + count."""
         texts, labels = self.captions or ("",), self.labels or (None,)
@@ -64,7 +68,7 @@ class Drawing:
 
     def protocol(self, model: Model) -> dict[str, Any]:
         """All that the pictures depend on, but for the model, which is what is measured."""
-        settings, usual = asdict(self.settings.check()), asdict(Settings())
+        settings, usual = asdict(self.settings.of(model.config.drawing).check()), asdict(Settings())
         settings["spacing"] = settings["spacing"] or own_grid(settings["sampler"], model.law.schedule.is_flow)
         side = model.config.image_size
         made_on = surroundings(model)
@@ -95,7 +99,7 @@ def draw(model: Model, drawing: Drawing, folder: Path, crew: Crew, bar: bool = F
     if crew.main:
         settle(folder / "drawing.json", {"model": model.hash, **drawing.protocol(model)})
     crew.wait()
-    helpers = open_helpers(model, drawing.settings.plan())
+    helpers = open_helpers(model, drawing.plan(model))
     starts = range(0, drawing.count, drawing.batch_size)
     for piece in tqdm(list(crew.mine(len(starts))), unit="batch", disable=not (bar and crew.main), leave=False):
         first = starts[piece]
@@ -156,7 +160,7 @@ def _batch(model: Model, drawing: Drawing, first: int, helpers: Helpers) -> tupl
     hook = model.unet.register_forward_hook(count)
     try:
         requests = drawing.requests(first, drawing.batch_size)
-        return generate.draw(model, requests, drawing.settings.plan(), helpers, drawing.batch_size), rows
+        return generate.draw(model, requests, drawing.plan(model), helpers, drawing.batch_size), rows
     finally:
         hook.remove()
 

@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.config import DataConfig, FiguresConfig, SampleConfig
+from ldm.config import DataConfig, FiguresConfig
 from ldm.errors import UserError
 from ldm.jobs import Settings
 from ldm.metrics.crew import Crew
@@ -23,14 +23,15 @@ from ldm.model import Model
 SUBSET = 1000  # of the kernel distance, or as many pictures as there are
 
 
-def watch(model: Model, config: FiguresConfig, data: DataConfig, sample: SampleConfig) -> dict[str, float]:
+def watch(model: Model, config: FiguresConfig, data: DataConfig, settings: Settings) -> dict[str, float]:
     """Kernel distance, precision, recall, density and coverage of `config.pictures` pictures of the model, by name.
 
-    They have the captions of the real pictures in turn and the seeds 0, 1, ..., the same at every call, so that a run's
-    figures compare with each other; with those of another count they do not. The real pictures are read once, and their
-    features kept for the next call. Raises UserError for settings that cannot work.
+    They are drawn by `settings` and, in what these leave open, as the model is meant to be drawn, with the captions of
+    the real pictures in turn and the seeds 0, 1, ..., the same at every call, so that a run's figures compare with each
+    other; with those of another count they do not. The real pictures are read once, and their features kept for the
+    next call. Raises UserError for settings that cannot work.
     """
-    against, drawing = ready(config, data, sample, model.device.type)
+    against, drawing = ready(config, data, settings, model.device.type)
     crew = Crew()
     decoded = len(extract(against.real, data.size, against.spaces[0], CACHE, crew))
     against = replace(against, measures=replace(against.measures, subset=min(against.measures.subset, decoded)))
@@ -40,7 +41,7 @@ def watch(model: Model, config: FiguresConfig, data: DataConfig, sample: SampleC
         return against.measured(draw(model, drawing, folder / "pictures", crew), data.size, crew, folder)[0]
 
 
-def ready(config: FiguresConfig, data: DataConfig, sample: SampleConfig, device: str) -> tuple[Against, Drawing]:
+def ready(config: FiguresConfig, data: DataConfig, settings: Settings, device: str) -> tuple[Against, Drawing]:
     """What `watch` compares with, and what it draws; raises UserError for settings that cannot work, at little cost."""
     shards = config.reference or data.validation
     if not shards:
@@ -49,7 +50,7 @@ def ready(config: FiguresConfig, data: DataConfig, sample: SampleConfig, device:
         )
     space = _space(config.space, device)
     real = _reference(shards, tuple((field, tuple(values)) for field, values in data.where.items()))
-    drawing = Drawing(captions_of(real), Settings(sample.cfg, sample.steps), config.pictures).check()
+    drawing = Drawing(captions_of(real), settings, config.pictures).check()
     kinds = ("kernel", "neighbours", *(("captions",) if space.text is not None else ()))
     measures = Measures(kinds, subset=min(drawing.count, len(real), SUBSET)).check()
     against = Against(real, None, [space], measures, CACHE)

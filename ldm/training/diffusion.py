@@ -180,7 +180,7 @@ class DiffusionStage:
             return {}
         from ldm.metrics.watch import watch
 
-        return watch(self.model, self.course.figures, self.course.data, self.course.sample)
+        return watch(self.model, self.course.figures, self.course.data, self.course.drawing)
 
     @property
     def _sample(self) -> SampleConfig:
@@ -211,7 +211,7 @@ def _check_figures(course: Course, device: str) -> None:
     from ldm.metrics.watch import ready
 
     try:
-        ready(course.figures, course.data, course.sample, device)
+        ready(course.figures, course.data, course.drawing, device)
     except UserError as error:
         raise UserError(f"the figures of figures.pictures={course.figures.pictures} cannot be told: {error}") from error
 
@@ -220,7 +220,7 @@ def _check_pictures(model: Model, sample: SampleConfig, drawing: Settings, seed:
     """Raise UserError unless `model` could draw the run's grids; what a reader should know of their prompts."""
     try:
         requests = of_prompts(sample.prompts or "", seed=seed, label=sample.labels or None)
-        generate.make_sigmas(model, drawing.plan())
+        generate.make_sigmas(model, drawing.of(model.config.drawing).plan())
         return generate.prompt_notices(model, requests)
     except UserError as error:
         given = "sample.prompts" if sample.prompts else "sample.labels"

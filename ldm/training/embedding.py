@@ -58,6 +58,10 @@ def embedding_stage(
     takes = check_fits(began, config.data)
     if len(began.towers) > 1:
         raise UserError(f"the model {config.init} has {len(began.towers)} text towers, and a word is trained for one")
+    if began.config.told_guidance:
+        raise UserError(
+            f"the model {config.init} is told its guidance scale, and a word is trained without; choose another"
+        )
     text = began.towers.get("text")
     if text is None or began.unet is None or began.config.loss is None:
         raise UserError(f"the model {config.init} reads no text, so no word can be added; choose another one")

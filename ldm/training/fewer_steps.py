@@ -1,7 +1,7 @@
 """Objectives that teach a network to draw in fewer steps; the mathematics is in ldm/diffusion/fewer_steps.py.
 
 halve          progressive distillation: a student of N steps learns where its teacher's 2 N lead, with guidance
-               or without (Salimans and Ho 2022; with guidance Meng et al. 2023, whose w is fixed here)
+               or without (Salimans and Ho 2022; with guidance Meng et al. 2023, whose first stage merges one step)
 consistency    consistency distillation: at each level the student says what its own average says one step of the
                teacher further down (Song et al. 2023; guided and on latents Luo et al. 2023)
 consistent     the same without a teacher: the step is along x0 + sigma n (Song and Dhariwal 2023)
@@ -10,6 +10,8 @@ consistent     the same without a teacher: the step is along x0 + sigma n (Song 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -17,30 +19,30 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.condition import Condition
-from ldm.config import Consistency, ConsistencyTraining, DiffusionTraining, Halve, Regress, SampleConfig
+from ldm.config import Consistency, ConsistencyTraining, DiffusionTraining, DrawingConfig, Halve, Regress
 from ldm.diffusion import Denoiser, Law, bind, weight
 from ldm.diffusion.fewer_steps import (
     ddim_step,
-    halved,
     heun_step,
     huber_width,
     improved_index,
     improved_levels,
+    merged,
     pseudo_huber,
 )
 from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
 from ldm.guidance import cfg
-from ldm.jobs import Settings
 from ldm.model_config import DiffusionLossConfig
 from ldm.networks import AnyNetwork
 from ldm.sampling import make_grid
 from ldm.training.draws import Draws
 from ldm.training.meters import EACH_SIGMA
 from ldm.training.objectives import Call, Logs, Nets, Objective, output_of, regress
+from ldm.unet.unet import UNet
 
 SOLVERS = {"ddim": ddim_step, "heun": heun_step}
-
+TOLD_WIDTH = 256  # sinusoids that a student is told its guidance scale by, as published ones are
 
 Teacher = Callable[[Condition, Condition], Denoiser]
 """(what is told of a batch, the same without text and label) -> the teacher's denoiser of it."""
@@ -67,29 +69,72 @@ def make_objective(
 
 
 def _teach(network: AnyNetwork, law: Law, scale: float, told: Condition, untold: Condition) -> Denoiser:
-    """The guided denoiser of a batch's conditions."""
-    return cfg(bind(network, [told, untold], law), scale)
+    """The guided denoiser of a batch's conditions, at the scales that they say, where they say any."""
+    if is_told(network):  # it was taught guidance itself
+        return cfg(bind(network, [told], law), 1)
+    each = scale if told.guidance is None else told.guidance
+    return cfg(bind(network, [dataclasses.replace(some, guidance=None) for some in (told, untold)], law), each)
 
 
-def drawn_by(config: Regress | Halve | Consistency | ConsistencyTraining, sample: SampleConfig) -> Settings:
-    """How the pictures of a run are drawn: as its network is meant to be. A student has its teacher's guidance at 1."""
-    if isinstance(config, Regress):
-        return Settings(sample.cfg, sample.steps)
-    if isinstance(config, Halve):
-        return Settings(1.0, config.steps, "ddim", config.spacing)
-    return Settings(1.0, sample.steps, "lcm", "trailing")
+def is_told(network: AnyNetwork) -> bool:
+    """Whether a network is told its guidance scale."""
+    return isinstance(network, UNet) and network.guidance_embedding is not None
+
+
+def student_of(network: AnyNetwork, config: DiffusionTraining) -> AnyNetwork:
+    """What is to be trained, which begins as `network`: that itself, or the same told its guidance scale.
+
+    Raises UserError for scales that the network cannot be told, and for a network that waits to be told some.
+    """
+    asked = getattr(config.objective, "cfg_range", None)
+    if asked is None:
+        if is_told(network):
+            raise UserError(
+                f"the model {config.init} is told its guidance scale; say which it is to be trained at, as "
+                "objective.cfg_range=[3,13] of objective.kind=consistency or halve"
+            )
+        return network
+    if not -math.inf < asked[0] <= asked[1] < math.inf:
+        raise UserError(f"objective.cfg_range is {list(asked)}; give the lowest and the highest scale, as [3, 13]")
+    if is_told(network):
+        return network
+    if not isinstance(network, UNet):
+        raise UserError("objective.cfg_range is told to a U-Net, and this is another network; set objective.cfg")
+    if config.lora.rank:
+        raise UserError(
+            "objective.cfg_range needs a layer that a LoRA has no place for; set objective.cfg in its place, or leave "
+            "out lora.rank"
+        )
+    student = UNet(dataclasses.replace(network.config, guidance_width=TOLD_WIDTH))
+    student.load_state_dict(network.state_dict(), strict=False)  # the layer that is new begins at 0
+    return student.to(network.conv_in.weight.device).train(network.training)
+
+
+def drawn_by(config: DiffusionTraining, own: DrawingConfig) -> DrawingConfig:
+    """How a network trained so is meant to be drawn; `own` is how the model of init is, which a LoRA of an ordinary
+    training leaves. A student has its teacher's guidance at 1, or is told it."""
+    asked = config.objective
+    if isinstance(asked, Regress):
+        return own if config.lora.rank else DrawingConfig()
+    told = isinstance(asked, Halve | Consistency) and asked.cfg_range is not None
+    scale, spacing = config.sample.cfg if told else 1.0, asked.spacing
+    if isinstance(asked, Halve):
+        return DrawingConfig(scale, asked.steps, "ddim", spacing)
+    published = isinstance(asked, Consistency) and (asked.levels, spacing) == (50, "trailing")
+    return DrawingConfig(scale, asked.steps, "lcm", "lcm" if published else spacing)
 
 
 def _halve(config: Halve, law: Law, loss: DiffusionLossConfig) -> Objective:
-    grid = make_grid(law.schedule, 2 * config.steps, config.spacing)
+    count = config.merged
+    grid = make_grid(law.schedule, count * config.steps, config.spacing)
 
     def objective(nets: Nets, x0: Tensor, told: Condition, draws: Draws) -> tuple[Tensor, Logs]:
         assert nets.teacher is not None
         step = (draws.uniform("level") * config.steps).long()
-        s, m, r = (grid[2 * step + k].to(x0.device) for k in range(3))
+        s, *below = (grid[count * step + k].to(x0.device) for k in range(count + 1))
         x = _noised(x0, s, draws)
         with torch.no_grad():
-            target = halved(nets.teacher, x, s, m, r)
+            target = merged(nets.teacher, x, [s, *below])
         error = _denoiser(nets.student, law, told)(x, s) - target
         factor = weight(loss, law, s.cpu().double()).to(x0)
         return factor * error.square().flatten(1).mean(1), {EACH_SIGMA: s}
@@ -104,7 +149,7 @@ def _consistency(config: Consistency, law: Law) -> Objective:
     def objective(nets: Nets, x0: Tensor, told: Condition, draws: Draws) -> tuple[Tensor, Logs]:
         assert nets.teacher is not None
         step = (draws.uniform("level") * config.levels).long()
-        s, r = (grid[step + k].to(x0.device) for k in range(2))
+        s, r = grid[step].to(x0.device), grid[(step + config.skip).clamp(max=config.levels)].to(x0.device)
         x = _noised(x0, s, draws)
         with torch.no_grad():
             below = advance(nets.teacher, x, s, r)

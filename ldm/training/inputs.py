@@ -44,6 +44,7 @@ class Inputs:
     device: torch.device
     captions: tuple[str, ...] = ()
     takes: str = ""  # "mask" (and masked picture), "depth": planes that the network takes; no cached latents then
+    guidance: tuple[float, float] | None = None  # of a network that is told its scale: from where to where it is drawn
 
     def __call__(
         self,
@@ -73,6 +74,9 @@ class Inputs:
             told = drop(told, self.encoder.null(asks, self._empty), keep)
         if self.takes:
             told = dataclasses.replace(told, planes=self._planes(batch, draws))
+        if self.guidance is not None:
+            low, high = self.guidance
+            told = dataclasses.replace(told, guidance=low + (high - low) * draws.uniform("guidance").to(self.device))
         return self._latent(batch, draws), told
 
     def untold(self, batch: Batch | LatentBatch, told: Condition, draws: Draws) -> Condition:

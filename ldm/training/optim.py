@@ -32,4 +32,5 @@ def rate_at(config: OptimizerConfig, step: int, steps: int) -> float:
     if config.law == "constant":
         return config.rate
     done = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
-    return config.final_rate + (config.rate - config.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
+    left = 1 - done if config.law == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.final_rate + (config.rate - config.final_rate) * left

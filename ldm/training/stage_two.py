@@ -24,11 +24,12 @@ from ldm.data.latents import LatentLoader, latent_fingerprint
 from ldm.data.loader import Loader, PictureDecode
 from ldm.diffusion.schedule import check_used
 from ldm.errors import UserError
+from ldm.jobs import Settings
 from ldm.model import Model
 from ldm.networks import check_network, make_network
 from ldm.training.begin import Beginning, begin
 from ldm.training.diffusion import Course, DiffusionStage, Trained
-from ldm.training.fewer_steps import drawn_by, make_objective
+from ldm.training.fewer_steps import drawn_by, make_objective, student_of
 from ldm.training.fitting import check_fits
 from ldm.training.inputs import Inputs
 from ldm.training.objectives import Objective
@@ -68,6 +69,8 @@ def diffusion_stage(
     assert made.unet is not None and made.loss is not None
     takes = check_fits(began, config.data, config.latents, config.figures)
     network = make_network(made.unet) if began.unet is None else began.unet
+    teacher_network, network = network, student_of(network, config)
+    made = dataclasses.replace(made, unet=network.config, drawing=drawn_by(config, made.drawing))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.gradient_checkpointing = config.gradient_checkpointing
     network.set_attention_backend(config.attention)
@@ -78,13 +81,14 @@ def diffusion_stage(
         config.loop,
         made.loss,
         config.sample,
-        drawn_by(config.objective, config.sample),
+        Settings(config.sample.cfg, config.sample.steps) if isinstance(config.objective, Regress) else Settings(),
         config.figures,
         config.latents,
         began.notices,
     )
-    inputs = Inputs(model.codec, model.encoder, config.data.size, device, takes=takes)
-    objective, teacher = (own(model), None) if own else make_objective(config, model.law, made.loss, network)
+    told = getattr(config.objective, "cfg_range", None)
+    inputs = Inputs(model.codec, model.encoder, config.data.size, device, takes=takes, guidance=told)
+    objective, teacher = (own(model), None) if own else make_objective(config, model.law, made.loss, teacher_network)
     trained = _lora_of(model, config, began) if config.lora.rank else _network_of(model, config.optimizer)
     held_out = None if isinstance(config.objective, Regress) and not own else objective
     return DiffusionStage(model, inputs, objective, trained, course, teacher, held_out, check=rank == 0)
@@ -118,9 +122,10 @@ def _lora_of(model: Model, config: DiffusionTraining, began: Beginning) -> Train
     said = config.lora
     adapted = AdaptedUNet(model.unet, said.rank, said.alpha or said.rank, said.layers)
     with_loss = dataclasses.replace(config, loss=model.config.loss)
+    drawing = None if isinstance(config.objective, Regress) else model.config.drawing
 
     def export(output: Path, finished: bool) -> None:
-        words = training_words("lora", with_loss, began.sources["unet"], finished)
+        words = training_words("lora", with_loss, began.sources["unet"], finished, drawing)
         save_lora(output / "lora.safetensors", adapted.lora(), model.unet, None, words=words)
 
     return Trained("unet", adapted, config.optimizer, export)

@@ -134,9 +134,9 @@ class Api:
             raise UserError(f"the request has {letters:,} letters of settings, which no job needs; send fewer")
         job = jobs.read(plain, files)
         self.shelf.check(job.asked, job.settings)
-        self.limits.check(job.asked, job.settings.plan())
-        _ = job.requests  # raises UserError for seeds and texts that are none
         model = self.shelf.opened[job.asked.model or self.shelf.first]
+        self.limits.check(job.asked, job.settings.of(model.config.drawing).plan())
+        _ = job.requests  # raises UserError for seeds and texts that are none
         sent.check(job, self.limits, model.config.image_size)
         return job
 

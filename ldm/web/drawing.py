@@ -106,8 +106,9 @@ def draw(
     from ldm.unet.maps import attention_maps
 
     stop.begin()
-    began, requests, plan = time.monotonic(), job.requests, shelf.with_paths(job.settings).plan()
-    model = shelf.model_for(job.asked)
+    began, requests, model = time.monotonic(), job.requests, shelf.model_for(job.asked)
+    job = replace(job, settings=job.settings.of(model.config.drawing))
+    plan = shelf.with_paths(job.settings).plan()
     helpers = shelf.helpers_for(job.asked, model, plan)
     settings, made, inputs, notices = sent.canvas_of(job, model)
     notices += (*model.notices, *helpers.notices, *settings.without_effect(requests))

@@ -104,7 +104,7 @@ def _here(shelf: Shelf, limits: Limits) -> dict[str, dict[str, Any]]:
         "height": {"minimum": 1, "maximum": limits.most_side},
         "cfg_rescale": {"minimum": 0, "maximum": 1},
         "sampler": {
-            "enum": [*infos],
+            "enum": [*infos, None],
             "x-about": {name: info.line for name, info in infos.items()},
             "x-options": {name: dict(info.options) for name, info in infos.items()},
         },

@@ -28,6 +28,7 @@ UNET = UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention_levels=(1
 TEXT = TextConfig(width=32, heads=2, layers=2, embed_dim=0, quick_gelu=True, padding="eot", cleaning="plain")
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYWHERE = [*PROJECTIONS, "proj_in", "ff.net.0.proj", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"]
+OF_LCM = [*EVERYWHERE, "proj_out", "conv2", "downsamplers.0.conv", "upsamplers.0.conv"]  # as LCM-LoRA's file (kohya's)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def their(there: Any, x: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return there(*x).sample
 
 
-@pytest.mark.parametrize("kind", ["adapter", "pipeline", "kohya", "original"])
+@pytest.mark.parametrize("kind", ["adapter", "pipeline", "kohya", "original", "lcm"])
 def test_theirs_draw_here_as_there(tmp_path: Path, text: TextTower, kind: str) -> None:
     peft = pytest.importorskip("peft")
     pytest.importorskip("diffusers")
@@ -219,8 +220,8 @@ def test_theirs_draw_here_as_there(tmp_path: Path, text: TextTower, kind: str) -
 
     unet = randomize(UNet(UNET)).eval()
     there, their_text = peer_unet(unet), peer_text(text)
-    targets = EVERYWHERE if kind == "adapter" else PROJECTIONS
-    alpha = 8 if kind in ("adapter", "kohya", "original") else 4  # diffusers' own layout takes the rank for alpha
+    targets = {"adapter": EVERYWHERE, "lcm": OF_LCM}.get(kind, PROJECTIONS)
+    alpha = 4 if kind == "pipeline" else 8  # diffusers' own layout takes the rank for alpha
     there.add_adapter(peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights=False))
     text_targets = peft.LoraConfig(
         r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "fc1"], init_lora_weights=False

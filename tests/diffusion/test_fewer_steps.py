@@ -13,11 +13,11 @@ from ldm.diffusion import Denoiser
 from ldm.diffusion.fewer_steps import (
     Advance,
     ddim_step,
-    halved,
     heun_step,
     huber_width,
     improved_index,
     improved_levels,
+    merged,
     pseudo_huber,
 )
 from ldm.diffusion.parameterization import per_picture
@@ -58,11 +58,54 @@ def test_a_halving_is_the_closed_form_and_lands_where_two_steps_do(x: Tensor, la
         return gain(s) + (1 - gain(s)) * r / s
 
     factor = (g(s, m) * g(m, r) - r / s) / (1 - r / s)
-    target = halved(denoise, x, s, m, r)
+    target = merged(denoise, x, [s, m, r])
     torch.testing.assert_close(target, MEAN + per_picture(factor, x) * (x - MEAN), rtol=1e-12, atol=1e-12)
     one = ddim_step(lambda *_: target, x, s, r)
     torch.testing.assert_close(one, ddim_step(denoise, ddim_step(denoise, x, s, m), m, r), rtol=1e-12, atol=1e-12)
     assert float((target - denoise(x, s)).abs().mean()) > 0.01  # another one than the teacher's word
+
+
+def test_the_last_word_of_a_step_to_zero_is_exact_however_small_the_levels(x: Tensor) -> None:
+    """0 / 0 in the formula of alphas and sigmas (Salimans and Ho 2022, appendix G); in float32, bit for bit."""
+    x = x.float()
+    for high, low in ((80.0, 2e-3), (3e-4, 1e-4), (1e6, 10.0)):
+        s, m, r = (level.float() for level in levels(high, low, 0.0))
+        assert torch.equal(merged(denoise, x * high, [s, m, r]), denoise(ddim_step(denoise, x * high, s, m), m))
+
+
+def test_a_single_step_merged_is_the_teachers_word(x: Tensor) -> None:
+    """Guidance is distilled so, before any halving (Meng et al. 2023, section 3.1)."""
+    s, r = levels(3.0, 0.7)
+    torch.testing.assert_close(merged(denoise, x, [s, r]), denoise(x, s), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 1024])
+def test_it_is_the_target_of_the_paper_from_pure_noise_to_the_picture(steps: int) -> None:
+    """Salimans and Ho 2022, algorithm 2, on their cosine law with v: alpha = cos(pi t / 2), sigma = sin(pi t / 2), t
+    from 1, where nothing of the picture is left, to 0. A network that predicts v = alpha eps - sigma x says x = alpha z
+    - sigma v at t = 1 too; our level is cut at 1e8 there."""
+    generator = torch.Generator().manual_seed(1)
+    for i in range(steps, 0, -max(1, steps // 4)):
+        times = [torch.tensor([(i - k / 2) / steps], dtype=torch.float64) for k in range(3)]
+        (a, s), (a1, s1), (a2, s2) = (((t * math.pi / 2).cos(), (t * math.pi / 2).sin()) for t in times)
+        z = torch.randn(1, 2, 3, 3, dtype=torch.float64, generator=generator)
+
+        def says(z: Tensor, a: Tensor, s: Tensor) -> Tensor:
+            """The Gaussian's E[x | z], by its v."""
+            share = a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2)
+            v = (z - a * (MEAN + share * (z - a * MEAN))) / s * a - s * (MEAN + share * (z - a * MEAN))
+            return a * z - s * v
+
+        first = says(z, a, s)
+        middle = a1 * first + s1 / s * (z - a * first)
+        second = says(middle, a1, s1)
+        end = a2 * second + s2 / s1 * (middle - a1 * second)
+        wanted = second if i == 1 else (end - s2 / s * z) / (a2 - s2 / s * a)
+        ours = [torch.clamp(up / down, max=1e8) for down, up in ((a, s), (a1, s1), (a2, s2))]
+        ours[-1] = torch.zeros_like(a) if i == 1 else ours[-1]
+        # z / alpha, of the law that is cut there: z is what it says, not x
+        found = merged(denoise, z * (1 + ours[0] ** 2).sqrt().view(1, 1, 1, 1), ours)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_halvings_of_halvings_compose(x: Tensor) -> None:
@@ -75,7 +118,7 @@ def test_halvings_of_halvings_compose(x: Tensor) -> None:
 
         def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
             i = next(i for i, each in enumerate(grid) if torch.equal(each, sigma))
-            return halved(student(halvings - 1), x, grid[i], grid[i + width // 2], grid[i + width])
+            return merged(student(halvings - 1), x, grid[i : i + width + 1 : width // 2])
 
         return denoiser if halvings else denoise
 

@@ -22,7 +22,7 @@ from ldm.training.stage_two import diffusion_stage
 
 from .pictures_maker import toy_shard
 
-SAMPLE = SampleConfig(cfg=2.0, steps=2)
+SAMPLE, DRAWN = SampleConfig(cfg=2.0, steps=2), Settings(2.0, 2)
 NAMES = {"KD[toy]", "KD[toy] deviation", "precision[toy]", "recall[toy]", "density[toy]", "coverage[toy]"}
 
 
@@ -43,8 +43,8 @@ def shard(tmp_path, monkeypatch):
 
 
 def test_the_figures_are_those_of_evaluation(tiny_model, shard, tmp_path):
-    found = watch(tiny_model, FiguresConfig(pictures=8), DataConfig(validation=shard, size=32), SAMPLE)
-    drawing = Drawing(read_captions(shard), Settings(SAMPLE.cfg, SAMPLE.steps), 8)
+    found = watch(tiny_model, FiguresConfig(pictures=8), DataConfig(validation=shard, size=32), DRAWN)
+    drawing = Drawing(read_captions(shard), DRAWN, 8)
     drawn, real = draw(tiny_model, drawing, tmp_path / "drawn", Crew()), open_source(shard, "--reference")
     measures = Measures(("kernel", "neighbours"), subset=8)
     against = Against(real, None, [watching.make_space("toy", "cpu")], measures, tmp_path / "other")
@@ -56,17 +56,17 @@ def test_the_network_is_built_and_the_reference_read_once(tiny_model, shard, mon
     monkeypatch.setattr(watching, "make_space", lambda name, device: (built.append(name), make(name, device))[1])
     monkeypatch.setattr(watching, "open_source", lambda name, *more: (built.append(name), read(name, *more))[1])
     for _ in range(2):
-        watch(tiny_model, FiguresConfig(pictures=6), DataConfig(validation=shard, size=32), SAMPLE)
+        watch(tiny_model, FiguresConfig(pictures=6), DataConfig(validation=shard, size=32), DRAWN)
     assert built == ["efficientnet-lite0", shard]
 
 
 def test_the_same_at_every_call(tiny_model, shard):
     config, data = FiguresConfig(pictures=8), DataConfig(validation=shard, size=32)
-    first = watch(tiny_model, config, data, SAMPLE)
+    first = watch(tiny_model, config, data, DRAWN)
     assert first.keys() == NAMES
-    assert watch(tiny_model, config, data, SAMPLE) == first
+    assert watch(tiny_model, config, data, DRAWN) == first
     with pytest.raises(UserError, match=r"set figures\.reference or data\.validation"):
-        watch(tiny_model, config, DataConfig(size=32), SAMPLE)
+        watch(tiny_model, config, DataConfig(size=32), DRAWN)
 
 
 def test_a_run_tells_them_at_its_validations(shard, tmp_path):

@@ -18,7 +18,8 @@ from ldm.conditioning.condition import Condition
 from ldm.config import Consistency, ConsistencyTraining, DiffusionTraining, Halve, LoraConfig, SampleConfig
 from ldm.diffusion import make_law
 from ldm.diffusion.continuous import TIME_UNIT
-from ldm.diffusion.fewer_steps import halved, heun_step
+from ldm.diffusion.fewer_steps import ddim_step, heun_step, huber_width, improved_index, merged, pseudo_huber
+from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
 from ldm.model_config import DiffusionLossConfig, ScheduleConfig
 from ldm.sampling import make_grid
@@ -76,24 +77,95 @@ def network_of(denoiser: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Te
     return network
 
 
-def test_a_student_that_says_the_halved_word_loses_nothing() -> None:
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_student_that_says_the_merged_word_loses_nothing(count: int) -> None:
     config = DiffusionTraining(
-        objective=Halve(steps=4, spacing="karras"), init="a teacher", loss=DiffusionLossConfig("truncated")
+        objective=Halve(steps=4, merged=count, spacing="karras"),
+        init="a teacher",
+        loss=DiffusionLossConfig("truncated"),
     )
-    grid = make_grid(VE.schedule, 8, "karras")
+    grid = make_grid(VE.schedule, 4 * count, "karras")
 
     def student(x: Tensor, sigma: Tensor) -> Tensor:
         i = (sigma[:, None] - grid).abs().argmin(1)
-        assert bool((i % 2 == 0).all())  # its own levels are every second of the teacher's
-        return halved(teacher, x, *(grid[i + k] for k in range(3)))
+        assert bool((i % count == 0).all())  # its own levels are every second of the teacher's, where two are merged
+        return merged(teacher, x, [grid[i + k] for k in range(count + 1)])
 
     x0 = CLUSTERS.draw(512, torch.Generator().manual_seed(1)).view(512, 1, 1, 2).float()
     learned, draws = objective(config), [cast(Draws, Numbers(512)) for _ in range(2)]
     same, logs = learned(Nets(network_of(student), teacher=teacher), x0, NOTHING, draws[0])
     other, _ = learned(Nets(network_of(teacher), teacher=teacher), x0, NOTHING, draws[1])
     (sigma,) = logs.values()
-    assert {round(float(s), 4) for s in sigma} == {round(float(s), 4) for s in grid[0:8:2]}
-    assert float(same.max()) < 1e-6 < 1e-3 < float(other.mean())
+    assert {round(float(s), 4) for s in sigma} == {round(float(s), 4) for s in grid[: 4 * count : count]}
+    assert float(same.max()) < 1e-6 and (count == 1 or float(other.mean()) > 1e-3)
+
+
+MEAN, DEVIATION = 0.7, 0.5
+
+
+def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
+    """The denoiser of N(MEAN, DEVIATION^2)."""
+    return MEAN + per_picture(DEVIATION**2 / (DEVIATION**2 + sigma**2), x) * (x - MEAN)
+
+
+def gaussians_end(x: Tensor, sigma: Tensor) -> Tensor:
+    """The consistency function of its flow, on which distances from the mean go as the noisy data's deviation."""
+    return MEAN + per_picture(DEVIATION / (DEVIATION**2 + sigma**2).sqrt(), x) * (x - MEAN)
+
+
+@pytest.mark.parametrize(("solver", "skip"), [("ddim", 1), ("ddim", 3), ("ddim", 20), ("heun", 1)])
+def test_consistency_compares_a_level_with_that_so_many_below(solver: Any, skip: int) -> None:
+    """The loss of the true consistency function in closed form: what the teacher's step misses of the flow."""
+    levels = 6
+    config = DiffusionTraining(
+        objective=Consistency(levels=levels, skip=skip, spacing="karras", solver=solver), init="a teacher"
+    )
+    x0 = torch.full((512, 1, 1, 2), MEAN) + DEVIATION * torch.randn(512, 1, 1, 2)
+    nets = Nets(network_of(gaussians_end), teacher=gaussian)
+    found, logs = objective(config)(nets, x0, NOTHING, cast(Draws, Numbers(512)))
+    again, grid = Numbers(512), make_grid(VE.schedule, levels, "karras")
+    i = (again.uniform("level") * levels).long()
+    s, r = grid[i], grid[[min(int(place) + skip, levels) for place in i]]
+    assert [torch.equal(each, s) for each in logs.values()] == [True]
+    x = x0 + per_picture(s, x0) * again.normal("noise", (1, 1, 2))
+    here, there = (DEVIATION / (DEVIATION**2 + level**2).sqrt() for level in (s, r))
+    if solver == "ddim":
+        gain = DEVIATION**2 / (DEVIATION**2 + s**2)
+        below = gain + (1 - gain) * r / s
+    else:
+        below = 1 + (r - s) * s / (DEVIATION**2 + s**2)
+        second = r * below / (DEVIATION**2 + r**2)
+        below = torch.where(r > 0, 1 + (r - s) * (s / (DEVIATION**2 + s**2) + second) / 2, below)
+    wanted = pseudo_huber(per_picture(here - there * below, x) * (x - MEAN), huber_width(2))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert float(wanted.max()) > 1e-3
+
+
+def test_consistency_training_compares_two_levels_of_one_noise() -> None:
+    """The same, of both along x0 + sigma n, over the distance of the levels; the number of levels follows the run."""
+    asked = ConsistencyTraining(first_levels=4, last_levels=16)
+    config = DiffusionTraining(objective=asked, loop=replace(LOOP, steps=100))
+    learned = objective(config)
+    for step, count in ((0, 4), (40, 8), (99, 16)):
+        x0 = torch.full((512, 1, 1, 2), MEAN) + DEVIATION * torch.randn(512, 1, 1, 2)
+        found, _ = learned(Nets(network_of(gaussians_end)), x0, NOTHING, cast(Draws, Numbers(512, step)))
+        again, grid = Numbers(512, step), make_grid(VE.schedule, count, "karras")
+        i = improved_index(again.uniform("level"), grid)
+        n = again.normal("noise", (1, 1, 2))
+        s, r = grid[i], grid[i + 1]
+        here, there = (
+            per_picture(DEVIATION / (DEVIATION**2 + level**2).sqrt(), x0) * (x0 + per_picture(level, x0) * n - MEAN)
+            for level in (s, r)
+        )
+        wanted = pseudo_huber(here - there, huber_width(2)) / (s - r)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5, check_dtype=False)
+
+
+def test_a_step_of_the_teacher_leaves_from_the_students_own_level() -> None:
+    """Swapped levels, or another sign of the step, move the teacher up the flow: it is then further from the mean."""
+    x, s, r = torch.full((1, 1, 1, 2), 5.0), torch.tensor([4.0]), torch.tensor([1.0])
+    for advance in (ddim_step, heun_step):
+        assert float((advance(gaussian, x, s, r) - MEAN).abs().max()) < float((x - MEAN).abs().max())
 
 
 class Small(nn.Module):

@@ -80,7 +80,10 @@ def gaussian(word: str, steps: int, spacing: str) -> float:
 
 def on_model(model: Model, prompts: Sequence[str], settings: Settings) -> Measure:
     """On `prompts`, one picture each, picture i from seed i; the reference is drawn at once."""
-    requests, plan = [Request(prompt, seed=seed) for seed, prompt in enumerate(prompts)], settings.plan()
+    requests, plan = (
+        [Request(prompt, seed=seed) for seed, prompt in enumerate(prompts)],
+        settings.of(model.config.drawing).plan(),
+    )
     shape = Noise().shape(model, plan, len(requests))
     denoiser, _ = generate.make_denoiser(model, requests, plan, NONE, shape, None)
     noise = NoiseStream([request.seed for request in requests], shape, model.device)
