@@ -116,8 +116,10 @@ def drawn_by(config: DiffusionTraining, own: DrawingConfig) -> DrawingConfig:
     asked = config.objective
     if isinstance(asked, Regress):
         return own if config.lora.rank else DrawingConfig()
-    told = isinstance(asked, Halve | Consistency) and asked.cfg_range is not None
-    scale, spacing = config.sample.cfg if told else 1.0, asked.spacing
+    scale, spacing = 1.0, asked.spacing
+    if isinstance(asked, Halve | Consistency) and asked.cfg_range is not None:
+        low, high = asked.cfg_range
+        scale = min(max(config.sample.cfg, low), high)
     if isinstance(asked, Halve):
         return DrawingConfig(scale, asked.steps, "ddim", spacing)
     published = isinstance(asked, Consistency) and (asked.levels, spacing) == (50, "trailing")
