@@ -411,7 +411,8 @@ def test_a_recipe_comes_back_from_a_png(tiny_model: LatentDiffusion, tmp_path: P
     save_png(images[0], tmp_path / "b.png", provenance.record(tiny_model, settings, batch, 0))
     recipe = provenance.read(tmp_path / "a.png")
     assert recipe.request == batch[1] and provenance.read(tmp_path / "b.png").request == batch[0]
-    assert recipe.settings == dataclasses.replace(settings.check(), width=32, height=32, spacing="karras")
+    whole = settings.of(tiny_model.config.drawing).check()
+    assert recipe.settings == dataclasses.replace(whole, width=32, height=32, spacing="karras")
     assert provenance.differences(recipe, tiny_model) == []
     again = generate.draw(tiny_model, recipe.batch, recipe.settings.plan(), batch_size=recipe.batch_size)[recipe.index]
     assert torch.equal(again, images[1])

@@ -20,6 +20,7 @@ from ldm.helpers import NONE
 from ldm.inverted import Inverted
 from ldm.inverting import of_picture
 from ldm.jobs import Settings, of_prompts
+from ldm.model_config import DrawingConfig
 from ldm.null_text import null_text
 from ldm.sampling import ddim
 from ldm.sampling.inversion import rise
@@ -60,7 +61,7 @@ def test_an_exact_inversion_comes_back_at_any_guidance(tiny_model: LatentDiffusi
     last = schedule.sigmas[0] if settings.spacing == "leading" else torch.tensor(0.0)  # where the grid ends
     wanted = tiny_model.codec.encode(images).double() / float(schedule.alpha(last))
     assert error(back, wanted) < 1e-6
-    assert start.settings == settings and start.x.dtype == torch.float64
+    assert start.settings == settings.of(DrawingConfig()) and start.x.dtype == torch.float64
     again = tiny_model.txt2img([PROMPT] * 3, negative="a dog", start=start, batch_size=3)
     torch.testing.assert_close(again, tiny_model.img2img(images, PROMPT, strength=0), rtol=0, atol=1e-4)
     assert error(latent(tiny_model, start, ["a blue dog"] * 3), wanted) > 1e-2, "other words draw another picture"

@@ -15,6 +15,7 @@ from torch import Tensor
 import ldm
 from ldm.checkpoints import export, native
 from ldm.checkpoints.architectures import LCM
+from ldm.checkpoints.foreign import FORMATS
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning.condition import Condition
 from ldm.config import DrawingConfig, UNetConfig
@@ -152,7 +153,7 @@ def test_what_is_exported_draws_the_same_there(scale: float, tmp_path: Path, mon
     assert ours.std() > 0.1 and float((ours - theirs).abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize("to", export.FORMATS)
+@pytest.mark.parametrize("to", FORMATS)
 def test_it_travels_through_each_format(to: str, tmp_path: Path) -> None:
     states = random_states(TOLD)
     path = tmp_path / ("there.safetensors" if to == "original" else "there")

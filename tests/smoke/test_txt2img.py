@@ -470,3 +470,24 @@ def test_ctrl_c_in_the_middle(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert 2 <= len(said) <= len(names(tmp_path)) <= len(said) + 1 < 1000  # one may be written and not yet told
     for name in names(tmp_path):
         assert name.endswith(".png") and pixels(tmp_path / name).shape == (32, 32, 3)
+
+
+def test_a_model_picks_how_it_is_drawn_and_options_go_before(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The record has what was done, and makes the picture again whatever the model says by then."""
+    model, out = tmp_path / "four", tmp_path / "out"
+    shutil.copytree(tiny_checkpoint, model)
+    plain = json.loads((model / "model.json").read_text())
+    plain["drawing"] = {"cfg": 1.0, "steps": 2, "sampler": "lcm", "spacing": "lcm"}
+    (model / "model.json").write_text(json.dumps(plain))
+    names = ("cfg", "steps", "sampler", "spacing")
+    said = {"0": (1.0, 2, "lcm", "lcm"), "1": (3.0, 2, "euler", "lcm")}
+    for number, words in (("0", ["--negative", "blurry"]), ("1", ["--cfg", "3", "--sampler", "euler"])):
+        code, _, err = cli("--model", model, "--prompt", "a cat", "--out", out, *words)
+        assert code == 0 and ("no effect of the negative prompt" in err) == (number == "0")
+        record = image_io.read_metadata(out / f"{number.zfill(5)}.png")
+        assert tuple(record[name] for name in names) == said[number]
+    plain["drawing"]["steps"] = 5
+    (model / "model.json").write_text(json.dumps(plain))
+    code, _, err = cli("--reproduce", out / "00000.png", "--out", out)
+    assert code == 0 and "the model differs" not in err
+    assert (pixels(out / "00002.png") == pixels(out / "00000.png")).all()

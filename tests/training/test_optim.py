@@ -31,12 +31,17 @@ def test_cosine_falls_from_the_rate_to_the_final_rate():
         assert rate_at(config, step, 110) == pytest.approx(1.5 + 0.5 * math.cos(math.pi * (step - 10) / 100))
 
 
+def test_linear_falls_evenly_to_the_final_rate():
+    config = OptimizerConfig(rate=2.0, warmup=10, law="linear", final_rate=1.0)
+    assert [rate_at(config, step, 110) for step in (10, 35, 60, 110, 200)] == pytest.approx([2, 1.75, 1.5, 1, 1])
+
+
 def test_a_run_of_warm_up_alone():
     assert rate_at(OptimizerConfig(rate=1.0, warmup=10, law="cosine"), 9, 10) == 1.0
 
 
 def test_an_unknown_law_is_found_before_the_first_step_however_long_the_warm_up():
-    with pytest.raises(UserError, match=r"optimizer.law must be one of constant, cosine, not 'cosin'"):
+    with pytest.raises(UserError, match=r"optimizer.law must be one of constant, cosine, linear, not 'cosin'"):
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(law="cosin", warmup=1000))
 
 

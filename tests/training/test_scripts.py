@@ -49,7 +49,7 @@ def test_an_unknown_key_in_a_process_of_its_own(tmp_path):
         (["loop.global_batch=6"], "the global batch 6 is not a multiple of data.streams=4"),
         (["loop.log_every=0"], "loop.log_every must be at least 1, not 0"),
         (["loop.precision=half"], "loop.precision must be one of auto, fp32, bf16, fp16, not 'half'"),
-        (["optimizer.law=cosin"], "optimizer.law must be one of constant, cosine, not 'cosin'"),
+        (["optimizer.law=cosin"], "optimizer.law must be one of constant, cosine, linear, not 'cosin'"),
         (["data.shards=nowhere-*.tar"], "nowhere-*.tar"),
         (["data.size=63"], "multiples of 4"),
         (["loss.perceptual_net=vgg"], "there is no perceptual network 'vgg'"),
