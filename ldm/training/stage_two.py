@@ -66,11 +66,12 @@ def diffusion_stage(
     elif config.data.caption == "none":
         raise UserError("data.caption is none, and the text tower reads captions; set it to txt or variants")
     made = began.config
-    assert made.unet is not None and made.loss is not None
+    assert made.unet is not None
     takes = check_fits(began, config.data, config.latents, config.figures)
     network = make_network(made.unet) if began.unet is None else began.unet
     teacher_network, network = network, student_of(network, config)
     made = dataclasses.replace(made, unet=network.config, drawing=drawn_by(config, made.drawing))
+    assert made.loss is not None
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.gradient_checkpointing = config.gradient_checkpointing
     network.set_attention_backend(config.attention)
