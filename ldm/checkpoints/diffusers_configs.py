@@ -7,7 +7,6 @@ since a setting passed over is a wrong picture without a word.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -184,7 +183,7 @@ def value(plain: Plain, name: str, default: T, where: str) -> T:
 def _channels(plain: Plain, name: str, count: int, where: str) -> tuple[float, ...]:
     """A number for each channel of the latent, or none. Deviations are positive."""
     found = plain.get(name) or []
-    least = 0.0 if name == "latents_std" else -math.inf
+    least = 1e-30 if name == "latents_std" else -1e30
     known = isinstance(found, list) and all(type(one) in (int, float) and least < one < 1e30 for one in found)
     if not known or len(found) not in (0, count):
         raise UserError(f"{where}: {name} is {str(found)[:60]} and should be a number for each channel")

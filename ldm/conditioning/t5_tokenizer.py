@@ -8,7 +8,6 @@ regular expression, replacement or template of a file's own is run.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,7 @@ def checked(document: bytes, where: str) -> bytes:
         pieces = [(str(piece), float(score)) for piece, score in model["vocab"]]
         table = next(_tables(plain.get("normalizer")), "")
         return written(pieces, base64.b64decode(table, validate=True))
-    except (AttributeError, KeyError, LookupError, TypeError, ValueError, binascii.Error) as error:
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{where} is no tokenizer of T5 ({first_line(error)}); put T5's own there") from error
 
 

@@ -144,9 +144,12 @@ def test_a_latents_mean_and_deviation_stand_beside_it(folder: Path, read: Read):
 
     config = found([8.0, 4, 2, 1])
     assert (config.shift, config.scale) == ((-1.5, 2.0, 0.0, 1.0), (0.0625, 0.125, 0.25, 0.5))
-    for wrong in ([8, 4, 2, 0], "8", [8, 4, 2, None]):
+    for wrong in ([8, 4, 2, 0], "8", [8, 4, 2, None], [8, 4, 2, 1e-320]):
         with pytest.raises(UserError, match=r"latents_std is .* a number for each channel"):
             found(wrong)
+    plain["latents_mean"][0] = -(10**400)
+    with pytest.raises(UserError, match=r"latents_mean is .* a number for each channel"):
+        found([8, 4, 2, 1])
 
 
 def test_a_shift_by_the_pictures_size_is_told(read: Read, folder: Path):

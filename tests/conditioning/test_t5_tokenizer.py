@@ -91,6 +91,7 @@ HOSTILE = {
     "no special pieces": broken(model={"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}),
     "a piece twice": broken(model={"type": "Unigram", "unk_id": 2, "vocab": [*plain()["model"]["vocab"], ["a", 0.0]]}),
     "no score": broken(model={"type": "Unigram", "unk_id": 2, "vocab": [["<pad>", None]]}),
+    "a huge score": broken(model={"type": "Unigram", "unk_id": 2, "vocab": [["<pad>", 10**400]]}),
     "a long piece": broken(
         model={"type": "Unigram", "unk_id": 2, "vocab": [*plain()["model"]["vocab"], ["x" * 999, 0]]}
     ),
