@@ -52,8 +52,8 @@ def load(
         settings: what goes before all that files and rules say: {"parameterization": "v", "text.padding": "eot"}.
         attention: of the U-Net: sdpa, torch's own, or xformers, where that is installed and the device is CUDA's.
         backend: what runs the networks (ldm/backends): auto, the fastest that needs no preparation; torch, layer by
-            layer as it trains; compile, the U-Net by torch.compile; graph, its step as a CUDA graph. What is drawn is
-            the same to rounding.
+            layer as it trains; compile, the U-Net by torch.compile; graph, its step as a CUDA graph; openvino, its step
+            as OpenVINO compiles it for a CPU. What is drawn is the same to rounding.
         low_memory: run the networks on one picture and one branch of guidance at a time, and keep them on the CPU while
             they do not work. What is drawn is the same to rounding (docs/memory.md).
 

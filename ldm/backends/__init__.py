@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
 from ldm.errors import UserError
@@ -11,13 +12,15 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", bound=nn.Module)
 
-BACKENDS = ("auto", "torch", "compile", "graph")
+BACKENDS = ("auto", "torch", "compile", "graph", "openvino")
 
 
 def check(backend: str) -> None:
-    """Raises UserError for a backend that does not exist."""
+    """Raises UserError for a backend that does not exist, or is not installed."""
     if backend not in BACKENDS:
         raise UserError(f"there is no backend '{backend}'; choose one of {', '.join(BACKENDS)}")
+    if backend == "openvino" and find_spec("openvino") is None:
+        raise UserError("the backend 'openvino' needs OpenVINO, which is not installed; pip install -e '.[openvino]'")
 
 
 def run_by(backend: str, network: M, main: bool = False) -> M:
@@ -26,7 +29,8 @@ def run_by(backend: str, network: M, main: bool = False) -> M:
     auto: on a CPU by oneDNN with packed weights (packed.py), elsewhere as torch runs it. torch: as torch runs it,
     layer by layer. compile: what torch.compile makes of the `main` network, the one that is run at every step; it takes
     minutes to begin with, and once more when a picture of another size is drawn. graph: on a GPU its step as one CUDA
-    graph (graph.py). Raises UserError for one that does not work here.
+    graph (graph.py). openvino: on a CPU its step as OpenVINO compiles it (converted.py), in seconds for each size;
+    other networks as by auto. Raises UserError for one that does not work here.
     """
     check(backend)
     on = {parameter.device.type for parameter in network.parameters()}
@@ -40,7 +44,14 @@ def run_by(backend: str, network: M, main: bool = False) -> M:
             raise UserError("the backend 'graph' needs a CUDA device; choose auto")
         if main:
             graphed(network)
-    elif backend == "auto" and on == {"cpu"}:
+    elif backend == "openvino" and main:
+        from ldm.backends.converted import Converted
+        from ldm.backends.graph import graphed
+
+        if on != {"cpu"} or {str(parameter.dtype) for parameter in network.parameters()} != {"torch.float32"}:
+            raise UserError("the backend 'openvino' computes on the CPU in fp32; choose these, or another backend")
+        graphed(network, Converted)
+    elif backend in ("auto", "openvino") and on == {"cpu"}:
         from ldm.backends.packed import packed
 
         return packed(network)

@@ -97,13 +97,13 @@ class _Packed(nn.Module):
 
     def pack(self, x: Tensor) -> bool:
         """Whether the layer runs packed on `x`; its weight then is."""
-        weight, bias = self.weight, self.bias
+        weight, bias = self._parameters["weight"], self._parameters["bias"]  # what attributes would take longer to find
+        assert weight is not None
         if (
-            self.training
-            or torch.compiler.is_compiling()
+            torch.compiler.is_compiling()
+            or self.training
             or x.dtype != weight.dtype
-            or x.device.type != "cpu"
-            or weight.device.type != "cpu"
+            or not (x.is_cpu and weight.is_cpu)
             or torch.is_autocast_enabled("cpu")
             or (
                 torch.is_grad_enabled()
@@ -113,7 +113,7 @@ class _Packed(nn.Module):
             self.unpack()
             return False
         order = self.order(x)
-        if not weight.is_mkldnn or getattr(weight, "order", order) != order:
+        if not weight.is_mkldnn or weight.order != order:  # type: ignore[attr-defined]
             made: Any = getattr(weight, "packed", lambda: None)()  # by another network that had the same weight
             if made is None or made.order != order:
                 with torch.inference_mode(False), torch.no_grad():
@@ -178,7 +178,8 @@ class PackedLinear(_Packed, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.pack(input):
             return super().forward(input)
-        return OPS._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        own = self._parameters
+        return OPS._linear_pointwise(input, own["weight"], own["bias"], "none", [], "")
 
 
 class PackedConv2d(_Packed, nn.Conv2d):
@@ -204,9 +205,9 @@ class PackedConv2d(_Packed, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.pack(input):
             return super().forward(input)
-        x = input.contiguous(memory_format=torch.channels_last)
+        own, x = self._parameters, input.contiguous(memory_format=torch.channels_last)
         how = (self.padding, self.stride, self.dilation, self.groups)
-        return OPS._convolution_pointwise(x, self.weight, self.bias, *how, "none", [], "")
+        return OPS._convolution_pointwise(x, own["weight"], own["bias"], *how, "none", [], "")
 
 
 PACKED: dict[type, type[PackedLinear] | type[PackedConv2d]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}

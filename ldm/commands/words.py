@@ -72,7 +72,7 @@ def drawing_parser(about: str | None, prompts: str = "", seed: bool = True) -> P
     add("--embedding", action="append", metavar="FILE", help="a textual inversion, whose word prompts may then use")
     add_machine(add, None, None)
     add("--attention", choices=("sdpa", "xformers"), help="[sdpa], torch's own; xformers: the extra, CUDA alone")
-    add("--backend", choices=BACKENDS, help="[auto], the fastest from the first picture on; compile: torch.compile")
+    add("--backend", choices=BACKENDS, help="[auto], the fastest at once; compile, openvino: after seconds or minutes")
     add("--low-memory", action="store_const", const=True, help="one picture and one network at a time")
     add("--batch-size", type=int, metavar="N", help="pictures drawn at once [4]")
     add("--out", metavar="FOLDER", help="numbered on from what is there [outputs]")
