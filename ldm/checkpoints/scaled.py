@@ -97,14 +97,14 @@ def _layers(metadata: Mapping[str, str], path: Path) -> dict[str, object]:
     document = metadata.get("_quantization_metadata")
     if document is None:
         return {}
-    plain = _json(document.encode(), path, "_quantization_metadata")
+    plain = _json(document, path, "_quantization_metadata")
     layers = plain.get("layers", {}) if isinstance(plain, dict) else None
     if not isinstance(layers, dict):
         raise _unreadable(path, "_quantization_metadata")
     return dict(layers)
 
 
-def _json(document: bytes, path: Path, name: str) -> object:
+def _json(document: bytes | str, path: Path, name: str) -> object:
     try:
         return json.loads(document)
     except (ValueError, RecursionError) as error:

@@ -119,6 +119,14 @@ def test_other_short_formats_are_refused_by_name(
         unscaled(read_tensors(tmp_path / "a.safetensors"))
 
 
+def test_half_a_letter_in_the_metadata_is_no_json(tmp_path: Path):
+    tensor = b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
+    header = rb'{"__metadata__": {"_quantization_metadata": "\ud800"}, ' + tensor + b"}"
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"a")
+    with pytest.raises(UserError, match="no JSON"):
+        unscaled(read_tensors(tmp_path / "x.safetensors"))
+
+
 def test_quantized_folders_of_diffusers_are_refused_by_name(tmp_path: Path):
     export.write(tmp_path / "d", SMALL, random_states(SMALL), "diffusers")
     where = tmp_path / "d" / "unet" / "config.json"
