@@ -48,6 +48,7 @@ class DataConfig:
     bucket_aspect: Annotated[float, Range(least=1)] = 2.0  # longer side / shorter side of a bucket, at most
     where: dict[str, list[str]] = field(default_factory=dict)  # keep samples whose json field is one of these
     label: str = ""  # the field of a sample's json that says its class; empty: none
+    score: str = ""  # the field of a sample's json that is its aesthetic score, of 10; empty: none
     depth: str = ""  # the member of a sample that is its depth map, by its name's end: grey, larger is nearer
     caption: Caption = "txt"  # txt; variants: one of json["captions"], drawn anew each epoch; none: pictures need none
     streams: Count = 8  # virtual streams; global batch % streams == 0, streams % (processes * workers) == 0

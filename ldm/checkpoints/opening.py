@@ -80,7 +80,7 @@ def open_towers(text: str | Path, text_2: str | Path = "", t5: bool = False) -> 
     `text_2`; as above."""
     found = open_checkpoint(text)
     found = found.only(*((found.config.readers if t5 else found.config.towers) or ("text",)))
-    return found.with_second_tower(open_checkpoint(text_2)) if text_2 else found
+    return found.with_second_tower(open_checkpoint(text_2), both=t5) if text_2 else found
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:

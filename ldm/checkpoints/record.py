@@ -215,22 +215,23 @@ class Checkpoint:
         left = {name: part for name, part in self.parts.items() if name not in settings or settings[name] is not None}
         return replace(self, config=config, parts=left, assumed=assumed)
 
-    def with_second_tower(self, other: Checkpoint) -> Checkpoint:
+    def with_second_tower(self, other: Checkpoint, both: bool = False) -> Checkpoint:
         """The same with the text tower of `other` beside its own, both read as Stable Diffusion XL reads its two: the
-        last block but one without the final norm, and the second's projection alone. Raises UserError if there are two
-        already, or `other` has none.
+        last block but one without the final norm, and the second's projection alone; of `both`, as Stable Diffusion 3.
+        Raises UserError if there are two already, or `other` has none.
         """
         if self.config.text_2 is not None:
             raise UserError(f"{self.path} has two text towers already; name no other beside them")
         own, its = self.part("text"), other.part("text")
         first, second = self.config.text, other.config.text
         assert first is not None and second is not None  # or there were no such parts
-        scope = tuple(name for name in own.scope if not name.endswith("text_projection"))
+        scope = tuple(name for name in own.scope if both or not name.endswith("text_projection"))
+        width = first.embed_dim if both else 0
         read: dict[str, Any] = {"layer": "penultimate", "final_norm": False}
         assumed = (key.replace("text.", "text_2.", 1) for key in other.assumed if key.startswith("text."))
         return replace(
             self,
-            config=replace(self.config, text=replace(first, embed_dim=0, **read), text_2=replace(second, **read)),
+            config=replace(self.config, text=replace(first, embed_dim=width, **read), text_2=replace(second, **read)),
             parts={**self.parts, "text": replace(own, scope=scope), "text_2": its},
             assumed=(*self.assumed, *assumed),
             remarks=self.remarks + other.only("text").remarks,

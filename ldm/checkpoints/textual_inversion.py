@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm.adapters.textual_inversion import Embedding
+from ldm.checkpoints.adapter_words import BASE
 from ldm.checkpoints.reading import Tensors, read_tensors
 from ldm.checkpoints.state import some
 from ldm.checkpoints.writing import write_tensors
@@ -31,8 +32,8 @@ BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_param\.)?(\*|[^.]+)")
 CONTAINERS = ("emb_params", "emp_params", "clip_l", "clip_h", "*", "clip_g", "t5", "t5xxl")
 """Keys that say where vectors go or that they are some, and no word; the first of them that is there is taken."""
 
-SECOND = "clip_g"
-"""What stands beside another of them is for a model's second tower."""
+FIRST, SECOND = "clip_l", "clip_g"
+"""SECOND beside another of them is for a model's second tower."""
 
 _OUTPUTS = tuple(f"{key}_out" for key in CONTAINERS)  # OneTrainer's, added to what the tower gives
 _NO_WORD = re.compile(r"\W*|\d+|embs?|embeddings?|vec|vectors?|weights?|params?|tensors?|data", re.IGNORECASE)
@@ -62,7 +63,7 @@ def read_embeddings(path: str | Path) -> list[Embedding]:
         found.append(Embedding(key, _vectors(tensors, keys[key], path), str(path)))
     if vectors:
         first = min(vectors, key=lambda key: CONTAINERS.index(key) if key in CONTAINERS else 0)
-        word = re.sub(r"\s+", "_", path.stem)  # a word has no white space
+        word = own if own and BASE in tensors.metadata else re.sub(r"\s+", "_", path.stem)  # no white space in it
         inside = "".join(filter(str.isprintable, tensors.metadata.get("name", word))) if params else word
         remark = f"; inside it is called '{inside[:100]}', which means nothing here" if inside != word else ""
         second = SECOND if SECOND in vectors and first != SECOND else ""
@@ -78,13 +79,17 @@ def read_bundled(path: str | Path) -> list[Embedding]:
 
 
 def save_embedding(path: str | Path, embedding: Embedding, words: Mapping[str, str] | None = None) -> None:
-    """Write a word as a .safetensors file in diffusers' layout; `words` go into its metadata (adapter_words.py).
+    """Write a word as a .safetensors file, in diffusers' layout or, for two towers, in that of Stable Diffusion XL's;
+    `words` go into its metadata (adapter_words.py).
 
     Raises UserError if the disk does not take it.
     """
     metadata = {"format": "pt", WORD: embedding.word, **(words or {})}
     with atomic_write(path) as temporary:
-        write_tensors({embedding.word: embedding.vectors.to("cpu", torch.float32)}, temporary, metadata)
+        found = {embedding.word: embedding.vectors}
+        if embedding.second is not None:
+            found = {FIRST: embedding.vectors, SECOND: embedding.second}
+        write_tensors({key: value.to("cpu", torch.float32) for key, value in found.items()}, temporary, metadata)
 
 
 def _bundled(tensors: Tensors, path: Path) -> list[Embedding]:

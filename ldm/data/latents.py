@@ -112,6 +112,7 @@ class LatentBatch:
     size: Tensor
     crop: Tensor
     label: list[str | None]
+    score: list[float | None]
 
     def __len__(self) -> int:
         return len(self.key)
@@ -125,6 +126,7 @@ class _Latent:
     size: Tensor
     crop: Tensor
     label: str | None
+    score: float | None
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class _LatentDecode:
     flip: bool
     label: str
     labels: Collection[str]
+    score: str
 
     def __call__(self, record: Record, rng: random.Random) -> _Latent:
         try:
@@ -150,9 +153,10 @@ class _LatentDecode:
         flipped = self.flip and mirror < 0.5
         if flipped:
             moments = tensors["moments_flipped"]
-        label = samples.label(samples.read_meta(record), self.label, self.labels)
+        meta = samples.read_meta(record)
+        label, score = samples.label(meta, self.label, self.labels), samples.score(meta, self.score)
         pooled = tensors["pooled"][chosen].float() if "pooled" in tensors else torch.empty(0)
-        return _Latent(moments.float(), contexts[chosen].float(), pooled, size, crops[int(flipped)], label)
+        return _Latent(moments.float(), contexts[chosen].float(), pooled, size, crops[int(flipped)], label, score)
 
 
 class LatentLoader(Feed[_Latent, LatentBatch]):
@@ -191,7 +195,7 @@ class LatentLoader(Feed[_Latent, LatentBatch]):
         data = replace(open_set(config.shards, "latents", _fault, config.where, config), keys_are_addresses=True)
         lost = {shard.source for shard in data.quarantine.values()}
         _check_count(data, sum(count for source, count in zip(sources, counts, strict=True) if source not in lost))
-        decode = _LatentDecode(config.caption, config.flip, config.label, labels)
+        decode = _LatentDecode(config.caption, config.flip, config.label, labels, config.score)
         super().__init__(data, config, global_batch, rank, world, seed, decode, LatentBatch)
 
 

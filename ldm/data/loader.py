@@ -27,6 +27,7 @@ class Decoded:
     crop: tuple[int, int]
     label: str | None = None
     depth: Tensor = torch.empty(0)
+    score: float | None = None
 
 
 Decode = Decoder[Decoded]
@@ -36,7 +37,7 @@ Decode = Decoder[Decoded]
 class Batch:
     """`image` float32 (B, 3, H, W) in [-1, 1]; caption, key ("train-0003/00017") and epoch of each row.
 
-    `label`: what the samples' json says in the field `data.label`; None where none is named.
+    `label`, `score`: what the samples' json says in the fields `data.label` and `data.score`; None where none is named.
 
     `size` int64 (B, 2) is the height and width of the pictures as they lie in the shards, `crop` int64 (B, 2) the top
     and left of what is seen of them, in pixels after the resize: what Podell et al. 2023 condition on. `depth` float32
@@ -51,6 +52,7 @@ class Batch:
     crop: Tensor
     label: list[str | None]
     depth: Tensor
+    score: list[float | None]
 
     def __len__(self) -> int:
         return len(self.key)
@@ -69,7 +71,8 @@ class PictureDecode:
         depth = samples.decode_depth(record, self.config.depth)
         made = transforms.prepare(sample.picture, size, self.config.crop, self.config.flip, rng, depth)
         label = samples.label(sample.meta, self.config.label, self.labels)
-        return Decoded(made.image, sample.caption, made.size, made.crop, label, made.depth)
+        score = samples.score(sample.meta, self.config.score)
+        return Decoded(made.image, sample.caption, made.size, made.crop, label, made.depth, score)
 
 
 class Loader(Feed[Decoded, Batch]):

@@ -20,6 +20,7 @@ PICTURES = ("webp", "png", "jpg", "jpeg")
 CAPTIONS = ("txt", "variants", "none")
 NO_CAPTION = "no caption"
 SHOWN = 5  # labels, in a reason
+MOST = 1e4  # of a score
 HEAD = 2**16  # bytes in which a PNG's or JPEG's size is found, unless it has a large thumbnail before it
 
 
@@ -144,6 +145,16 @@ def label(meta: dict[str, Any], field: str, known: Collection[str] = ()) -> str 
         some = ", ".join(islice(known, SHOWN)) + (", ..." if len(known) > SHOWN else "")
         raise BadSample(f"its {field} is {str(value)[:60]!r}, and the network's labels are {some}")
     return str(value)
+
+
+def score(meta: dict[str, Any], field: str) -> float | None:
+    """The number that the sample's json has in `field`; None for an empty `field`. Raises BadSample for none."""
+    if not field:
+        return None
+    value = meta.get(field)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST:
+        raise BadSample(f"no score: its json has no number of at most {MOST:g} in '{field}'")
+    return float(value)
 
 
 def caption_variants(meta: dict[str, Any]) -> list[str]:

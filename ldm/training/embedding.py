@@ -32,12 +32,13 @@ from ldm.training.preflight import check_settings
 
 
 class Word(nn.Module):
-    """Tokens (B, L) -> context and pooled text, through a frozen encoder; only the word is trained."""
+    """Tokens (B, L) of each tower -> context and pooled text, through a frozen encoder; only the word is trained."""
 
-    def __init__(self, encoder: Encoder, vectors: nn.Parameter):
+    def __init__(self, encoder: Encoder, vectors: nn.Parameter, second: nn.Parameter | None):
         super().__init__()
         self._encoder = [encoder]  # in a list: not a submodule
         self.vectors = vectors.requires_grad_(True)
+        self.second = None if second is None else second.requires_grad_(True)  # of a second tower
 
     def forward(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
         return self._encoder[0].of_tokens(tokens)
@@ -56,23 +57,24 @@ def embedding_stage(
         raise UserError("loss.caption_dropout would drop the word that is to be learned; leave it out")
     began = begin_from(config, device, said)
     takes = check_fits(began, config.data)
-    if len(began.towers) > 1:
-        raise UserError(f"the model {config.init} has {len(began.towers)} text towers, and a word is trained for one")
     if began.config.told_guidance:
         raise UserError(
             f"the model {config.init} is told its guidance scale, and a word is trained without; choose another"
         )
     text = began.towers.get("text")
-    if text is None or began.unet is None or began.config.loss is None:
+    if not isinstance(text, TextTower) or began.unet is None or began.config.loss is None:
         raise UserError(f"the model {config.init} reads no text, so no word can be added; choose another one")
     room = text.config.context_length - 2
     if config.vectors > room:
         raise UserError(f"vectors is {config.vectors}, and a prompt has room for 1 to {room}")
-    new = Embedding(config.word, _first_vectors(config, text), "the setting word")
-    tower = TowerWithWords(text, [new]).to(device).requires_grad_(False).eval()
+    towers: dict[str, TowerWithWords] = {}
+    for name, tower in began.towers.items():
+        if isinstance(tower, TextTower):  # T5 reads it as it stands
+            new = Embedding(config.word, _first_vectors(config, tower), "the setting word")
+            towers[name] = TowerWithWords(tower, [new]).to(device).requires_grad_(False).eval()
     network = began.unet.requires_grad_(False).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = assemble(began.config, began.codec, {"text": tower}, network)
+    model = assemble(began.config, began.codec, {**began.towers, **towers}, network)
     # A caption without the word teaches it nothing. The rest of the loss may be that of the model itself.
     loss = dataclasses.replace(began.config.loss, caption_dropout=0.0, tower_dropout=0.0)
     captions = tuple(template.replace("{}", config.word) for template in config.templates)
@@ -85,21 +87,24 @@ def embedding_stage(
         batches, data, config.loop, loss, sample, Settings(sample.cfg, sample.steps), notices=(*began.notices, *unread)
     )
     inputs = Inputs(model.codec, model.encoder, config.data.size, device, captions, takes=takes)
-    vectors = tower.token_embedding.extra
+    vectors, *others = (tower.token_embedding.extra for tower in towers.values())
+    second = others[0] if others else None
     trained = Trained(
         "word",
-        Word(model.encoder, vectors),
+        Word(model.encoder, vectors, second),
         config.optimizer,
-        partial(_export, dataclasses.replace(config, loss=loss), began, vectors),
+        partial(_export, dataclasses.replace(config, loss=loss), began, vectors, second),
         (f"word        {config.word}, {config.vectors} vectors, from '{config.begin_with}'",),
     )
     return DiffusionStage(model, inputs, regress(model.law, loss), trained, course, check=rank == 0)
 
 
-def _export(config: EmbeddingTraining, began: Beginning, vectors: Tensor, output: Path, finished: bool) -> None:
-    """The word, as a file that diffusers' load_textual_inversion reads too."""
+def _export(
+    config: EmbeddingTraining, began: Beginning, vectors: Tensor, second: Tensor | None, output: Path, finished: bool
+) -> None:
+    """The word, as a file that diffusers' load_textual_inversion reads too, tower by tower where there are two."""
     words = training_words("textual-inversion", config, began.sources["text"], finished)
-    save_embedding(output / "embedding.safetensors", Embedding(config.word, vectors), words)
+    save_embedding(output / "embedding.safetensors", Embedding(config.word, vectors, second=second), words)
 
 
 def _first_vectors(config: EmbeddingTraining, tower: TextTower) -> Tensor:

@@ -7,7 +7,7 @@ from ldm.conditioning.planes import kind_of_planes
 from ldm.config import DataConfig, FiguresConfig
 from ldm.errors import UserError
 from ldm.training.begin import Beginning
-from ldm.training.preflight import check_no_depth, check_no_label, check_sides
+from ldm.training.preflight import check_no_depth, check_no_label, check_no_score, check_sides
 
 
 def check_fits(began: Beginning, data: DataConfig, latents: str = "", figures: FiguresConfig = FiguresConfig()) -> str:
@@ -28,9 +28,12 @@ def check_fits(began: Beginning, data: DataConfig, latents: str = "", figures: F
             f"model.classes is {model.classes} and data.label is not set; say data.label=FIELD, the field of the "
             "samples' json that says the class, or set model.classes=0"
         )
-    if encoder.config.score:
+    if not encoder.config.score:
+        check_no_score(data)
+    elif not data.score:
         raise UserError(
-            "encoder.score asks for an aesthetic score of each picture, which no data here say; leave it out"
+            "encoder.score asks for an aesthetic score of each picture, and data.score is not set; say "
+            "data.score=FIELD, the field of the samples' json that says it, or leave encoder.score out"
         )
     if model.vector_width != encoder.vector_width:
         raise UserError(

@@ -124,8 +124,8 @@ class Inputs:
             captions, target = batch.caption, (batch.image.shape[2], batch.image.shape[3])
         if self.captions:
             captions = [self.captions[int(u * len(self.captions))] for u in draws.uniform("template").tolist()]
-        rows = zip(captions, batch.label, batch.size.tolist(), batch.crop.tolist(), strict=True)
-        return [Ask(text, label, (h, w), (top, left), target) for text, label, (h, w), (top, left) in rows]
+        rows = zip(captions, batch.label, batch.size.tolist(), batch.crop.tolist(), batch.score, strict=True)
+        return [Ask(text, label, tuple(size), tuple(crop), target, score) for text, label, size, crop, score in rows]
 
 
 def draw_masks(draws: Draws, height: int, width: int) -> Tensor:

@@ -49,9 +49,10 @@ def check_sides(data: DataConfig, factor: int) -> None:
 
 
 def check_untold(data: DataConfig) -> None:
-    """Raise UserError for a label or a depth map, in the training of a network that takes none."""
+    """Raise UserError for a label, a score or a depth map, in the training of a network that takes none."""
     check_no_depth(data)
     check_no_label(data)
+    check_no_score(data)
 
 
 def check_no_depth(data: DataConfig) -> None:
@@ -69,6 +70,15 @@ def check_no_label(data: DataConfig) -> None:
         raise UserError(
             f"data.label={data.label} is for a network with classes, and this one has none; set model.classes (of the "
             "diffusion model), or leave data.label out"
+        )
+
+
+def check_no_score(data: DataConfig) -> None:
+    """Raise UserError for a score, in the training of a network that is told none."""
+    if data.score:
+        raise UserError(
+            f"data.score={data.score} is for a network that is told an aesthetic score, and this one is not; set "
+            "encoder.score=true (of the diffusion model), or leave data.score out"
         )
 
 

@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -135,7 +136,10 @@ def theirs(folder: Path, settings: Any) -> dict[str, Tensor]:
     open_: Any = partial(diffusers.DiffusionPipeline.from_pretrained, folder, torch_dtype=torch.float32)
     kind = "unet" if (folder / "unet").is_dir() else "transformer"
     xl, towers = kind == "unet", ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    pipe = open_(**{kind: None})
+    third = {} if xl else {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = open_(**{kind: None}, **third)
+    if not xl:  # its prompts ask the transformer how wide T5 is
+        object.__setattr__(pipe, kind, SimpleNamespace(config=SimpleNamespace(joint_attention_dim=4096)))
     more: dict[str, Any] = {} if xl else {"prompt_2": None, "prompt_3": None}
     length = {} if xl else {"max_sequence_length": 77}  # zeros in the place of T5, as many as the reference has
     negative = {"negative_prompt": None if xl else ""}
@@ -144,7 +148,7 @@ def theirs(folder: Path, settings: Any) -> dict[str, Tensor]:
     context, _, pooled, _ = texts
     del pipe
     tell("towers")
-    pipe = open_(**dict.fromkeys(towers))
+    pipe = open_(**dict.fromkeys(towers), **third)
     pipe.set_progress_bar_config(disable=True)
     tell("network opened")
     network, size, t = getattr(pipe, kind), (settings.height, settings.width), torch.tensor([LEVEL])

@@ -214,6 +214,23 @@ def test_our_exports_are_the_same_networks(small: tuple[Any, Path], tmp_path: Pa
     }
 
 
+def test_an_autoencoder_that_overflows_in_half_precision_gives_no_black_picture(tmp_path: Path) -> None:
+    """As the published one does: in float16 an activation passes 65504, and the latent is decoded again in float32."""
+    pipe = sdxl.base()
+    with torch.no_grad():  # before the last norm, which takes the factor out again
+        pipe.vae.decoder.up_blocks[-1].resnets[-1].conv2.weight.mul_(3e5)
+    path, latent = sd.save(pipe, tmp_path / "base"), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    half, whole = (ldm.load(path, device="cpu", precision=precision) for precision in ("fp16", "fp32"))
+    assert half.codec.autoencoder is not None and next(half.codec.autoencoder.parameters()).dtype == torch.float16
+    z = half.codec.from_latent(latent)
+    with torch.no_grad():
+        assert not bool(half.codec.autoencoder.decode(z.half()).isfinite().all())
+        ours, wanted = half.codec.decode(latent), whole.codec.decode(latent)
+        theirs = pipe.vae.decode(z).sample.clamp(-1, 1)
+    assert relative(wanted, theirs) <= 1e-4 and float(wanted.std()) > 0.05
+    assert relative(ours, wanted) < 0.05  # weights rounded to float16
+
+
 def test_a_file_without_our_word_is_told_by_its_shapes(small: tuple[Any, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

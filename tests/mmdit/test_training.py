@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import ldm
-from ldm.config import DiffusionTraining, load
+from ldm.checkpoints import native
+from ldm.conditioning.clip import TextTower
+from ldm.config import DiffusionTraining, ModelConfig, TextConfig, load
 from ldm.errors import UserError
+from ldm.training.draws import Draws
 from ldm.training.loop import carry_out
 from ldm.training.stage_two import diffusion_stage
 
@@ -62,6 +65,60 @@ def test_of_classes_alone(tmp_path: Path, tiny_checkpoint: Path) -> None:
     carry_out(settings(tmp_path / "run", tiny_checkpoint, *classes), diffusion_stage)
     model = ldm.load(tmp_path / "run", device="cpu")
     assert math.isfinite(float(model.txt2img(label="noto", steps=2).sum()))
+
+
+TWO = [  # as Stable Diffusion 3, small: two streams, a vector, zeros in the place of T5
+    "model.streams=2",
+    "model.vector_width=128",
+    "model.context_width=160",
+    "encoder.pooled=true",
+    "encoder.width=160",
+    "encoder.t5_tokens=4",
+    "schedule.shift=3",
+    "loss.caption_dropout=0",
+]
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two text towers that project, with random weights."""
+    paths = []
+    for i in range(2):
+        path = tmp_path_factory.mktemp(f"clip{i}")
+        torch.manual_seed(i)
+        config = TextConfig(context_length=16, width=64, heads=2, layers=2, embed_dim=64)
+        native.save(path, ModelConfig(text=config), {"text": TextTower(config)})
+        paths.append(str(path))
+    return paths
+
+
+def test_two_streams_learn_from_two_towers_that_are_dropped_one_by_one(
+    tmp_path: Path, tiny_checkpoint: Path, towers: list[str]
+) -> None:
+    words = [*TWO, f"text={towers[0]}", f"text_2={towers[1]}", "loss.tower_dropout=0.464"]
+    config = settings(tmp_path / "run", tiny_checkpoint, *words)
+    stage = diffusion_stage(config, 0, 1, torch.device("cpu"))
+    assert "of each tower 0.464" in "\n".join(stage.describe())
+    batch, silent = next(iter(stage.batches)), {"text": 0, "text_2": 0}
+    for step in range(12):
+        draws = Draws(0, step, batch.key)
+        _, told = stage.inputs(batch, draws, of_towers=0.464)
+        assert told.context is not None and told.vector is not None and told.context.shape == (4, 16 + 4, 160)
+        assert not told.context[:, :, 128:].any() and not told.context[:, 16:].any()  # width of T5, tokens of T5
+        for i, name in enumerate(silent):
+            own = told.context[:, :16, 64 * i : 64 * (i + 1)].flatten(1).any(dim=1)
+            assert torch.equal(own, told.vector[:, 64 * i : 64 * (i + 1)].any(dim=1)), "pooled goes with its tower"
+            assert torch.equal(own, draws.uniform(f"dropout of {name}") >= 0.464)
+            silent[name] += int((~own).sum())
+    assert all(10 <= count <= 35 for count in silent.values()), silent  # 22 of 48 are expected, deviation 3.5
+    carry_out(config, diffusion_stage)
+    model = ldm.load(tmp_path / "run", device="cpu")
+    assert list(model.towers) == ["text", "text_2"] and model.config.encoder.t5_tokens == 4
+    weights = model.unet.state_dict()
+    changed = [key for key, value in weights.items() if "context" in key and bool(value.any())]
+    assert any(".context.modulation" in key for key in changed) and any("vector_embedding" in key for key in weights)
+    one, other = (model.txt2img(text, steps=2, cfg=2.0, sampler="euler") for text in ("a pizza", "a red heart"))
+    assert bool(one.isfinite().all()) and not torch.equal(one, other)
 
 
 def test_settings_of_the_other_network_are_refused_by_name(tmp_path: Path, tiny_checkpoint: Path) -> None:

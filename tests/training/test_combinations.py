@@ -244,7 +244,7 @@ def test_cached_contexts_are_left_alone_by_a_network_without_captions() -> None:
         ["a", "b"],
         [0, 0],
         *[torch.zeros(2, 2)] * 2,
-        [None] * 2,
+        *[[None] * 2] * 2,
     )
     x0, condition = stage.inputs(batch, Draws(0, 0, batch.key))
     assert x0.shape == (2, 3, 8, 8) and condition.context is None

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from data.shard_maker import sample, write_tar  # tests/ is the root of the tests' packages
 from torch import Tensor
 
 import ldm
+from ldm.adapters import use
 from ldm.checkpoints import native, sdxl
 from ldm.checkpoints.opening import open_checkpoint, open_towers
+from ldm.checkpoints.textual_inversion import read_embeddings
 from ldm.conditioning.clip import TextTower
 from ldm.conditioning.encoder import Encoder
 from ldm.config import (
+    DataConfig,
     DiffusionLossConfig,
     DiffusionTraining,
+    EmbeddingTraining,
     EncoderConfig,
     ModelConfig,
     ScheduleConfig,
     TextConfig,
     load,
 )
+from ldm.data.latent_writing import LatentSources, LatentWriter
+from ldm.data.latents import LatentLoader
 from ldm.diffusion.levels import draw_levels
 from ldm.diffusion.schedule import make_schedule
 from ldm.errors import UserError
 from ldm.jobs import Ask, Settings
+from ldm.jobs.adapters import Adapter
 from ldm.training.draws import Draws
+from ldm.training.embedding import embedding_stage
 from ldm.training.stage_two import diffusion_stage
 
 from .toys import CPU, ICONS, run
@@ -81,7 +91,8 @@ def test_a_network_is_told_what_the_pictures_were(towers: list[str]) -> None:
 
 
 def test_each_tower_is_silent_by_itself(towers: list[str]) -> None:
-    encoder = Encoder(open_towers(*towers).load_towers(), EncoderConfig(pooled=True, sizes=16, empty="zeros"))
+    told = EncoderConfig(pooled=True, sizes=16, empty="zeros")
+    encoder = Encoder(open_towers(towers[0], towers[1]).load_towers(), told)
     texts = encoder.texts(["a red heart"] * len(KEYS))
     draws = Draws(0, 0, KEYS)
     rows = {name: draws.uniform(f"dropout of {name}") >= 0.5 for name in encoder.towers}
@@ -137,13 +148,98 @@ def test_a_trained_model_draws_and_goes_where_xl_goes(towers: list[str], tmp_pat
     assert sdxl.unsayable(checkpoint.config) == []
 
 
+def test_a_new_word_for_both_towers(towers: list[str], tmp_path: Path) -> None:
+    """The vectors of both learn and nothing else does; the file is read as what was trained."""
+    model = recipe(towers)
+    run(diffusion_stage(model, 0, 1, CPU), model.loop, tmp_path / "xl", model)
+    words = [f"init={tmp_path / 'xl'}", "word=<thing>", "begin_with=heart", "vectors=2", "optimizer.rate=0.01"]
+    plain = ["data.size=16", "data.streams=4", "data.workers=0", "loop.steps=2", "loop.threads=1", "sample.prompts=[a]"]
+    config = load(EmbeddingTraining, None, [*words, *plain, f"data.shards={ICONS}/train-*.tar"])
+    stage = embedding_stage(config, 0, 1, CPU)
+    network = {key: value.clone() for key, value in stage.model.unet.state_dict().items()}
+    tables: dict[str, Any] = {name: tower.token_embedding for name, tower in stage.model.towers.items()}
+    start = {name: table.extra.clone() for name, table in tables.items()}
+    loaded: dict[str, Any] = open_checkpoint(tmp_path / "xl").load_towers()
+    for name, tower in loaded.items():
+        (piece,) = tower.tokenizer().encode("heart")
+        assert torch.equal(start[name], tower.token_embedding.weight[[piece, piece]])
+    run(stage, config.loop, tmp_path / "word", config)
+    assert all(torch.equal(value, network[key]) for key, value in stage.model.unet.state_dict().items())
+    (word,) = read_embeddings(tmp_path / "word" / "embedding.safetensors")
+    assert word.word == "<thing>" and word.second is not None
+    for name, vectors in (("text", word.vectors), ("text_2", word.second)):
+        assert torch.equal(vectors, tables[name].extra) and not torch.equal(vectors, start[name]), name
+    drawing = ldm.load(tmp_path / "xl", device="cpu")
+    made = use.apply(drawing, [Adapter("embedding", str(tmp_path / "word" / "embedding.safetensors"))])
+    assert not any("alone" in told for told in made.told)
+    for given, wanted in zip(
+        made.encoder.tokens(["a <thing>"]), stage.model.encoder.tokens(["a <thing>"]), strict=True
+    ):
+        assert torch.equal(given, wanted) and int((given >= 49408).sum()) == 2
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with a score in their json, one of them without."""
+    folder = tmp_path_factory.mktemp("scored")
+    members = [part for i in range(16) for part in sample(f"{i:05d}", i, aesthetic=i / 2)]
+    write_tar(folder / "train-0000.tar", [*members, *sample("00016", 16)])
+    return folder
+
+
+def refiner(towers: list[str], scored: Path, *words: str) -> DiffusionTraining:
+    told = ["encoder.score=true", "encoder.empty=encoded", "model.context_width=64", "model.vector_width=144"]
+    data = [f"data.shards={scored}/train-*.tar", "data.score=aesthetic", "data.caption=txt", "data.streams=1"]
+    return recipe([towers[1], ""], *told, *data, "loss.lowest=0.2", *words)
+
+
+def test_a_refiner_is_told_the_scores_of_its_pictures(towers: list[str], scored: Path, tmp_path: Path) -> None:
+    """Half the number of the sample, here; a picture without one is passed over. What is drawn is told one too."""
+    config = refiner(towers, scored)
+    stage = diffusion_stage(config, 0, 1, CPU)
+    batch = next(iter(stage.batches))
+    _, told = stage.inputs(batch, Draws(0, 0, batch.key))
+    assert batch.score == [int(key[-5:]) / 2 for key in batch.key]
+    asks = [
+        Ask(text, None, tuple(size), tuple(crop), score=score)
+        for text, size, crop, score in zip(
+            batch.caption, batch.size.tolist(), batch.crop.tolist(), batch.score, strict=True
+        )
+    ]
+    assert told.vector is not None and told.vector.shape == (8, 64 + 5 * 16)
+    wanted = stage.model.encoder([replace(ask, target=(16, 16)) for ask in asks]).vector
+    assert wanted is not None and torch.equal(told.vector, wanted)
+    other = stage.model.encoder([replace(ask, target=(16, 16), score=9.5) for ask in asks]).vector
+    assert other is not None and not torch.equal(other[:, -16:], wanted[:, -16:])
+    run(stage, config.loop, tmp_path / "run", config)
+    model = ldm.load(tmp_path / "run", device="cpu")
+    assert model.config.encoder.score
+    settings = Settings(steps=2, width=16, height=16)
+    low, high = (model.txt2img("a", settings=replace(settings, score=score)) for score in (1.0, 9.0))
+    assert not torch.equal(low, high)
+
+
+def test_scores_go_with_latents(scored: Path, tmp_path: Path) -> None:
+    data = DataConfig(shards=f"{scored}/*.tar", size=16, score="aesthetic", streams=1, workers=0)
+    sources = LatentSources(data)
+    writer = LatentWriter(tmp_path / "latents", {"text": "some"}, sources.fingerprint, flipped=False)
+    for batch in sources.batches(4):
+        count = len(batch.key)
+        writer.add(batch, torch.zeros(count, 6, 16, 16), None, [torch.zeros(1, 16, 64)] * count)
+    writer.finish()
+    cached = LatentLoader(replace(data, shards=str(tmp_path / "latents")), 8, 0, 1, 0, {"text": "some"})
+    batch = next(iter(cached))
+    assert batch.score == [int(key[-5:]) / 2 for key in batch.key]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["text_2="], "the text tower's width is 64; set model.context_width=64"),
         (["encoder.sizes=0"], "model.vector_width is 160"),
         (["text="], "text names no first one"),
-        (["encoder.score=true"], "aesthetic score"),
+        (["encoder.score=true"], r"data\.score is not set; say data\.score=FIELD"),
+        (["data.score=stars"], r"is told an aesthetic score, and this one is not"),
         (["encoder.empty=nothing"], "choose one of encoded, zeros"),
         (["model.depths=[1]"], "depths has 1 numbers for 2 levels"),
     ],
