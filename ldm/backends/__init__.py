@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", bound=nn.Module)
 
-BACKENDS = ("auto", "torch", "compile", "graph", "openvino")
+BACKENDS = ("auto", "torch", "compile", "graph", "fused", "openvino")
 
 
 def check(backend: str) -> None:
     """Raises UserError for a backend that does not exist, or is not installed."""
     if backend not in BACKENDS:
         raise UserError(f"there is no backend '{backend}'; choose one of {', '.join(BACKENDS)}")
+    if backend == "fused" and find_spec("triton") is None:
+        raise UserError("the backend 'fused' needs Triton, which comes with torch for CUDA; choose auto")
     if backend == "openvino" and find_spec("openvino") is None:
         raise UserError("the backend 'openvino' needs OpenVINO, which is not installed; pip install -e '.[openvino]'")
 
@@ -29,21 +31,27 @@ def run_by(backend: str, network: M, main: bool = False) -> M:
     auto: on a CPU by oneDNN with packed weights (packed.py), elsewhere as torch runs it. torch: as torch runs it,
     layer by layer. compile: what torch.compile makes of the `main` network, the one that is run at every step; it takes
     minutes to begin with, and once more when a picture of another size is drawn. graph: on a GPU its step as one CUDA
-    graph (graph.py). openvino: on a CPU its step as OpenVINO compiles it (converted.py), in seconds for each size;
-    other networks as by auto. Raises UserError for one that does not work here.
+    graph (graph.py). fused: there norms and activations by kernels of ours (norm_silu.py), which are tried first, and
+    left where they do not give what torch gives; not the default, since no GPU has measured them yet. openvino: on a
+    CPU its step as OpenVINO compiles it (converted.py), in seconds for each size; other networks as by auto. Raises
+    UserError for one that does not work here.
     """
     check(backend)
     on = {parameter.device.type for parameter in network.parameters()}
     if backend == "compile":
         if main:
             network.compile(fullgraph=True)
+    elif backend in ("graph", "fused") and on != {"cuda"}:
+        raise UserError(f"the backend '{backend}' needs a CUDA device; choose auto")
     elif backend == "graph":
         from ldm.backends.graph import graphed
 
-        if on != {"cuda"}:
-            raise UserError("the backend 'graph' needs a CUDA device; choose auto")
         if main:
             graphed(network)
+    elif backend == "fused":
+        from ldm.backends.norm_silu import fused
+
+        return fused(network)
     elif backend == "openvino" and main:
         from ldm.backends.converted import Converted
         from ldm.backends.graph import graphed

@@ -34,7 +34,7 @@ def shortened(unet: nn.Module, shortcuts: Sequence[Merge | Reuse]) -> Network:
     if not isinstance(unet, UNet):
         raise UserError("this model's network is not a plain U-Net, so merge_tokens and reuse have no place in it")
     if unet._compiled_call_impl is not None or "forward" in vars(unet):
-        raise UserError("merge_tokens and reuse do not go with the backends compile and graph; choose auto or torch")
+        raise UserError("merge_tokens and reuse do not go with the backends compile, graph and openvino; choose auto")
     if looked_at(unet):
         raise UserError("attention is looked at or edited, so each layer has to run; leave out merge_tokens and reuse")
     network: Network = unet

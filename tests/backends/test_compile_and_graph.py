@@ -96,9 +96,10 @@ def test_hooks_stand_ins_and_other_attention_are_met_by_the_layers_themselves():
         assert torch.equal(copied(x, t, told), 2 * unet(x, t, told)) and len(Replayed.made) == 2
 
 
-def test_a_graph_needs_cuda():
-    with pytest.raises(UserError, match="needs a CUDA device"):
-        run_by("graph", small_unet())
+@pytest.mark.parametrize(("backend", "words"), [("graph", "needs a CUDA device"), ("fused", "needs (a CUDA|Triton)")])
+def test_what_is_of_a_gpu_needs_one(backend: str, words: str):
+    with pytest.raises(UserError, match=f"'{backend}' {words}"):
+        run_by(backend, small_unet())
 
 
 @pytest.mark.gpu

@@ -219,7 +219,7 @@ def test_what_they_do_not_go_with_is_refused(tiny_model: ldm.LatentDiffusion):
         shortened(small_unet(), [Reuse(2, 9)])
     with pytest.raises(UserError, match="no tokens to merge"):
         shortened(small_unet(attention_levels=()), [Merge()])
-    with pytest.raises(UserError, match="backends compile and graph"):
+    with pytest.raises(UserError, match="backends compile, graph and openvino"):
         shortened(graphed(small_unet()), [Merge()])
     with pytest.raises(UserError, match="not a plain U-Net"):
         shortened(torch.nn.Linear(1, 1), [Merge()])
