@@ -85,13 +85,13 @@ def prompt_to_prompt(
     """`with model.prompt_to_prompt(source, target):` draws [source, target], in one batch and from one seed, so
     that the second is the first one with other words (ldm/unet/prompt_to_prompt.py has the arguments). UserError.
     """
-    from ldm.conditioning.condition import Condition
     from ldm.unet import prompt_to_prompt as room
     from ldm.unet.looking import part_of
-    from ldm.unet.unet import UNet
+    from ldm.unet.unet import Prepared, UNet
 
     told = None
     if model.text is not None and isinstance(model.unet, UNet):  # other networks are refused
-        pair = Condition(context=model.encoder.texts([source, target]).context)
-        told = part_of(model.unet.prepare(pair), 2)
+        context = model.encoder.texts([source, target]).context
+        assert context is not None  # there is a text tower
+        told = part_of(Prepared(model.unet.project_context(context)), 2)
     return room.prompt_to_prompt(model.unet, model.text, source, target, weights, cross, itself, told)

@@ -106,6 +106,11 @@ def null_text(
         raise UserError(f"{iterations} iterations were asked for; choose 0 to {MOST_ITERATIONS}")
     requests = [request]
     picture.shape(model, plan, 1)
+    if model.config.told_guidance:
+        raise UserError(
+            "null-text inversion trains the empty prompt, and this model, which is told its guidance scale, has no use "
+            "for one"
+        )
     if model.extra_channels:
         raise UserError("null-text inversion takes a network of the latent alone; this one takes other planes too")
     sigmas = generate.make_sigmas(model, plan)

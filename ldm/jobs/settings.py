@@ -28,10 +28,10 @@ MOST_PLUS = 2.0  # of CFG++'s guidance scale, an interpolation that people stret
 class Settings:
     """How pictures are drawn; pictures of one batch share it. None leaves the choice to the model or the sampler."""
 
-    cfg: float | None = None  # guidance scale; 1: the prompt alone, at half the cost; w + 1 of an LCM; None: 7.5
-    steps: int | None = None  # of the sampler, each an evaluation, or two where its method takes two (heun); None: 20
-    sampler: str | None = None  # by name, or as user interfaces spell it; --list-samplers has them; None: dpmpp_2m
-    spacing: str | None = None  # of the levels, a grid of that list; None: what the spelling says, else the best
+    cfg: float | None = None  # guidance scale; 1: unguided, at half the cost; an LCM's w + 1; None: the model's (7.5)
+    steps: int | None = None  # of the sampler, an evaluation each, or two (heun); None: the model's (20)
+    sampler: str | None = None  # its name or spelling, of --list-samplers; None: the model's (dpmpp_2m)
+    spacing: str | None = None  # of the levels, a grid of that list; None: the spelling's, model's or sampler's
     eta: float | None = None  # share of fresh noise, for the samplers that have this option; 0 is deterministic
     width: int | None = None  # pixels; None: the side the model was trained at
     height: int | None = None  # the same

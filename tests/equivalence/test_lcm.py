@@ -15,13 +15,17 @@ from torch import Tensor
 import ldm
 from ldm.checkpoints import export, native
 from ldm.checkpoints.architectures import LCM
+from ldm.checkpoints.diffusers import unet_names
+from ldm.checkpoints.diffusers_configs import read_unet
 from ldm.checkpoints.foreign import FORMATS
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning.condition import Condition
+from ldm.conditioning.encoder import _waves
 from ldm.config import DrawingConfig, UNetConfig
 from ldm.errors import UserError
 from ldm.jobs import Settings
 from ldm.sampling import NoiseStream
+from ldm.unet import UNet
 
 from . import stable_diffusion as sd
 from .stable_diffusion import relative
@@ -92,6 +96,33 @@ def test_the_network_is_told_its_scale(peer: tuple[Any, Path], dtype: torch.dtyp
     assert relative(here, there) <= most and relative(other, there) > 1e-3
 
 
+def test_a_network_of_xl_is_told_its_scale_beside_its_vector() -> None:
+    """As lcm-sdxl: sizes and pooled text behind the MLP of t, the scale before it."""
+    torch.manual_seed(6)
+    theirs = sd.peers().UNet2DConditionModel(
+        attention_head_dim=(2, 4),
+        cross_attention_dim=64,
+        use_linear_projection=True,
+        time_cond_proj_dim=WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+        **sd.SMALL_UNET,
+    )
+    ours = UNet(read_unet(theirs.config, "the peer"))
+    names, state = unet_names(ours.state_dict()), theirs.state_dict()
+    ours.load_state_dict({key: state[name] for key, (name,) in names.items()})
+    x, context, pooled = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 64), torch.randn(2, 32)
+    t, scale, sizes = torch.tensor([19.0, 999.0]), torch.tensor([3.0, 8.5]), torch.rand(2, 6) * 1000
+    embedding = sd.peers().StableDiffusionXLPipeline.get_guidance_scale_embedding(None, scale - 1, WIDTH)
+    with torch.no_grad():
+        told = {"text_embeds": pooled, "time_ids": sizes}
+        there = theirs.eval()(x, t, context, timestep_cond=embedding, added_cond_kwargs=told).sample
+        vector = torch.cat([pooled, _waves(sizes, 8)], dim=1)
+        here = ours.eval()(x, t, Condition(context=context, vector=vector, guidance=scale))
+    assert relative(here, there) <= 1e-5
+
+
 @pytest.mark.parametrize(("scale", "steps"), [(8.5, 4), (3.0, 2), (1.0, 1)])
 def test_the_pictures(peer: tuple[Any, Path], scale: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
@@ -129,6 +160,18 @@ def test_what_compares_predictions_is_refused(
     model = ldm.load(peer[1], device="cpu")
     with pytest.raises(UserError, match=words):
         model.txt2img(prompt, negative="a tree", settings=settings)
+
+
+def test_edits_that_look_at_the_empty_prompt_are_refused_and_others_work(peer: tuple[Any, Path]) -> None:
+    from ldm.null_text import null_text
+
+    model = ldm.load(peer[1], device="cpu")
+    with pytest.raises(UserError, match="this model, which is told its guidance scale, has no use"):
+        null_text(model, torch.zeros(1, 3, 16, 16), PROMPT, steps=2)
+    settings = Settings(cfg=3.0, steps=1, sampler="lcm", width=16, height=16)
+    with model.prompt_to_prompt("a red heart", "a red cat"):
+        pair = model.txt2img(["a red heart", "a red cat"], seed=[1, 1], settings=settings)
+    assert pair.isfinite().all()
 
 
 def test_guides_of_ones_own_get_the_unguided_network(peer: tuple[Any, Path]) -> None:

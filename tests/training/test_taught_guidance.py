@@ -136,6 +136,9 @@ def test_a_model_says_how_it_is_drawn(
     said = Settings(drawing.cfg, drawing.steps, drawing.sampler, drawing.spacing)
     assert torch.equal(model.txt2img("a cat", seed=3), model.txt2img("a cat", seed=3, settings=said))
     assert len(list(model.sample("a cat"))) == drawing.steps and len(list(model.sample("a cat", steps=3))) == 3
+    if drawing.cfg == 1:
+        with pytest.warns(ldm.api.PromptNotice, match="nothing is guided, so nothing comes of a negative prompt"):
+            model.txt2img("a cat", negative="a dog")
     record = provenance.record(model, Settings(steps=3), of_prompts("a cat"), 0)
     assert [record[name] for name in ("cfg", "steps", "sampler")] == [drawing.cfg, 3, drawing.sampler]
     assert record["spacing"] == drawing.spacing
