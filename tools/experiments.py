@@ -109,7 +109,7 @@ def add_fewer(parser: Parser) -> None:
     parser.add_argument("--pictures", type=COUNT, default=256, help="in a cell [%(default)s]")
     for option, what, sampler in (("--student", "a model", "ddim"), ("--lora", "a LoRA of --model", "lcm")):
         about = f"{what} that was taught to need few steps, drawn at cfg 1 (by {sampler}, unless it says another)"
-        parser.add_argument(option, action="append", default=[], metavar="NAME=PATH[:SAMPLER]", help=about)
+        parser.add_argument(option, action="append", default=[], metavar="NAME=PATH[,SAMPLER]", help=about)
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the model itself [%(default)s]")
     parser.add_argument("--classifier", required=True, help="folder that tools/train_classifier.py wrote: the judge")
     parser.add_argument("--concepts", type=recipe("evaluation"), default="concepts64", help="YAML list [%(default)s]")

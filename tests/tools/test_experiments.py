@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from metrics.pictures_maker import toy_shard
+import torch
+from metrics.pictures_maker import COLOURS, STYLES, toy_shard
 from PIL import Image
 
+from ldm.errors import UserError
+from ldm.image_io import save_png
+from ldm.judge.classifier import Classifier, ClassifierConfig, save_classifier
+from ldm.judge.pictures import read_pictures
 from ldm.metrics import protocol
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +66,67 @@ def test_tables(study: str, shards: str, tmp_path: Path) -> None:
     assert "made with another precision" in other and "Traceback" not in other
     for picture in tmp_path.glob("*.png"):
         Image.open(picture).load()
+
+
+@pytest.fixture
+def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("studies.fewer_steps")
+
+
+def small_classifier() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(ClassifierConfig(tuple(COLOURS), STYLES[:2], 16, 4)).eval()
+
+
+@pytest.mark.slow
+def test_fewer_steps(shards: str, tmp_path: Path) -> None:
+    """The base guided, two evaluations a step, and a student, one; what is there is not drawn again."""
+    save_classifier(small_classifier(), tmp_path / "judge")
+    (tmp_path / "concepts.yaml").write_text("".join(f"- {name}\n" for name in COLOURS))
+    words = ("fewer-steps", "--shards", shards, "--classifier", tmp_path / "judge", "--student", "same=icons,lcm")
+    words = (*words, "--concepts", tmp_path / "concepts.yaml", "--output", tmp_path / "out", "--quick")
+    first = run(*words)
+    with open(tmp_path / "out" / "sweep.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    spent = {(row["model"], row["sampler"], row["steps"]): float(row["evaluations"]) for row in rows}
+    base = {("base", sampler, "2"): 4.0 for sampler in ("ddim", "dpmpp_2m", "unipc")}
+    assert spent == {**base, ("same", "lcm", "1"): 1.0}
+    assert all(float(row["low"]) <= float(row["accuracy"]) <= float(row["high"]) for row in rows)
+    before = drawn(tmp_path / "out")
+    assert len(before) == 16 * len(rows) and first == run(*words) and before == drawn(tmp_path / "out")
+    assert "NAME=PATH" in run(*words, "--lora", "file.safetensors", expect=1)
+
+
+def test_the_question_takes_prompts_evenly_and_scores_in_their_order(
+    fewer_steps: Any, shards: str, tmp_path: Path
+) -> None:
+    """Pictures that are the judge's own are all right; each in another's place, all wrong."""
+    pictures = read_pictures(shards, {}, 16)
+    question = fewer_steps.Question.of(pictures, small_classifier(), list(COLOURS), STYLES[:2], 4)
+    assert list(question.concepts) == [
+        "a red heart, noto emoji", "a green apple, noto emoji", "a red heart, flat emoji", "a green apple, flat emoji",
+    ]  # fmt: skip
+    whole = fewer_steps.Question.of(pictures, small_classifier(), list(COLOURS), STYLES[:2], 100)
+    assert len(whole.concepts) == 6
+    paths = []
+    for number, (prompt, concept) in enumerate([*whole.concepts.items(), *whole.concepts.items()]):
+        own = pictures.of([concept], [prompt.partition(", ")[2]])
+        save_png(own.image[0], tmp_path / f"{number}.png")
+        paths.append(tmp_path / f"{number}.png")
+    assert whole.score(paths)["accuracy"] == 1 > whole.score(paths)["low"] > 0.7
+    assert whole.score([*paths[1:3], paths[0], *paths[4:6], paths[3]])["accuracy"] == 0
+
+
+def test_the_table_and_the_words_of_students(fewer_steps: Any) -> None:
+    row = {"model": "four", "sampler": "ddim", "steps": 4, "evaluations": 4.0, "accuracy": 0.5, "low": 0.4, "high": 0.6}
+    row |= {fewer_steps.FIGURE: 0.1234, f"{fewer_steps.FIGURE} deviation": 0.004}
+    told = fewer_steps.table([row]).splitlines()
+    assert told[-1] == "| four | ddim | 4 | 4 | 50.0% | 40.0% - 60.0% | 123.4 +- 4.0 |"
+    assert fewer_steps.Student.read("a=hf:x/y", "ddim") == fewer_steps.Student("a", "hf:x/y", "ddim")
+    assert fewer_steps.Student.read("a=b,lcm", "ddim") == fewer_steps.Student("a", "b", "lcm")
+    with pytest.raises(UserError, match="NAME=PATH"):
+        fewer_steps.Student.read("runs/four", "ddim")
 
 
 @pytest.mark.slow

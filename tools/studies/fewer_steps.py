@@ -43,11 +43,11 @@ class Student:
 
     @classmethod
     def read(cls, word: str, sampler: str) -> Student:
-        """NAME=PATH or NAME=PATH:SAMPLER. Raises UserError for other words."""
+        """NAME=PATH or NAME=PATH,SAMPLER. Raises UserError for other words."""
         name, _, rest = word.partition("=")
-        path, _, own = rest.partition(":")
+        path, _, own = rest.partition(",")
         if not name or not path:
-            raise UserError(f"a student is said as NAME=PATH or NAME=PATH:SAMPLER, and not as '{word}'")
+            raise UserError(f"a student is said as NAME=PATH or NAME=PATH,SAMPLER, and not as '{word}'")
         return cls(name, path, own or sampler)
 
 
@@ -99,7 +99,8 @@ def run(
     rows = []
     for model, own in groups:
         for cell, row in zip(own, replace(subject, model=model).measure(own), strict=subject.crew.main):
-            rows.append(row | question.score(sorted((subject.folder / cell.name).rglob("*.png"))))
+            paths = sorted((subject.folder / cell.name).rglob("*.png"))[:count]
+            rows.append(row | question.score(paths))
     if not subject.crew.main:
         return
     atomic_write_text(subject.folder / "sweep.csv", as_csv(rows))
