@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ from ldm.jobs.values import reals
 from ldm.sampling import SAMPLERS, BrownianPath, NoiseStream, Sampler, Step, finish, listed, make_grid
 from ldm.sampling.noise import Draws
 from ldm.sampling.slerp import varied
+from ldm.sampling.step import Noise as NoiseOf
 from ldm.start import Noise, Pictures, Start
 from ldm.told import branches_of, conditions, prompt_notices  # noqa: F401 (those who draw ask for them here)
 from ldm.unet.shortcuts import shortened
@@ -69,10 +70,7 @@ def draw(
     for batch in batches(requests, batch_size):
         first = sum(map(len, drawn))
         own = None if picture is None else picture.rows(slice(first, first + len(batch)))
-        steps = deque(sample(model, batch, plan, helpers, own or Noise()), maxlen=1)
-        if not steps:
-            raise UserError("the sampler yielded no step; it yields one for each interval of the grid")
-        last = steps.pop()
+        last = deque(sample(model, batch, plan, helpers, own or Noise()), maxlen=1).pop()
         image = decode(model, last, plan.tile).cpu()
         drawn.append(image if own is None else own.paste(image))
     return torch.cat(drawn)
@@ -102,6 +100,8 @@ def sample(
         with visiting(model, model.codec.autoencoder):
             x, sigmas, denoiser, *own = start.place(model, plan, sigmas, noise, denoiser, planes)
         sampler = own[0] if own else make_sampler(model, plan, beside)
+        for begins in model.kept.get("onlookers", ()):
+            begins(count)
         # From a single level there is nowhere to go: the state is what comes out.
         steps = sampler(denoiser, x, sigmas, noise) if len(sigmas) > 1 else iter([Step(0, 1, 0.0, 0.0, x, x)])
     with visiting(model, model.unet, *(other.unet for other in helpers.readers)):
@@ -234,7 +234,7 @@ def make_sampler(model: Model, plan: Plan, beside: Mapping[str, Any] | None = No
     what `make_denoiser` gives `beside` the denoiser. Raises UserError for an option that makes no sense.
     """
     if callable(plan.sampler):
-        return plan.sampler
+        return _checked(plan.sampler)
     factory = SAMPLERS[plan.sampler]
     if beside is None and "unguided" in inspect.signature(factory).parameters:
         raise UserError(
@@ -243,6 +243,23 @@ def make_sampler(model: Model, plan: Plan, beside: Mapping[str, Any] | None = No
     of_model = {"schedule": model.law.schedule, **(beside or {})}
     taken = {name: of_model[name] for name in inspect.signature(factory).parameters if name in of_model}
     return factory(**plan.options, **taken)
+
+
+def _checked(sampler: Sampler) -> Sampler:
+    """A caller's own; raises UserError where it yields anything but steps, or none."""
+
+    def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, noise: NoiseOf) -> Iterator[Step]:
+        steps, step = sampler(denoiser, x, sigmas, noise), None
+        if not isinstance(steps, Iterable):
+            raise UserError(f"the sampler gave {steps!r:.60}; it is a generator of steps, see sampling.Sampler")
+        for step in steps:
+            if not isinstance(step, Step):
+                raise UserError(f"the sampler yielded {step!r:.60}; it yields a sampling.Step for each interval")
+            yield step
+        if step is None:
+            raise UserError("the sampler yielded no step; it yields one for each interval of the grid")
+
+    return sample
 
 
 def make_sigmas(model: Model, plan: Plan) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.errors import UserError
 from ldm.jobs import Plan, Request, Settings, catalogue, of_prompts
 from ldm.jobs.request import Labels
-from ldm.jobs.values import real, reals
+from ldm.jobs.values import real, reals, whole
 from ldm.model_config import DrawingConfig
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     Grid = str | Iterable[float] | Tensor | Callable[[Schedule, int], Tensor]
     Noise = Tensor | Callable[..., Draws]
     Network = Callable[..., Tensor]
+
+
+USUAL = Settings()
+GUIDING = ("cfg", "cfg_rescale", "cfg_interval", "perp_negative", "guide_model")
 
 
 def requests_of(
@@ -80,8 +84,10 @@ def begin_of(
     noise: Noise | None,
     mask: Any,
     depth: Any,
+    n: int = 1,
 ) -> tuple[Picture | Latents, list[Request]]:
-    """What img2img begins from and what is asked of it: one prompt serves all pictures, one picture all prompts.
+    """What img2img begins from and what is asked of it: one prompt serves all pictures, one picture all prompts; `n`
+    times each.
 
     Raises UserError, also unless there is a picture or there are latents.
     """
@@ -93,17 +99,24 @@ def begin_of(
     images = as_images(image) if latents is None else start.Latents(latents).latents
     prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
     given = _condition(prompt)
-    requests = requests_of(prompts, negative, seed, len(images) if given and len(given) == 1 else 1, label, noise)
+    served = len(images) if given and len(given) == 1 else 1  # by one condition
+    requests = requests_of(prompts, negative, seed, served * whole(n, "n"), label, noise)
     if len(images) == 1:
-        images = images.expand(len(requests), -1, -1, -1)
-    if latents is None:
-        masks = None if mask is None else as_masks(mask, images)
-        return start.Picture(
-            images, mask=masks, depth=None if depth is None else as_depths(depth, len(images))
-        ), requests
-    if mask is not None or depth is not None:
-        raise UserError("a mask and a depth map are of a picture; give the picture in the latents' place")
-    return start.Latents(images), requests
+        images = images.expand(len(requests) // n, -1, -1, -1)
+    if latents is not None:
+        if mask is not None or depth is not None:
+            raise UserError("a mask and a depth map are of a picture; give the picture in the latents' place")
+        begin: Picture | Latents = start.Latents(images)
+    else:
+        masks, depths = mask, depth
+        if mask is not None:
+            masks = as_masks(mask, images)
+        if depth is not None:
+            depths = as_depths(depth, len(images))
+        begin = start.Picture(images, mask=masks, depth=depths)
+    if n == 1 or len(images) * n != len(requests):  # that there are as many of both is asked by the start itself
+        return begin, requests
+    return begin.rows([i // n for i in range(len(requests))]), requests
 
 
 def start_of(
@@ -139,7 +152,7 @@ def settings_of(given: Settings | None, start: Inverted | None = None) -> Settin
 
 
 def plan_of(
-    settings: Settings,
+    settings: Settings | None,
     cfg: float | None = None,
     steps: int | None = None,
     sampler: str | Sampler | None = None,
@@ -148,27 +161,40 @@ def plan_of(
     noise: Noise | None = None,
     network: Network | None = None,
     drawing: DrawingConfig = DrawingConfig(),
+    start: Inverted | None = None,
 ) -> Plan:
-    """The plan of settings, with what goes before them, by name or as a value, and what they leave to the model as it
-    is meant to be drawn, `drawing`. Raises UserError, also where a setting is given that only what has a name would
-    look at."""
-    settings = settings_of(settings)
+    """The plan of settings, or of the start where none are given, with what goes before them, by name or as a value,
+    and what they leave to the model as it is meant to be drawn, `drawing`. Raises UserError, also where a setting is
+    given that only what has a name would look at."""
     for name, value in (("guide", guide), ("network", network)):
         if value is not None and not callable(value):
             raise UserError(f"the {name} is {value!r:.60}, which cannot be called; see the docstring of txt2img")
+    chosen, said = settings_of(settings, start), ["cfg"] if cfg is not None else []
+    if settings is not None:
+        said += [name for name in GUIDING if getattr(settings, name) != getattr(USUAL, name)]
+    if guide is not None and said:
+        raise UserError(f"{said[0]} is of a guidance with a name, and a guide is given, which has its own; say one")
+    if settings is None and start is not None:
+        sampler = start.sampler if sampler is None else sampler
+        grid = start.grid if grid is None else grid
+    plan = named(chosen, cfg, steps, sampler, grid).of(drawing).plan()
+    values = {"sampler": sampler, "spacing": grid, "guide": guide, "noise": noise, "network": network}
+    return replace(plan, **{name: value for name, value in values.items() if callable(value)})
+
+
+def named(
+    settings: Settings, cfg: float | None, steps: int | None, sampler: str | Sampler | None, grid: Grid | None
+) -> Settings:
+    """`settings` with what goes before them of what has a name there, or numbers. Raises UserError, as `plan_of`."""
     if callable(sampler) and (settings.options or settings.eta is not None):
         raise UserError("options and eta are of a sampler with a name; bind those of your own in it")
-    if guide is not None and cfg is not None:
-        raise UserError(f"cfg is {cfg}, and a guide is given, which has its own scale; say one")
     if isinstance(grid, str):
         settings = replace(settings, spacing=grid)
     elif grid is not None and not callable(grid):
         settings = replace(settings, sigmas=tuple(catalogue.check_levels(reals(grid, "the grid"))))
     elif grid is not None and settings.sigmas:
         raise UserError("sigmas are written out in the settings, and a grid is given; say one")
-    plan = settings.but(cfg, steps, None if callable(sampler) else sampler).of(drawing).plan()
-    values = {"sampler": sampler, "spacing": grid, "guide": guide, "noise": noise, "network": network}
-    return replace(plan, **{name: value for name, value in values.items() if callable(value)})
+    return settings.but(cfg, steps, None if callable(sampler) else sampler)
 
 
 def numbers(given: float | Iterable[float], count: int, what: str) -> list[float]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from ldm.diffusion import Denoiser
 from ldm.errors import UserError
 from ldm.jobs import Plan, Settings
-from ldm.sampling import weakened
+from ldm.sampling import Sampler, weakened
 from ldm.sampling.inversion import edict
+from ldm.sampling.spacings import Grid
 from ldm.start import Draws, Noise, Picture, Placed
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ class Inverted:
 
     `x`: (B, C, h, w), float64, at `sigma`, the first level of the grid at `strength`.
     `second`: the other state of an exact inversion, which comes down by a sampler of its own (sampling.inversion).
-    `size`: (H, W) of the pictures. `settings`: what they were inverted with.
+    `size`: (H, W) of the pictures. `settings`: what they were inverted with, and `sampler` and `grid` where these were
+    given as values.
     """
 
     x: Tensor
@@ -34,6 +36,8 @@ class Inverted:
     settings: Settings
     strength: float = 1.0
     second: Tensor | None = None
+    sampler: Sampler | None = None
+    grid: Grid | None = None
 
     def rows(self, rows: slice) -> Inverted:
         """Those of some of the pictures."""

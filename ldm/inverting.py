@@ -32,6 +32,7 @@ MOST_REFINEMENTS = 20
 def invert(
     model: Model,
     requests: Sequence[Request],
+    plan: Plan,
     settings: Settings,
     helpers: Helpers,
     picture: Picture,
@@ -39,12 +40,12 @@ def invert(
     exact: bool = False,
     batch_size: int = 4,
 ) -> Inverted:
-    """What `settings` draw `picture` from, told of `requests`, one for each picture, about or `exact`.
+    """What `plan` draws `picture` from, told of `requests`, one for each picture, about or `exact`. `settings`: which
+    the plan was made of.
 
     Raises UserError for settings that draw noise on their way, and as `generate.sample`.
     """
     settings = settings.of(USUAL)  # a model of few steps is inverted in more
-    plan = settings.plan()
     if not 0 <= whole(refinements, "refinements") <= MOST_REFINEMENTS:
         raise UserError(f"{refinements} refinements were asked for; choose 0 to {MOST_REFINEMENTS}")
     picture.shape(model, plan, len(requests))

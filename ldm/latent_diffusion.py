@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ldm import edits
 from ldm.errors import UserError
-from ldm.given import begin_of, numbers, plan_of, requests_of, settings_of, start_of
+from ldm.given import begin_of, numbers, plan_of, requests_of, start_of
 from ldm.helpers import helpers_of
 from ldm.jobs import Settings
 from ldm.jobs.adapters import Adapter
@@ -84,8 +84,7 @@ class LatentDiffusion(Model):
 
         requests = requests_of(prompt, negative, seed, n, label, noise)
         begin = start_of(start, latents, len(requests), sampler, noise)
-        how = settings_of(settings, start)
-        plan = plan_of(how, cfg, steps, sampler, grid, guide, noise, network, self.config.drawing)
+        plan = plan_of(settings, cfg, steps, sampler, grid, guide, noise, network, self.config.drawing, start)
         helpers = helpers_of(self, plan)
         tell(self, requests, plan, helpers)
         return generate.draw(self, requests, plan, helpers, batch_size, begin)
@@ -104,18 +103,20 @@ class LatentDiffusion(Model):
         steps: int | None = None,
         sampler: str | Sampler | None = None,
         seed: int | Sequence[int] = 0,
+        n: int = 1,
         batch_size: int = 4,
         grid: Grid | None = None,
         guide: Guide | None = None,
         noise: NoiseOf | None = None,
         network: Network | None = None,
         latents: Tensor | None = None,
-        settings: Settings = Settings(),
+        settings: Settings | None = None,
     ) -> Tensor:
         """`image` drawn again after `prompt`: (B, 3, H, W), float32 in [-1, 1], on the CPU; as `txt2img` otherwise.
 
         `image` and `mask` may be tensors, (B, 3, H, W) in [-1, 1] and (B, 1, H, W) in [0, 1], paths, Pillow's pictures,
-        arrays of uint8, or lists of these (ldm/inputs.py). One prompt serves all pictures, one picture all prompts.
+        arrays of uint8, or lists of these (ldm/inputs.py). One prompt serves all pictures, one picture all prompts;
+        `n` pictures of each, picture by picture.
         `strength`: in [0, 1], how far back in time it begins, in all of the steps: 0 is the autoencoder's round trip,
         0.75 keeps the composition, 1 begins from noise alone; one for all pictures or for each.
         `mask`: draw anew where it is 1 (white); where it is 0 the pixels stay as they are. One serves all pictures.
@@ -126,7 +127,7 @@ class LatentDiffusion(Model):
 
         from ldm import generate
 
-        begin, requests = begin_of(image, latents, prompt, negative, label, seed, noise, mask, depth)
+        begin, requests = begin_of(image, latents, prompt, negative, label, seed, noise, mask, depth, n)
         strengths = numbers(strength, len(requests), "strengths")
         plan = plan_of(settings, cfg, steps, sampler, grid, guide, noise, network, self.config.drawing)
         helpers = helpers_of(self, plan)
@@ -154,18 +155,19 @@ class LatentDiffusion(Model):
         steps: int | None = None,
         sampler: str | Sampler | None = None,
         seed: int | Sequence[int] = 0,
+        n: int = 1,
         grid: Grid | None = None,
         guide: Guide | None = None,
         noise: NoiseOf | None = None,
         network: Network | None = None,
         latents: Tensor | None = None,
-        settings: Settings = Settings(),
+        settings: Settings | None = None,
     ) -> Iterator[Step]:
         """What `img2img` does, in one batch, step by step; `decode` shows one, of all that f divides and without the
         mask. Raises UserError, at the first step."""
         from ldm import generate
 
-        begin, requests = begin_of(image, latents, prompt, negative, label, seed, noise, mask, depth)
+        begin, requests = begin_of(image, latents, prompt, negative, label, seed, noise, mask, depth, n)
         strengths = numbers(strength, len(requests), "strengths")
         plan = plan_of(settings, cfg, steps, sampler, grid, guide, noise, network, self.config.drawing)
         if len(set(strengths)) > 1:
@@ -199,8 +201,7 @@ class LatentDiffusion(Model):
 
         requests = requests_of(prompt, negative, seed, n, label, noise)
         begin = start_of(start, latents, len(requests), sampler, noise) or Noise()
-        how = settings_of(settings, start)
-        plan = plan_of(how, cfg, steps, sampler, grid, guide, noise, network, self.config.drawing)
+        plan = plan_of(settings, cfg, steps, sampler, grid, guide, noise, network, self.config.drawing, start)
         helpers = helpers_of(self, plan)
         tell(self, requests, plan, helpers)
         yield from generate.sample(self, requests, plan, helpers, begin)
@@ -234,7 +235,7 @@ class LatentDiffusion(Model):
         for network in (self.encoder, self.unet, self.codec):
             network.to(device=None if rests else where, dtype=kind)
         made = replace(self, works_on=where or self.works_on) if rests else self
-        made.kept.clear()  # what was opened is elsewhere
+        made.kept.pop("helpers", None)  # they are elsewhere
         return made
 
     def adapted(

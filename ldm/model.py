@@ -90,7 +90,8 @@ class Model:
 
     @cached_property
     def kept(self) -> dict[str, Any]:
-        """What those who draw with it keep for the next time, as helpers.py does what it opened."""
+        """What lasts from one drawing to the next: "helpers", which were opened beside it, and "onlookers", each of
+        which is told of how many pictures a batch is that begins."""
         return {}
 
     @cached_property

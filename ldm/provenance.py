@@ -19,6 +19,8 @@ from ldm.jobs.values import real
 from ldm.settings import from_dict
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ldm.model import Model
 
 MAX_BATCH = 1024  # of a picture to be made again: its number comes from a file, maybe a stranger's
@@ -79,6 +81,13 @@ def record(
         "batch": {"size": len(batch), "index": index},
         "made_on": surroundings(model),
     }
+
+
+def with_size(record: Mapping[str, Any], image: Tensor) -> dict[str, Any]:
+    """A record with the picture's own "size", width and height, where that is not what its settings say: it was
+    extended or enlarged. `image`: (3, H, W)."""
+    size = [image.shape[2], image.shape[1]]
+    return dict(record) | ({} if size == [record["width"], record["height"]] else {"size": size})
 
 
 def record_sheet(model: Model, settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ldm.inverting import of_picture
 from ldm.jobs import Settings, of_prompts
 from ldm.model_config import DrawingConfig
 from ldm.null_text import null_text
-from ldm.sampling import ddim
+from ldm.sampling import ddim, euler, euler_a
 from ldm.sampling.inversion import rise
 from ldm.start import Picture
 
@@ -142,6 +142,24 @@ def test_settings_of_ones_own_go_before_the_starts(tiny_model: LatentDiffusion) 
     assert len(list(tiny_model.sample(PROMPT, start=start))) == 4
     assert len(list(tiny_model.sample(PROMPT, start=start, steps=6, sampler="ddim", cfg=2))) == 6
     assert len(list(tiny_model.sample(PROMPT, start=start, settings=Settings(steps=5)))) == 5
+
+
+def test_values_of_ones_own_come_along(tiny_model: LatentDiffusion) -> None:
+    """A sampler and a grid that have no name walk up, and down again unless others are said."""
+
+    def even(schedule: object, steps: int) -> Tensor:
+        return torch.linspace(5, 0, steps + 1)
+
+    start = tiny_model.invert(pictures(), PROMPT, sampler=euler(), grid=even, steps=4)
+    named = tiny_model.invert(pictures(), PROMPT, sampler="euler", grid=[5, 3.75, 2.5, 1.25, 0])
+    torch.testing.assert_close(start.x, named.x)
+    assert start.sigma == 5 and named.settings.sigmas == (5, 3.75, 2.5, 1.25, 0)
+    torch.testing.assert_close(latent(tiny_model, start), latent(tiny_model, named))
+    assert len(list(tiny_model.sample(PROMPT, start=start, grid=lambda *_: torch.tensor([5.0, 0.0])))) == 1
+    with pytest.raises(UserError, match="inverted up to sigma 5"):
+        tiny_model.txt2img(PROMPT, start=start, settings=Settings(steps=4))
+    with pytest.raises(UserError, match="draws noise on its way"):
+        tiny_model.invert(pictures(), PROMPT, sampler=euler_a())
 
 
 @pytest.mark.parametrize(

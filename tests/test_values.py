@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ def test_a_sampler(tiny_model: LatentDiffusion) -> None:
     assert same(stream, ways(tiny_model, named, sampler="heun"))
     with pytest.raises(UserError, match="yielded no step"):
         tiny_model.txt2img("a", sampler=lambda *_: iter(()))
+    for wrong, said in cases((lambda *_: None, "the sampler gave None"), (lambda *_: [None], "yielded None")):
+        for draw in (tiny_model.txt2img, tiny_model.sample, partial(tiny_model.invert, IMAGE)):
+            with pytest.raises(UserError, match=said):
+                list(draw("a", sampler=wrong))
     with pytest.raises(UserError, match="of a sampler with a name"):
         tiny_model.txt2img("a", sampler=mine, settings=named)
 
@@ -77,6 +82,7 @@ def test_a_grid(tiny_model: LatentDiffusion) -> None:
         ([1.0, 2.0], "goes from 1 to 2"),
         (lambda schedule, steps: [1.0], "has 1 levels"),
         ("karas", "did you mean 'karras'"),
+        ("k" * 5000, f"unknown grid spacing '{'k' * 60}'; there"),
         (5, "not a list of numbers"),
         ([], "has 0 levels"),
     ):
@@ -95,18 +101,42 @@ def test_a_guide(tiny_model: LatentDiffusion) -> None:
         return denoise
 
     usual = ways(tiny_model, negative="blue")
-    assert same(ways(tiny_model, guide=mine, negative="blue"), usual)
-    assert same(ways(tiny_model, guide=lambda both: guidance.cfg(both, 3.0), negative="blue"), usual)
-    joined = {"prompt_syntax": "weighted"}
-    settings = dataclasses.replace(FAST, **joined)  # type: ignore[arg-type]
+    own = Settings(steps=4)
+    assert same(ways(tiny_model, own, guide=mine, negative="blue"), usual)
+    assert same(ways(tiny_model, own, guide=lambda both: guidance.cfg(both, 3.0), negative="blue"), usual)
+    settings = dataclasses.replace(own, prompt_syntax="weighted")
     both = tiny_model.txt2img("a cat AND a dog", guide=mine, settings=settings)
-    assert torch.equal(both, tiny_model.txt2img("a cat AND a dog", settings=settings))
-    with pytest.raises(UserError, match="has its own scale"):
-        tiny_model.txt2img("a", guide=mine, cfg=2.0)
+    assert torch.equal(both, tiny_model.txt2img("a cat AND a dog", cfg=3.0, settings=settings))
+    for said, given in cases(
+        ("cfg is of a guidance with a name", {"cfg": 2.0}),
+        ("cfg is of a guidance with a name", {"settings": FAST}),
+        ("perp_negative is of a guidance", {"settings": Settings(perp_negative=1.0)}),
+    ):
+        with pytest.raises(UserError, match=said):
+            tiny_model.txt2img("a", guide=mine, **given)
     with pytest.raises(UserError, match=r"the guide is 7.5, which cannot be called"):
         tiny_model.txt2img("a", guide=7.5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="the guide gave None"):
         tiny_model.txt2img("a", guide=lambda branches: None)  # type: ignore[arg-type, return-value]
+
+
+def test_several_pictures_of_each_picture(tiny_model: LatentDiffusion) -> None:
+    """n of the first, then of the second; each that of its own seed, with its own mask and strength."""
+    masks = torch.zeros(2, 1, 32, 32)
+    masks[0, :, :16], masks[1, :, 8:] = 1, 1
+    given: dict[str, Any] = {"settings": FAST, "mask": masks, "n": 2, "seed": 3}
+    four = tiny_model.img2img(IMAGE, PROMPTS, strength=[0.4, 0.4, 0.8, 1.0], **given)
+    for i, strength in enumerate([0.4, 0.4, 0.8, 1.0]):
+        alone = tiny_model.img2img(
+            IMAGE[i // 2], PROMPTS[i // 2], mask=masks[i // 2], strength=strength, seed=3 + i, settings=FAST
+        )
+        torch.testing.assert_close(four[i : i + 1], alone, rtol=0, atol=1e-3)
+    *_, last = tiny_model.sample_img2img(IMAGE, PROMPTS, strength=0.4, **given)
+    torch.testing.assert_close(last.x.shape[0], 4)
+    latents = tiny_model.codec.encode(IMAGE)
+    assert len(tiny_model.img2img(latents=latents, prompt="a cat", n=3, settings=FAST)) == 6
+    with pytest.raises(UserError, match="0 pictures of each prompt"):
+        tiny_model.img2img(IMAGE, "a cat", n=0)
 
 
 def test_a_condition(tiny_model: LatentDiffusion) -> None:

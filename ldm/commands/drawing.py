@@ -138,10 +138,11 @@ def _draw(
                 place = first + sum(len(each.requests) for each in order.batches[:number]) + i
                 if i in there:
                     continue
+                record = provenance.with_size(records[i], images[i])
                 if i in paths:
-                    image_io.save_png(images[i], paths[i], records[i])
+                    image_io.save_png(images[i], paths[i], record)
                 path = paths.get(i) or image_io.save_numbered(
-                    images[i], folder, records[i], first=place if crew.world > 1 else None
+                    images[i], folder, record, first=place if crew.world > 1 else None
                 )
                 bar.write(f"{path}  seed {batch.requests[i].seed}", file=sys.stdout)
                 sys.stdout.flush()

@@ -123,7 +123,7 @@ def is_there(path: Path, record: Mapping[str, Any]) -> bool:
         raise UserError(f"{path} is there and was not drawn by this command ({error}); {OTHER}") from error
     wanted = json.loads(json.dumps(image_io.finite(record)))
     other = sorted(
-        name for name in wanted.keys() | found.keys() if name != "made_on" and found.get(name) != wanted.get(name)
+        name for name in (wanted.keys() | found.keys()) - {"made_on", "size"} if found.get(name) != wanted.get(name)
     )
     if other:
         raise UserError(f"{path} is there and was drawn with another {' and '.join(other)}; {OTHER}")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ldm.errors import UserError, nearest
 
 Value = float | int | str
+QUOTED = 60  # letters of a stranger's word that a sentence says
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def check_options(sampler: str, options: Mapping[str, Value]) -> dict[str, Value
     for name, value in options.items():
         if name not in known:
             others = f"it takes {', '.join(known)}" if known else "it has none"
-            raise UserError(f"the sampler {sampler} has no option '{name}'; {others}")
+            raise UserError(f"the sampler {sampler} has no option '{name[:QUOTED]}'; {others}")
         kind = type(known[name])
         try:
             if kind is int and isinstance(value, float) and not value.is_integer():
@@ -212,7 +213,7 @@ def check_options(sampler: str, options: Mapping[str, Value]) -> dict[str, Value
             made[name] = kind(value)
         except (ValueError, TypeError, OverflowError):  # options may come from a stranger's picture
             what = {int: "a whole number", float: "a number", str: "a word"}[kind]
-            raise UserError(f"the option {name} of {sampler} is '{value}'; it must be {what}") from None
+            raise UserError(f"the option {name} of {sampler} is '{str(value)[:QUOTED]}'; it must be {what}") from None
     return made
 
 
@@ -244,7 +245,7 @@ def unknown(what: str, name: str, names: Iterable[str], near: str | None = None)
     """The sentence for a `name` that is not among `names`, of which `near` is meant, or else one that is like it."""
     near = near or nearest(name, names)
     hint = f"did you mean '{near}'? There" if near else "there"
-    return f"unknown {what} '{name}'; {hint} are {', '.join(names)}"
+    return f"unknown {what} '{name[:QUOTED]}'; {hint} are {', '.join(names)}"
 
 
 def _bare(name: str) -> str:

@@ -27,9 +27,10 @@ class Map:
 
     B are the rows of the network's batch: the pictures told of their prompts, then, in the same batch, of what they are
     guided away from. A method of two evaluations a step has two of each; where memory is short and a batch is evaluated
-    in pieces, each piece is an evaluation of its own.
+    in pieces, each piece is an evaluation of its own. `pictures` are those of the batch, by their numbers.
     """
 
+    pictures: range
     layer: str
     evaluation: int
     t: float
@@ -39,10 +40,21 @@ class Map:
 
 @dataclass(eq=False)
 class Maps:
-    """The maps of what is drawn in `model.attention_maps()`, in order; the first batch's are those of row 0, 1, ..."""
+    """The maps of what is drawn in `model.attention_maps()`, in order; pictures are numbered through all batches."""
 
     text: TextTower | None
     kept: list[Map] = field(default_factory=list)
+    pictures: range | None = None  # of the batch that is drawn; None: nobody says, and rows stand for pictures
+
+    def begin(self, count: int) -> None:
+        """A batch of so many pictures begins."""
+        first = 0 if self.pictures is None else self.pictures.stop
+        self.pictures = range(first, first + count)
+
+    def clear(self) -> None:
+        """Forget what was drawn; the next picture is number 0."""
+        self.kept.clear()
+        self.pictures = None
 
     def tokens(self, row: int = 0, layers: str = "", steps: slice = slice(None)) -> Tensor:
         """(L, h, w) float32: where picture `row` looks at each token, the mean over layers and evaluations.
@@ -50,9 +62,10 @@ class Maps:
         `layers`: only those with this in their names, as "up" or "middle"; `steps`: of the evaluations, as slice(10).
         Smaller maps are enlarged to the largest. Raises UserError where nothing was kept of it.
         """
-        chosen = [each for each in self.kept if layers in each.layer and self._tells(each, row)]
+        batch = [each for each in self.kept if row in each.pictures]
+        chosen = [each for each in batch if layers in each.layer and _tells(each, batch[0], row)]
         times = sorted({each.evaluation for each in chosen})[steps]
-        maps = [each.weights[row].float() for each in chosen if each.evaluation in times]
+        maps = [each.weights[row - each.pictures.start].float() for each in chosen if each.evaluation in times]
         if not maps:
             raise UserError(
                 f"no attention map was kept of picture {row} and the layers '{layers}'; draw inside "
@@ -73,12 +86,8 @@ class Maps:
 
     def keep(self, look: Look) -> None:
         weights = look.weights.mean(1).transpose(1, 2).unflatten(-1, look.size)
-        self.kept.append(Map(look.layer, look.evaluation, look.t, look.told.cpu(), weights.half().cpu()))
-
-    def _tells(self, each: Map, row: int) -> bool:
-        """Whether the row is told the same as at the beginning: where branches run one after another, they differ."""
-        first = self.kept[0].told
-        return row < min(len(first), len(each.told)) and same(each.told[row], first[row])
+        rows = self.pictures or range(len(look.told))
+        self.kept.append(Map(rows, look.layer, look.evaluation, look.t, look.told.cpu(), weights.half().cpu()))
 
 
 @contextmanager
@@ -110,6 +119,12 @@ def words_of(text: TextTower | None, prompt: str) -> list[tuple[str, list[int]]]
             found.append((word, list(range(place, place + len(piece)))))
         place += len(piece)
     return [(word, places) for word, places in found if places]
+
+
+def _tells(each: Map, first: Map, row: int) -> bool:
+    """Whether the row is told the same as at the beginning: where branches run one after another, they differ."""
+    place = row - each.pictures.start
+    return place < min(len(first.told), len(each.told)) and same(each.told[place], first.told[place])
 
 
 def _enlarged(maps: Tensor, size: torch.Size) -> Tensor:

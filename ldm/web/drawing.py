@@ -74,7 +74,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Whether a job has to end, asked at each evaluation of the network: a step may have any number of them."""
+    """Whether a job has to end, asked within a step too, which may have any number of evaluations."""
 
     def __init__(self, seconds: float) -> None:
         self.asked = threading.Event()
@@ -102,8 +102,7 @@ def draw(
     Each picture is that of the command with its settings and seed, its PNG says how it was made; it is also written to
     `folder`, if there is one.
     """
-    from ldm import generate, redraw
-    from ldm.unet.maps import attention_maps
+    from ldm import edits, generate, redraw
 
     stop.begin()
     began, requests, model = time.monotonic(), job.requests, shelf.model_for(job.asked)
@@ -134,18 +133,19 @@ def draw(
     with ExitStack() as inside:
         maps = None
         if job.asked.attention:
-            maps = inside.enter_context(attention_maps(model.unet, model.text, LOOKED))
+            maps = inside.enter_context(edits.attention_maps(model, LOOKED))
             ends.append(partial(attention.bound, maps))
         inside.enter_context(_before_each(model, ends))
         for first in range(0, len(requests), BATCH):
             batch = requests[first : first + BATCH]
             if maps is not None:
-                maps.kept.clear()
+                maps.clear()
             images = redraw.drawn(model, batch, plan, job.begin, made, helpers, watch)
             for index, request in enumerate(batch):
                 record = provenance.record(model, settings, batch, index, helpers.hashes, job.begin, inputs)
                 looked = () if maps is None else attention.words(maps, request.prompt, plan.weighted, index)
-                tell(Drawn(first + index, request.seed, _kept(images[index], record, folder), looked))
+                png = _kept(images[index], provenance.with_size(record, images[index]), folder)
+                tell(Drawn(first + index, request.seed, png, looked))
     tell(Done(tuple(dict.fromkeys(map(shelf.without_paths, notices))), round(time.monotonic() - began, 2)))
 
 
@@ -173,17 +173,21 @@ class _Pace:
 
 @contextmanager
 def _before_each(model: Model, checks: Sequence[Callable[[], None]]) -> Iterator[None]:
-    """Inside, `checks` before each evaluation of the network."""
+    """Inside, `checks` before each evaluation of the network, and before each layer of the autoencoder, of which one
+    decoding may take longer than a step."""
 
     def check(*_: object) -> None:
         for each in checks:
             each()
 
-    handle = model.unet.register_forward_pre_hook(check)
+    autoencoder = model.codec.autoencoder
+    layers = [model.unet, *(() if autoencoder is None else autoencoder.modules())]
+    handles = [layer.register_forward_pre_hook(check) for layer in layers]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _small(image: Tensor) -> bytes:

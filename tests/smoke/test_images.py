@@ -100,6 +100,9 @@ def test_each_is_made_again_from_its_file(command: Commands, tmp_path: Path, cas
         assert np.array_equal(pixels(first)[outside], levels[outside])
         within = image_io.read_metadata(first)["mask"]["png"]
         assert np.array_equal(np.array(Image.open(io.BytesIO(base64.b64decode(within)))), np.array(mask))
+    told, (width, height) = image_io.read_metadata(first), Image.open(first).size
+    assert [width, height] == told.get("size", [told["width"], told["height"]])
+    assert ("size" in told) == (case in ("extension", "upscale"))
     code, out, err = command("img2img", "--reproduce", first, *init)
     assert code == 0 and "is not" not in err
     assert np.array_equal(pixels(tmp_path / "out" / "00002.png"), pixels(first))

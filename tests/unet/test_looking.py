@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ldm.jobs import Settings
 from ldm.unet import UNet
 from ldm.unet import prompt_to_prompt as room
 from ldm.unet.looking import Look, See, Wants, looking
-from ldm.unet.maps import attention_maps, words_of
+from ldm.unet.maps import _tells, attention_maps, words_of
 from ldm.unet.prompt_to_prompt import _alignment, prompt_to_prompt
 
 from .small import SMALL, inputs, small_unet
@@ -129,6 +130,27 @@ def test_no_bit_of_a_picture_changes(tiny_model: LatentDiffusion, settings: Sett
     torch.testing.assert_close(last, torch.stack([m.weights[0].float() for m in maps.kept[-len(layers) :]]).mean(0))
 
 
+def test_pictures_are_numbered_through_the_batches(tiny_model: LatentDiffusion):
+    """In batches of one each picture's maps are those it has alone, and none is what it is guided away from."""
+    given: dict[str, Any] = {"steps": 2, "cfg": 3.0, "negative": "a green dog"}
+    with tiny_model.attention_maps() as maps:
+        tiny_model.txt2img([PROMPT, OTHER, PROMPT], seed=5, batch_size=1, **given)
+        for row, prompt in enumerate([PROMPT, OTHER, PROMPT]):
+            with tiny_model.attention_maps() as alone:
+                tiny_model.txt2img(prompt, seed=5 + row, **given)
+            torch.testing.assert_close(maps.tokens(row), alone.tokens(0), rtol=0, atol=1e-3)
+            assert not torch.allclose(maps.tokens(row), maps.tokens((row + 1) % 3), rtol=0, atol=1e-4)
+        assert len({each.pictures.start for each in maps.kept}) == 6  # those drawn within are seen here too
+        with pytest.raises(UserError, match="no attention map was kept of picture 6"):
+            maps.tokens(6)
+        with pytest.raises(UserError, match="no attention map was kept of picture 1"):
+            alone.tokens(1)
+        maps.clear()
+        tiny_model.txt2img(OTHER, seed=6, **given)
+        torch.testing.assert_close(maps.tokens(0).sum(0), torch.ones(4, 4), rtol=0, atol=1e-2)
+    assert not tiny_model.kept["onlookers"]
+
+
 def test_branches_evaluated_one_after_another_are_told_apart():
     """As where memory is short: the maps of a picture are those in which it is told its prompt."""
     unet, (x, t, context) = small_unet(), inputs()
@@ -137,7 +159,7 @@ def test_branches_evaluated_one_after_another_are_told_apart():
         for told in (context, other, context, other):
             unet(x, t, unet.prepare(Condition(told)))
         unet(x.repeat(2, 1, 1, 1), t.repeat(2), unet.prepare(Condition(torch.cat([context, other]))))
-    chosen = [each for each in maps.kept if maps._tells(each, 1)]
+    chosen = [each for each in maps.kept if _tells(each, maps.kept[0], 1)]
     assert {each.evaluation for each in chosen} == {0, 2, 4}
 
 
