@@ -62,10 +62,9 @@ def main() -> None:
     app = make_app(shelf, limits, gate, names, given.out)
     config = uvicorn.Config(
         app,
-        http=impatient(limits.slow_seconds),
+        http=impatient(limits),
         ws="none",
         proxy_headers=False,
-        limit_concurrency=limits.connections,
         timeout_graceful_shutdown=2,
         log_level="warning",
         server_header=False,

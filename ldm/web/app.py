@@ -46,7 +46,7 @@ def make_app(
     folder: Path | None = None,
 ) -> Starlette:
     """The application over an open `shelf`. `folder`: where pictures are written to, beside being sent."""
-    api = Api(shelf, limits, Turns(limits.most_waiting), folder)
+    api = Api(shelf, limits, Turns(limits), folder)
     routes = [
         Route("/api/schema", api.schema),
         Route("/api/draw", api.draw, methods=["POST"]),
@@ -84,13 +84,13 @@ class Api:
         """A job -> one picture as PNG; several as JSON or events, whichever the client accepts."""
         wanted = request.headers.get("accept", "")
         job = await self._job(request)
-        stop = Stop(self.limits.most_seconds)
+        stop, client = Stop(self.limits.most_seconds), request.client.host if request.client else ""
         if EVENTS in wanted:
-            return StreamingResponse(self._events(job, stop), media_type=EVENTS)
+            return StreamingResponse(self._events(job, stop, client), media_type=EVENTS)
         if "application/json" not in wanted and job.asked.n > 1:
             raise UserError("several pictures do not fit into one PNG; accept application/json, or ask for one")
         box = Mailbox()
-        run = asyncio.create_task(self._run(job, stop, box))
+        run = asyncio.create_task(self._run(job, stop, box, client))
         try:
             gone = asyncio.create_task(_hung_up(request))
             await asyncio.wait({run, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -140,24 +140,24 @@ class Api:
         sent.check(job, self.limits, model.config.image_size)
         return job
 
-    async def _run(self, job: Job, stop: Stop, box: Mailbox, previews: bool = False) -> None:
+    async def _run(self, job: Job, stop: Stop, box: Mailbox, client: str, previews: bool = False) -> None:
         def work(stop: Stop, tell: Tell) -> None:
             draw(job, self.shelf, stop, tell, previews, self.folder)
 
         try:
-            await self.turns.run(work, stop, box.put)
+            await self.turns.run(work, stop, box.put, client)
         except UserError as error:
             raise UserError(self.shelf.without_paths(str(error))) from error
         except Ended:
             raise HTTPException(503, "the server ends; try again when it is there") from None
-        except Full:
-            raise HTTPException(503, f"{self.limits.most_waiting} requests wait already; try again later") from None
+        except Full as error:
+            raise HTTPException(503, str(error)) from None
         finally:
             box.close()
 
-    async def _events(self, job: Job, stop: Stop) -> AsyncIterator[str]:
+    async def _events(self, job: Job, stop: Stop, client: str) -> AsyncIterator[str]:
         box = Mailbox()
-        run = asyncio.create_task(self._run(job, stop, box, True))
+        run = asyncio.create_task(self._run(job, stop, box, client, True))
         try:
             async for event in box:
                 yield _event(type(event).__name__.lower(), _plain(event))

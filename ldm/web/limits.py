@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LETTERS = 10_000  # of a prompt; no text tower reads a tenth of it
 SETTINGS = 100_000  # letters of a job without its pictures, of which each value is looked at and may be quoted
-SMALLEST_TILE = 64  # pixels; smaller ones make a decoding of minutes, which nothing interrupts
+SMALLEST_TILE = 64  # pixels; smaller ones make a decoding of minutes
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,13 @@ class Limits:
     most_pixels: Count = 25_000_000  # of a picture that is sent, before it is decoded
     most_seconds: Positive = 600.0  # of one request's drawing, from when its turn comes
     most_waiting: Count = 100  # requests that wait for their turn
+    client_waiting: Count = 75  # of them from one address
     most_megabytes: Count = 24  # of one request's body
     all_megabytes: Count = 256  # of the bodies of all requests that are not answered yet
-    slow_seconds: Positive = 20.0  # for a client to send a request, or to take a piece of an answer
+    header_seconds: Positive = 5.0  # for a client to say what it wants
+    slow_seconds: Positive = 20.0  # for a client to send all of a request, or to take a piece of an answer
     connections: Count = 256  # at a time
+    client_connections: Count = 192  # of them from one address
 
     def __post_init__(self) -> None:
         check(self)

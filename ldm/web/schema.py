@@ -11,11 +11,13 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from ldm.arguments import comments
 from ldm.image_io import finite
 from ldm.jobs import Beginning, catalogue
+from ldm.jobs.beginning import MAX_FACTOR
 from ldm.jobs.settings import THRESHOLDS
 from ldm.provenance import Recipe
-from ldm.ranges import OneOf, Range
+from ldm.ranges import MAX_SEED, MAX_SIDE, OneOf, Range
 from ldm.web.job import PARTS, STRENGTH
-from ldm.web.limits import Limits
+from ldm.web.limits import LETTERS, SMALLEST_TILE, Limits
+from ldm.web.sent import MOST_FEATHER
 from ldm.web.shelf import Shelf
 
 NAMES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -96,13 +98,34 @@ def _here(shelf: Shelf, limits: Limits) -> dict[str, dict[str, Any]]:
     """What is known of the fields beside their types."""
     models, classifiers = [*shelf.models], [*shelf.classifiers]
     infos = catalogue.SAMPLERS
+    pixels = {"minimum": 0, "maximum": MAX_SIDE}
+    side = {"type": "integer", "minimum": 1, "maximum": MAX_SIDE}
     return {
+        "prompt": {"maxLength": LETTERS},
+        "negative": {"maxLength": LETTERS},
         "n": {"minimum": 1, "maximum": limits.most_pictures},
-        "seed": {"minimum": 0},
+        "seed": {"minimum": 0, "maximum": MAX_SEED},
         "steps": {"minimum": 1, "maximum": limits.most_steps},
         "width": {"minimum": 1, "maximum": limits.most_side},
         "height": {"minimum": 1, "maximum": limits.most_side},
         "cfg_rescale": {"minimum": 0, "maximum": 1},
+        "eta": {"minimum": 0},
+        "sigmas": {"items": {"type": "number", "minimum": 0}, "maxItems": limits.most_steps + 1},
+        "perp_negative": {"minimum": 0},
+        "threshold_bound": {"exclusiveMinimum": 0},
+        "rho": {"exclusiveMinimum": 0},
+        "merge_tokens": {"exclusiveMinimum": 0, "maximum": 0.75},
+        "reuse": {"minimum": 2},
+        "reuse_branch": {"minimum": 0},
+        "tile": {"minimum": SMALLEST_TILE},
+        "original_size": {"items": side},
+        "target_size": {"items": side},
+        "crop": {"items": side | {"minimum": 0}},
+        "enlarge": {"minimum": 1, "maximum": MAX_FACTOR},
+        "window": pixels,
+        "extend": {"items": side | {"minimum": 0}, "maxItems": 4},
+        "feather": {"minimum": 0, "maximum": MOST_FEATHER},
+        "only_masked": pixels,
         "sampler": {
             "enum": [*infos, None],
             "x-about": {name: info.line for name, info in infos.items()},

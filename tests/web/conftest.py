@@ -54,8 +54,9 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def connect(self, timeout: float = 60) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+    def connect(self, timeout: float = 60, source: str = "127.0.0.1") -> http.client.HTTPConnection:
+        """From an address `source` of this machine."""
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout, source_address=(source, 0))
 
     def ask(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None, method: str = "") -> Answer:
         """POST where there is a body (JSON, unless it is bytes), else GET."""
@@ -87,10 +88,9 @@ def serving(shelf: Any, **given: Any) -> Iterator[Server]:
     config = uvicorn.Config(
         make_app(shelf, **given),
         port=0,
-        http=impatient(limits.slow_seconds),
+        http=impatient(limits),
         ws="none",
         proxy_headers=False,
-        limit_concurrency=limits.connections,
         timeout_graceful_shutdown=1,
         log_level="error",
     )

@@ -22,12 +22,14 @@ from ldm import image_io, provenance
 from ldm.errors import UserError
 from ldm.jobs import Settings
 from ldm.web import job as jobs
-from ldm.web.drawing import Event, Stop, Walked, draw
+from ldm.web import sent
+from ldm.web.drawing import Event, Stop, Stopped, Walked, _before_each, draw
 from ldm.web.guard import HEADERS, Gate
 from ldm.web.limits import Limits
 from ldm.web.schema import schema
 from ldm.web.shelf import Shelf, named
 from web.conftest import Server, parse_event, pixels, serving, wait_for
+from web.test_sent import png
 
 EVENTS, JSON = "text/event-stream", "application/json"
 SECRET = "correct horse"
@@ -185,10 +187,57 @@ def test_the_schema_has_every_field_with_its_type_default_and_line(server: Serve
         assert (told["description"] and "type" in told) or "enum" in told
     steps = found["properties"]["steps"]
     assert (steps["type"], steps["default"], steps["maximum"]) == (["integer", "null"], None, 150)
-    assert found["properties"]["sigmas"]["items"] == {"type": "number"}
+    assert found["properties"]["sigmas"]["items"] == {"type": "number", "minimum": 0}
     assert found["properties"]["cfg_interval"]["maxItems"] == 2
     assert found["properties"]["sampler"]["x-options"]["heun"]["s_tmax"] == "inf"
     assert found["x-side"] == {"tiny": 32}
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "rho": {"spacing": "karras"}, "eta": {"sampler": "ddim"}, "threshold_bound": {"threshold": "static"},
+    "negative": {"prompt": ""},
+    "width": {"height": 32}, "height": {"width": 32}, "feather": {"extend": [0, 4, 0, 0]},
+    "only_masked": {"extend": [0, 4, 0, 0]},
+}  # fmt: skip
+
+
+def test_the_schemas_bounds_are_those_that_are_refused(shelf: Shelf):
+    """A value at a bound is read, one beyond it is not; nothing that has numbers is without a bound but guidance."""
+    image, limits = png(), Limits()
+
+    def reads(name: str, value: Any) -> bool:
+        files = {"image": image} if name in ("feather", "only_masked", "window", "extend", "strength") else {}
+        try:
+            job = jobs.read({"n": 1, "seed": 1, **BESIDE.get(name, {}), name: value}, files)
+            limits.check(job.asked, job.settings.plan())
+            _ = job.requests
+            sent.check(job, limits, 32)
+        except UserError:
+            return False
+        return True
+
+    free = set()
+    for name, told in schema(shelf, limits)["properties"].items():
+        numbers, wrap = told, lambda value: value
+        if told.get("items", {}).get("type") in ("integer", "number"):
+            numbers, wrap = told["items"], {2: lambda v: [v, v], 4: lambda v: [0, v, 0, 0]}.get(
+                told.get("maxItems", 0), lambda v: [9, v] if v < 9 else [v, 0]
+            )  # fmt: skip
+        whole = "integer" in numbers.get("type", ())
+        if not whole and "number" not in numbers.get("type", ()):
+            if "maxLength" in told:
+                assert reads(name, "a" * told["maxLength"]) and not reads(name, "a" * (told["maxLength"] + 1)), name
+            continue
+        step = 1 if whole else 1e-6
+        ends = {key: numbers[key] for key in ("minimum", "maximum", "exclusiveMinimum") if key in numbers}
+        free |= set() if ends else {name}
+        for key, end in ends.items():
+            beyond = end + step if key == "maximum" else end - step * (key == "minimum")
+            assert not reads(name, wrap(beyond)), (name, key)
+            inside = end + step * (key == "exclusiveMinimum")
+            large = name in ("enlarge", "window", "extend", "only_masked") and key == "maximum"  # other bounds, too
+            assert large or reads(name, wrap(inside)), (name, key)
+    assert free == {"cfg", "cfg_interval", "classifier_scale", "score", "negative_score"}
 
 
 def test_the_schemas_defaults_draw(server: Server):
@@ -258,6 +307,21 @@ def test_jobs_wait_for_their_turns_and_are_told_their_place(server: Server):
     assert sorted(data["seed"] for events in found.values() for name, data in events if name == "drawn") == [0, 1, 2, 3]
 
 
+def test_a_decoding_ends_in_its_middle(tiny_model: Any):
+    """Before the next layer; afterwards all is as it was."""
+    seen: list[int] = []
+
+    def check() -> None:
+        seen.append(1)
+        if len(seen) == 5:
+            raise Stopped
+
+    latent = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(Stopped), _before_each(tiny_model, [check]):
+        tiny_model.codec.decode(latent)
+    assert len(seen) == 5 and tiny_model.codec.decode(latent).shape == (1, 3, 32, 32) and len(seen) == 5
+
+
 def test_who_hangs_up_has_cancelled_within_a_step(server: Server, monkeypatch: pytest.MonkeyPatch):
     """Whether it is being drawn or waits; and one step may be thousands of evaluations."""
     body = json.dumps({"sampler": "langevin", "options": {"moves": 10**6}, "steps": 2}).encode()
@@ -293,6 +357,29 @@ def test_a_full_queue_is_told(shelf: Shelf):
         assert server.draw(EVENTS).events[-1][0] == "error"
         for connection in held:
             connection.close()
+        wait_for(lambda: server.draw().status == 200)
+
+
+OTHER = "127.0.0.2"  # another address of this machine, where all of 127 is
+
+
+def test_one_address_does_not_fill_the_queue(shelf: Shelf):
+    with serving(shelf, limits=Limits(client_waiting=1, most_waiting=3)) as server:
+        long = json.dumps({"sampler": "langevin", "options": {"moves": 10**6}, "steps": 2}).encode()
+        held = [server.connect(), server.connect()]
+        for connection in held:
+            connection.request("POST", "/api/draw", long)
+            time.sleep(0.1)
+        answer = server.draw()
+        assert answer.status == 503 and "1 requests of your address wait already" in answer.error
+        other = server.connect(source=OTHER)
+        try:
+            other.request("POST", "/api/draw", b'{"steps": 1}')
+        except OSError:
+            pytest.skip(f"this machine has no {OTHER}")
+        for connection in held:
+            connection.close()
+        assert other.getresponse().status == 200
         wait_for(lambda: server.draw().status == 200)
 
 
@@ -386,9 +473,72 @@ def test_all_bodies_together_are_bounded(shelf: Shelf):
         wait_for(lambda: server.ask("/api/recipe", b" " * 1_500_000).status == 400)
 
 
+def test_who_has_said_what_it_wants_may_take_longer(shelf: Shelf):
+    with serving(shelf, limits=Limits(header_seconds=0.3)) as server:
+        silent, slow = server.connect(), server.connect()
+        silent.connect()
+        slow.putrequest("POST", "/api/draw")
+        slow.putheader("Content-Length", "12")
+        slow.endheaders(b'{"steps"')
+        assert silent.sock is not None
+        with pytest.raises((ConnectionResetError, AssertionError)):
+            assert silent.sock.recv(1)
+        slow.send(b": 1}")
+        assert slow.getresponse().status == 200
+
+
+def test_half_open_connections_shut_nobody_else_out(shelf: Shelf):
+    """Of one address, and of all, only so many are taken; one too many is told so, and those before it go on."""
+    with serving(shelf, limits=Limits(connections=4, client_connections=3, header_seconds=60)) as server:
+        silent = [server.connect() for _ in range(3)]
+        for connection in silent:
+            connection.connect()
+        refused(server, server.connect())
+        other = server.connect(source=OTHER)
+        try:
+            other.request("GET", "/api/schema")
+        except OSError:
+            pytest.skip(f"this machine has no {OTHER}")
+        answer = other.getresponse()
+        assert answer.status == 200 and answer.read()
+        refused(server, server.connect(source=OTHER))
+        silent[0].request("GET", "/api/schema")
+        assert silent[0].getresponse().status == 200
+        for connection in (*silent, other):
+            connection.close()
+        wait_for(lambda: _asked(server))
+
+
+def refused(server: Server, connection: http.client.HTTPConnection) -> None:
+    connection.request("GET", "/api/schema")
+    answer = connection.getresponse()
+    assert answer.status == 503 and "too many connections" in json.loads(answer.read())["error"]
+    assert all(answer.headers[name] == value for name, value in HEADERS.items())
+
+
+def _asked(server: Server) -> bool:
+    try:
+        return server.ask("/api/schema").status == 200
+    except OSError:
+        return False
+
+
+def test_what_is_no_request_is_told_with_the_policy_too(server: Server):
+    for words in (b"GET /\r\n\r\n", b"\x16\x03\x01 TLS", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n"):
+        connection = server.connect()
+        connection.connect()
+        assert connection.sock is not None
+        connection.sock.sendall(words + b"\r\n\r\n")
+        answer = http.client.HTTPResponse(connection.sock)
+        answer.begin()
+        assert answer.status == 400 and "no request in HTTP" in json.loads(answer.read())["error"]
+        assert all(answer.headers[name] == value for name, value in HEADERS.items())
+        connection.close()
+
+
 def test_clients_that_are_too_slow_are_let_go(shelf: Shelf):
     """One that says nothing, one in the middle of its headers, of its body."""
-    with serving(shelf, limits=Limits(slow_seconds=0.4)) as server:
+    with serving(shelf, limits=Limits(header_seconds=0.4, slow_seconds=0.4)) as server:
         silent, headers, body = server.connect(), server.connect(), server.connect()
         silent.connect()
         headers.connect()
