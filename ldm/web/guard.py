@@ -31,6 +31,8 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
+MORE = {401: {"WWW-Authenticate": 'Basic realm="ldm", charset="UTF-8"'}, 503: {"Retry-After": "5"}}  # with a status
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -159,10 +161,8 @@ class _Reading:
 
 def refuse(request: Request, error: Exception) -> JSONResponse:
     """The answer to a request that is refused: a status, and a sentence."""
-    assert isinstance(error, HTTPException)
-    headers = {401: {"WWW-Authenticate": 'Basic realm="ldm", charset="UTF-8"'}, 503: {"Retry-After": "5"}}
-    more = headers.get(error.status_code, {})  # HEADERS too: what answers for a fault of our own stands outside Guard
-    return JSONResponse({"error": error.detail}, error.status_code, HEADERS | more)
+    assert isinstance(error, HTTPException)  # HEADERS too: what answers for a fault of our own stands outside Guard
+    return JSONResponse({"error": error.detail}, error.status_code, HEADERS | MORE.get(error.status_code, {}))
 
 
 def _same(given: str, wanted: str) -> bool:

@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ldm.web.guard import HEADERS
+from ldm.web.guard import HEADERS, MORE
 from ldm.web.limits import Limits
 
 CROWDED = 1.0  # seconds that one connection too many may take to say something, and be told so
@@ -57,7 +57,8 @@ def impatient(limits: Limits) -> type[asyncio.Protocol]:
 
         def refuse(self, status: int, sentence: str) -> None:
             body = json.dumps({"error": sentence})
-            lines = HEADERS | {"Content-Type": "application/json", "Content-Length": len(body), "Connection": "close"}
+            own = {"Content-Type": "application/json", "Content-Length": len(body), "Connection": "close"}
+            lines = HEADERS | MORE.get(status, {}) | own
             head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {lines[name]}" for name in lines)]
             self.transport.write("\r\n".join([*head, "", body]).encode())
             self.transport.close()
