@@ -49,7 +49,8 @@ def load(
         precision: auto, fp32, fp16, bf16 (auto: fp16 on a GPU, else fp32).
         vae: a checkpoint whose autoencoder takes the place of the model's own.
         weights: of a file with two sets of U-Net weights: ema (the average), raw, or auto (the average, and says so).
-        settings: what goes before all that files and rules say: {"parameterization": "v", "text.padding": "eot"}.
+        settings: what goes before all that files and rules say: {"parameterization": "v", "text.padding": "eot"};
+            {"t5": None} leaves out T5.
         attention: of the U-Net: sdpa, torch's own, or xformers, where that is installed and the device is CUDA's.
         backend: what runs the networks (ldm/backends): auto, the fastest that needs no preparation; torch, layer by
             layer as it trains; compile, the U-Net by torch.compile; graph, its step as a CUDA graph; openvino, its step

@@ -66,7 +66,7 @@ class Cast(Mapping[str, "Tensor"]):
 
     def __getitem__(self, name: str) -> Tensor:
         value = self.state[name]
-        return value.to(self.dtype) if self.dtype is not None else value
+        return value.to(self.dtype) if self.dtype is not None and value.is_floating_point() else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.state)

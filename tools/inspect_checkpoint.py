@@ -67,7 +67,7 @@ def networks(checkpoint: Checkpoint) -> list[str]:
             problems.append(str(error))
             print(f"  {name:12s} not whole, see below")
             continue
-        forms = [state.form(key) for key in state]
+        forms = [form for form in map(state.form, state) if form[0].is_floating_point]  # T5 has its tokenizer too
         count = sum(math.prod(shape) for _, shape in forms)
         types = Counter(str(dtype).removeprefix("torch.") for dtype, _ in forms)
         print(f"  {name:12s} {count:13,} parameters in {len(forms):4d} tensors, {' and '.join(types)}")

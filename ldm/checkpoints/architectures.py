@@ -124,6 +124,7 @@ def name_of(config: ModelConfig) -> str:
         if _shape(config) == _shape(known):
             return name
     words = {"unet": "U-Net", "autoencoder": "autoencoder", "text": "text tower", "text_2": "second text tower"}
+    words["t5"] = "T5"
     return " and ".join(word for part, word in words.items() if getattr(config, part) is not None) or "nothing"
 
 

@@ -38,7 +38,7 @@ def reasons(config: ModelConfig, parts: Collection[str], to: str) -> list[str]:
     """What of a model with these parts, all or an autoencoder alone, format `to` has no words for; names settings."""
     if isinstance(config.unet, MMDiTConfig) and "unet" in parts:
         return sd3.unsayable(config, to)
-    found = []
+    found = ["T5"] if "t5" in parts else []
     if config.autoencoder is not None:
         plain = AutoencoderConfig()
         for name in ("kind", "patch", *(("attention_levels",) if to == "diffusers" else ())):

@@ -79,8 +79,12 @@ class T5Tower(nn.Module):
 
     @cached_property
     def pieces(self) -> Tokenizer:
-        """What texts are cut with. Raises UserError for a tokenizer that is not there, or not T5's."""
-        return t5_tokenizer.made(bytes(self.tokenizer.cpu().numpy()), "the tokenizer in this model's T5")
+        """What texts are cut with. Raises UserError for a tokenizer that is not there, or not this T5's."""
+        found = t5_tokenizer.made(bytes(self.tokenizer.cpu().numpy()), "the tokenizer in this model's T5")
+        count, rows = found.get_vocab_size(), self.config.vocabulary
+        if count > rows:
+            raise UserError(f"the tokenizer in this model's T5 has {count} pieces, and T5 {rows}; put T5's own there")
+        return found
 
     def tokenize(self, texts: Sequence[str], length: int) -> tuple[Tensor, list[str]]:
         """Texts -> tokens (B, L) long on the CPU, and for each the words that did not fit ("" if all did).

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning import t5_tokenizer
 from ldm.errors import MemoryNotice
 from ldm.jobs import Settings
-from ldm.model_config import ModelConfig, T5Config
+from ldm.model_config import ModelConfig, T5Config, UNetConfig
 from ldm.sampling import NoiseStream
 
 from . import stable_diffusion as sd
@@ -317,6 +318,25 @@ def test_a_float8_T5_inside_the_file_and_no_tokenizer(single: Path, tmp_path: Pa
     (tmp_path / "tokenizer_3").mkdir()
     (tmp_path / "tokenizer_3" / "tokenizer.json").write_bytes(tokenizer)
     assert load(path).encoder.texts(PROMPTS).context is not None
+
+
+def test_a_tokenizer_of_more_pieces_than_the_table_has_rows_is_refused(small: tuple[Any, Path], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(small[1], tmp_path / "pipe")
+    plain = json.loads(document())
+    pieces = [(piece, score) for piece, score in plain["model"]["vocab"]] + [(f"x{i}", -9.0) for i in range(64)]
+    (tmp_path / "pipe" / "tokenizer_3" / "tokenizer.json").write_bytes(t5_tokenizer.written(pieces, b""))
+    with pytest.raises(ldm.UserError, match="has 108 pieces, and T5 64"):
+        load(tmp_path / "pipe").encoder.texts(["a"])
+
+
+def test_a_model_with_T5_and_another_network_is_not_written_in_foreign_layouts(small: tuple[Any, Path]) -> None:
+    config = open_checkpoint(small[1]).config
+    with pytest.raises(ldm.UserError, match=r"no place for .*T5"):
+        export.write(
+            "nowhere.safetensors", replace(config, unet=UNetConfig()), {key: {} for key in native.PARTS}, "original"
+        )
 
 
 def test_other_versions_of_T5_are_refused_by_name(single: Path, small: tuple[Any, Path], tmp_path: Path) -> None:

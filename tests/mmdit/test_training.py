@@ -56,6 +56,44 @@ def test_the_recipe_trains_a_transformer_that_is_loaded_and_drawn_with(tmp_path:
     assert torch.equal(before["positions"], after["positions"])
 
 
+def test_T5_is_told_and_left_out_by_itself_and_travels_with_the_model(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    pytest.importorskip("transformers")
+    from ldm.checkpoints import native
+    from ldm.checkpoints.opening import open_checkpoint
+    from ldm.conditioning import t5_tokenizer
+    from ldm.conditioning.t5 import T5Tower
+    from ldm.model_config import ModelConfig, T5Config
+
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz")]
+    document = t5_tokenizer.written(pieces, b"")
+    tower = T5Tower(T5Config(30, 48, 2, 8, 32, 2, 32, len(document)))
+    tower.tokenizer = torch.frombuffer(bytearray(document), dtype=torch.uint8)
+    source = open_checkpoint(tiny_checkpoint)
+    texts = tmp_path / "texts"
+    native.save(
+        texts, ModelConfig(text=source.config.text, t5=tower.config), {"text": source.load("text"), "t5": tower}
+    )
+    words = [f"text={texts}", "model.streams=2", "model.context_width=48", "encoder.width=48", "encoder.t5_tokens=20"]
+    words += ["loss.caption_dropout=0", "loss.tower_dropout=0.464"]
+    stage = diffusion_stage(settings(tmp_path / "run", tiny_checkpoint, *words), 0, 1, torch.device("cpu"))
+    batch, length = next(iter(stage.batches)), source.config.text.context_length  # type: ignore[union-attr]
+    told = [stage.inputs(batch, Draws(step, 0, batch.key), of_towers=0.464)[1].context for step in range(20)]
+    kept = torch.cat([torch.stack([c[:, :length].flatten(1).any(1), c[:, length:].flatten(1).any(1)]) for c in told], 1)
+    assert told[0].shape == (4, length + 20, 48)
+    for each in kept.double().mean(dim=1):
+        assert 0.3 < float(each) < 0.77  # 80 draws of 0.536, deviation 0.056
+    assert len(set(zip(*kept.tolist(), strict=True))) == 4  # each without the other, both, and none
+
+    carry_out(settings(tmp_path / "run", tiny_checkpoint, *words), diffusion_stage)
+    model = ldm.load(tmp_path / "run", device="cpu")
+    assert model.encoder.t5 is not None and bytes(model.encoder.t5.tokenizer.numpy()) == document
+    assert bool(model.txt2img("a pizza", steps=2, sampler="euler").isfinite().all())
+    without = [word for word in words if "t5_tokens" not in word and "encoder.width" not in word]
+    without = [word.replace("context_width=48", "context_width=32") for word in without]
+    other = diffusion_stage(settings(tmp_path / "other", tiny_checkpoint, *without), 0, 1, torch.device("cpu"))
+    assert other.model.encoder.t5 is None
+
+
 NO_PARTS = ["autoencoder=", "text=", "model={}", "parameterization=", "schedule={}"]
 
 
