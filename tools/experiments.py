@@ -107,8 +107,8 @@ def parse() -> argparse.Namespace:
 
 def add_fewer(parser: Parser) -> None:
     parser.add_argument("--pictures", type=COUNT, default=256, help="in a cell [%(default)s]")
-    for option, what, sampler in (("--student", "a model", "ddim"), ("--lora", "a LoRA of --model", "lcm")):
-        about = f"{what} that was taught to need few steps, drawn at cfg 1 (by {sampler}, unless it says another)"
+    for option, what in (("--student", "a model"), ("--lora", "a LoRA of --model")):
+        about = f"{what} that was taught to need few steps; drawn as it says of itself, or by SAMPLER at cfg 1"
         parser.add_argument(option, action="append", default=[], metavar="NAME=PATH[,SAMPLER]", help=about)
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the model itself [%(default)s]")
     parser.add_argument("--classifier", required=True, help="folder that tools/train_classifier.py wrote: the judge")
@@ -150,11 +150,8 @@ def run_fewer(arguments: argparse.Namespace, folder: Path) -> None:
     from ldm.metrics.figures import Measures
 
     quick, pictures = arguments.quick, 16 if arguments.quick else arguments.pictures
-    named = {
-        fewer_steps.Student.read(word, sampler): option == "lora"
-        for option, sampler in (("student", "ddim"), ("lora", "lcm"))
-        for word in getattr(arguments, option)
-    }
+    named = {fewer_steps.Student.read(word): False for word in arguments.student}
+    named |= {fewer_steps.Student.read(word): True for word in arguments.lora}
     classifier, concepts = load_classifier(arguments.classifier), read_concepts(arguments.concepts)
     styles, where = split_list(arguments.styles), {"name": list(concepts), **where_of(arguments.where)}
     real = read_pictures(arguments.shards, where, classifier.config.size)

@@ -123,10 +123,10 @@ def test_the_table_and_the_words_of_students(fewer_steps: Any) -> None:
     row |= {fewer_steps.FIGURE: 0.1234, f"{fewer_steps.FIGURE} deviation": 0.004}
     told = fewer_steps.table([row]).splitlines()
     assert told[-1] == "| four | ddim | 4 | 4 | 50.0% | 40.0% - 60.0% | 123.4 +- 4.0 |"
-    assert fewer_steps.Student.read("a=hf:x/y", "ddim") == fewer_steps.Student("a", "hf:x/y", "ddim")
-    assert fewer_steps.Student.read("a=b,lcm", "ddim") == fewer_steps.Student("a", "b", "lcm")
+    assert fewer_steps.Student.read("a=hf:x/y") == fewer_steps.Student("a", "hf:x/y")
+    assert fewer_steps.Student.read("a=b,lcm") == fewer_steps.Student("a", "b", "lcm")
     with pytest.raises(UserError, match="NAME=PATH"):
-        fewer_steps.Student.read("runs/four", "ddim")
+        fewer_steps.Student.read("runs/four")
 
 
 @pytest.mark.slow

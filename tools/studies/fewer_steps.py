@@ -35,20 +35,20 @@ FIGURE = f"KD[{SPACE}]"
 
 @dataclass(frozen=True)
 class Student:
-    """A model that was taught to need few steps, and the sampler that it was taught for."""
+    """A model that was taught to need few steps."""
 
     name: str
     path: str  # of a model, or of a LoRA of the model itself
-    sampler: str
+    sampler: str = ""  # that draws it, at cfg 1; empty: it is drawn as it says of itself
 
     @classmethod
-    def read(cls, word: str, sampler: str) -> Student:
+    def read(cls, word: str) -> Student:
         """NAME=PATH or NAME=PATH,SAMPLER. Raises UserError for other words."""
         name, _, rest = word.partition("=")
         path, _, own = rest.partition(",")
         if not name or not path:
             raise UserError(f"a student is said as NAME=PATH or NAME=PATH,SAMPLER, and not as '{word}'")
-        return cls(name, path, own or sampler)
+        return cls(name, path, own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,10 @@ def run(
         ]
 
     groups = [(subject.model, cells("base", SAMPLERS, cfg, [n // 2 for n in BUDGETS]))]
-    groups += [(model, cells(student.name, [student.sampler], 1.0, STEPS)) for student, model in students.items()]
+    for student, model in students.items():
+        meant = model.config.drawing
+        way, scale = (student.sampler, 1.0) if student.sampler else (meant.sampler, meant.cfg)
+        groups.append((model, cells(student.name, [way], scale, STEPS)))
     rows = []
     for model, own in groups:
         for cell, row in zip(own, replace(subject, model=model).measure(own), strict=subject.crew.main):
@@ -108,7 +111,7 @@ def run(
     shown = [cell for _, own in groups for cell in own if cell.varied["sampler"] in ("ddim", "lcm")]
     subject.save_grid(shown, "fewer-steps-grid.png")
     print(
-        f"{count} pictures in each row, base at cfg {cfg:g}, students at 1; {FIGURE} x 1000 from "
+        f"{count} pictures in each row, base at cfg {cfg:g}; {FIGURE} x 1000 from "
         f"{len(subject.against.real)} real ones\n\n{table(rows)}\n\n"
         f"wrote sweep.csv, fewer-steps.png and fewer-steps-grid.png into {subject.folder}; the grid's rows:\n"
         + "\n".join(cell.name for cell in shown)
