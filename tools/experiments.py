@@ -7,6 +7,7 @@
         --student four=runs/four --output runs/fewer-steps
     python tools/experiments.py grids       --output runs/grids
     python tools/experiments.py interpolate --shards 'data/icons/masters/train-*.tar' --output runs/interpolate
+    python tools/experiments.py networks    --shards 'data/icons/masters/train-*.tar' --output runs/networks
     python tools/experiments.py toy --output runs/toy
 
 Each prints its figures with their counts and writes them, with the protocol they were made by, into --output. What was
@@ -41,6 +42,11 @@ def main() -> None:
 
     if arguments.command == "toy":
         toy.run(folder, arguments.quick)
+    elif arguments.command == "networks":
+        from studies import networks
+
+        quick = ["loop.global_batch=4"] if arguments.quick else []
+        networks.run(arguments.shards, 0.01 if arguments.quick else arguments.minutes, folder, quick)
     elif arguments.command == "grids":
         run_grids(arguments, folder)
     elif arguments.command == "fewer-steps":
@@ -62,6 +68,7 @@ def parse() -> argparse.Namespace:
     mixing = commands.add_parser("interpolate", help="two pictures mixed in noisy latents, from coarse to fine")
     fewer = commands.add_parser("fewer-steps", help="quality against evaluations, for a model and its students")
     levels = commands.add_parser("grids", help="distance from the exact flow, for samplers on grids")
+    sides = commands.add_parser("networks", help="a transformer and a U-Net trained for the same processor time")
     plane = commands.add_parser("toy", help="forward process, score, Langevin and ODE paths in the plane")
 
     for command, pictures in ((steps, f"{MANY}, on a GPU {MANY_ON_GPU}"), (curves, 200), (scales, 400)):
@@ -99,7 +106,9 @@ def parse() -> argparse.Namespace:
     levels.add_argument(
         "--evaluations", nargs="+", type=COUNT, default=[10, 20, 50], help="of the network [%(default)s]"
     )
-    for command in (steps, curves, scales, fewer, mixing, levels, plane):
+    sides.add_argument("--shards", required=True, help="pictures with the names and styles of mmdit_tiny.yaml")
+    sides.add_argument("--minutes", type=float, default=2.0, help="of processor time for each [%(default)s]")
+    for command in (steps, curves, scales, fewer, mixing, levels, sides, plane):
         command.add_argument("--output", required=True, help="folder of results")
         command.add_argument("--quick", action="store_true", help="a small one, of which the figures say little")
     return parser.parse_args()

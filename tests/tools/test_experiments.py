@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from data.shard_maker import sample, write_tar  # tests/ is the root of the tests' packages
 from metrics.pictures_maker import COLOURS, STYLES, toy_shard
 from PIL import Image
 
@@ -43,6 +44,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("shards")
     toy_shard(folder / "a-0000.tar", side=64)
     return str(folder / "a-*.tar")
+
+
+@pytest.mark.slow
+def test_two_networks_at_equal_compute(tmp_path: Path) -> None:
+    """Both learn for as long; the table says what came of it, and is kept."""
+    shards = tmp_path / "icons-0000.tar"
+    words = ["--shards", shards, "--output", tmp_path / "out", "--quick"]
+    members = []
+    for i, (name, style) in enumerate((n, s) for n in ("pizza", "sun") for s in ("noto emoji", "flat emoji")):
+        members += sample(f"{i:05d}", i, name=name, style=style, captions=[f"a {name}, {style}"])
+    write_tar(shards, members)
+    first, (head, _, *rows) = run("networks", *words), (tmp_path / "out" / "networks.md").read_text().splitlines()
+    assert head.startswith("| network | parameters |") and len(rows) == 2 and all(row in first for row in rows)
+    figures = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[1] for row in figures] == ["1.08 M", "1.63 M"] and figures[0][2] == "151 MFLOP"
+    for row in figures:
+        assert int(row[4]) >= 2 and 0.2 < float(row[6]) < 3
 
 
 @pytest.mark.slow

@@ -14,11 +14,13 @@ from torch import Tensor
 import ldm
 from ldm.adapters import use
 from ldm.checkpoints import native, sdxl
+from ldm.checkpoints.foreign import where_to
 from ldm.checkpoints.opening import open_checkpoint, open_towers
 from ldm.checkpoints.textual_inversion import read_embeddings
 from ldm.conditioning.clip import TextTower
 from ldm.conditioning.encoder import Encoder
 from ldm.config import (
+    AutoencoderConfig,
     DataConfig,
     DiffusionLossConfig,
     DiffusionTraining,
@@ -36,6 +38,7 @@ from ldm.diffusion.schedule import make_schedule
 from ldm.errors import UserError
 from ldm.jobs import Ask, Settings
 from ldm.jobs.adapters import Adapter
+from ldm.networks import make_network
 from ldm.training.draws import Draws
 from ldm.training.embedding import embedding_stage
 from ldm.training.stage_two import diffusion_stage
@@ -146,6 +149,21 @@ def test_a_trained_model_draws_and_goes_where_xl_goes(towers: list[str], tmp_pat
     assert bool(there.isfinite().all()) and not torch.equal(there, cropped)
     checkpoint = open_checkpoint(tmp_path / "run")
     assert sdxl.unsayable(checkpoint.config) == []
+
+
+def test_the_larger_recipe_is_a_network_of_251_million_that_others_can_hold() -> None:
+    config = load(DiffusionTraining, RECIPE.with_name("sdxl256.yaml"))
+    tower = TextConfig(width=512, heads=8, layers=12, embed_dim=512, layer="penultimate", final_norm=False)
+    with torch.device("meta"):
+        network = make_network(config.model)
+        encoder = Encoder({"text": TextTower(replace(tower, embed_dim=0)), "text_2": TextTower(tower)}, config.encoder)
+    assert 250e6 < sum(value.numel() for value in network.parameters()) < 252e6
+    model: Any = config.model
+    assert (encoder.context_width, encoder.vector_width) == (model.context_width, model.vector_width)
+    made = ModelConfig(
+        AutoencoderConfig(), replace(tower, embed_dim=0), model, config.schedule, encoder=config.encoder, text_2=tower
+    )
+    assert where_to(made) == "an original file and a diffusers directory"
 
 
 def test_a_new_word_for_both_towers(towers: list[str], tmp_path: Path) -> None:
