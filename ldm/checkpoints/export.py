@@ -164,9 +164,10 @@ def write_diffusers(path: Path, config: ModelConfig, states: States) -> None:
     plain = written.write_unet(config.unet, side, config.encoder.sizes)
     _network(path / "unet", plain, exported(states["unet"], names), "unet")
     schedule = config.schedule or ScheduleConfig()
-    scheduler = written.write_scheduler(schedule, config.parameterization, config.drawing.sampler == "lcm")
     if schedule.kind == "edm":
         scheduler = edm.write_scheduler(config)
+    else:
+        scheduler = written.write_scheduler(schedule, config.parameterization, config.drawing.sampler == "lcm")
     _json(path / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": _pipeline(config),

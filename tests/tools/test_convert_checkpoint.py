@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints.small_models import SMALL, random_states, same  # tests/ is the root of the tests' packages
+from checkpoints.small_models import (
+    SMALL,
+    SMALL_3,
+    SMALL_COSXL,
+    SMALL_REFINER,
+    SMALL_XL,
+    random_states,
+    same,
+)  # tests/ is the root of the tests' packages
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints import export, native
@@ -24,6 +32,18 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Convert:
     def call(*words: object) -> None:
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, words)])
         runpy.run_path(str(TOOL), run_name="__main__")
+
+    return call
+
+
+@pytest.fixture
+def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
+    def call(path: Path) -> str:
+        capsys.readouterr()
+        tool = TOOL.with_name("inspect_checkpoint.py")
+        monkeypatch.setattr(sys, "argv", [str(tool), str(path)])
+        runpy.run_path(str(tool), run_name="__main__")
+        return capsys.readouterr().out
 
     return call
 
@@ -158,6 +178,33 @@ def test_a_missing_model_is_one_sentence(
     assert end.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+NEWER = {"XL": SMALL_XL, "its refiner": SMALL_REFINER, "CosXL": SMALL_COSXL, "3": SMALL_3}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_the_newer_kinds_go_there_and_back(name: str, tmp_path: Path, convert: Convert, inspect: Callable[[Path], str]):
+    """To our layout, a diffusers directory, the original file and ours again: the same bits, settings and words."""
+    config = NEWER[name]
+    export.write(tmp_path / "a.safetensors", config, random_states(config), "original")
+    convert(tmp_path / "a.safetensors", tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "d", "--to", "diffusers")
+    convert(tmp_path / "d", tmp_path / "b.safetensors", "--to", "original")
+    convert(tmp_path / "b.safetensors", tmp_path / "again")
+    before, after = stored(tmp_path / "native"), stored(tmp_path / "again")
+    assert same(before, after)
+    found = open_checkpoint(tmp_path / "again").config
+    assert (found.schedule, found.parameterization, found.encoder) == (
+        config.schedule,
+        config.parameterization,
+        config.encoder,
+    )
+    for path in ("a.safetensors", "d", "native"):
+        said = inspect(tmp_path / path)
+        assert ("transformer of our own" if name == "3" else "U-Net and autoencoder and text tower") in said
+        assert ("schedule.kind" in said and "edm" in said) == (name == "CosXL") or name == "3"
+        assert "foreign" not in said and "passed over" not in said
 
 
 @pytest.mark.parametrize("channels", [9, 5])
