@@ -47,6 +47,7 @@ def schema(shelf: Shelf, limits: Limits) -> dict[str, Any]:
             "additionalProperties": False,
             "properties": properties,
             "x-side": {name: model.config.image_size for name, model in shelf.opened.items()},
+            "x-usual": {name: dataclasses.asdict(model.config.drawing) for name, model in shelf.opened.items()},
             "x-labels": {name: list(model.encoder.rows) for name, model in shelf.opened.items()},
             "x-limits": dataclasses.asdict(limits),
         }

@@ -190,7 +190,7 @@ def test_the_schema_has_every_field_with_its_type_default_and_line(server: Serve
     assert found["properties"]["sigmas"]["items"] == {"type": "number", "minimum": 0}
     assert found["properties"]["cfg_interval"]["maxItems"] == 2
     assert found["properties"]["sampler"]["x-options"]["heun"]["s_tmax"] == "inf"
-    assert found["x-side"] == {"tiny": 32}
+    assert found["x-side"] == {"tiny": 32} and found["x-usual"]["tiny"]["sampler"] == "dpmpp_2m"
 
 
 BESIDE: dict[str, dict[str, Any]] = {

@@ -178,7 +178,9 @@ def test_settings_come_back_out_of_the_gallery(page: Page):
     page.draw()
     first = page.drawn()
     page.one("#reset").click()
-    assert page.value("prompt") == "" and page.value("sampler") == "dpmpp_2m"
+    assert page.value("prompt") == "" and page.value("sampler") == "" == page.value("cfg")
+    usual = [page.one(f"[name={name}]").get_property("placeholder") for name in ("steps", "cfg", "width")]
+    assert usual == ["20", "7.5", "32"] and "dpmpp_2m" in page.one("[name=sampler] option").text
     page.fill(prompt="second", steps=2)
     page.draw()
     page.drawn()

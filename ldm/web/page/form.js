@@ -133,7 +133,8 @@ export function build(schema, places) {
   }
   const model = () => controls.model?.get() || Object.keys(schema["x-side"])[0];
   const follow = () => {
-    const options = { ...schema.properties.sampler["x-options"][controls.sampler.get()] };
+    const usual = schema["x-usual"][model()];
+    const options = { ...schema.properties.sampler["x-options"][controls.sampler.get() ?? usual.sampler] };
     delete options.eta; // it has a field of its own
     const before = controls.options.get();
     controls.options.offer(options);
@@ -146,6 +147,8 @@ export function build(schema, places) {
       element("datalist", { id: "labels" }, ...labels.map((each) => element("option", { value: each }))),
     );
     for (const side of ["width", "height"]) controls[side].node.placeholder = schema["x-side"][model()];
+    for (const name of ["steps", "cfg"]) controls[name].node.placeholder = usual[name];
+    controls.sampler.node.options[0].textContent = `as usual: ${usual.sampler}`;
   };
   const write = (settings) => {
     for (const [name, each] of Object.entries(controls)) {
