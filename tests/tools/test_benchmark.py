@@ -99,6 +99,19 @@ def test_a_side_that_is_not_there(benchmark, capsys, monkeypatch):
     assert "pip install -e '.[openvino]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_step_by_both_libraries_on_weights_made_here(monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    words = "--shape tiny --batch 1 2 --side 8 --rounds 1 --device cpu --precision fp32 --sides ldm diffusers"
+    monkeypatch.setattr(sys, "argv", ["gpu_step.py", *words.split()])
+    runpy.run_path(str(ROOT / "tools" / "gpu_step.py"), run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("|")[1:3] for row in rows] == [
+        [f" tiny, batch {batch}, fp32 ", f" {side} "] for side in ("ldm", "diffusers") for batch in (1, 2)
+    ]
+    assert all(float(row.split("|")[3]) > 0 for row in rows)
+
+
 def test_without_a_gpu_its_check_says_so(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
@@ -110,11 +123,13 @@ def test_without_a_gpu_its_check_says_so(monkeypatch, capsys):
 def test_what_a_gpus_check_and_the_page_run_is_understood(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     made = runpy.run_path(TOOL)
-    parts = runpy.run_path(str(ROOT / "tools" / "gpu_check.py"))["PARTS"]
-    assert {made["parse"]([*words, "--device", "cuda"]).kind for words in parts} == {
-        "step",
-        "sample",
-        "decode",
-        "train",
-    }
+    check = runpy.run_path(str(ROOT / "tools" / "gpu_check.py"))
+    tools = {name: runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["parse"] for name in ("benchmark", "gpu_step")}
+    read = [tools[name]([*words, "--device", "cuda"]) for name, *words in check["PARTS"]]
+    assert {each.shape for each in read} == {"sd", "sdxl"}
+    assert {each.kind for each in read if "kind" in each} == {"sample", "decode", "train"}
+    assert {batch for each in read if "kind" not in each for batch in each.batch} == {1, 4, 16}
+    small = [tools[name](words) for name, *words in map(check["rehearsed"], check["PARTS"])]
+    assert {(each.shape, each.rounds, each.precision) for each in small} == {("tiny", 1, "fp32")}
+    assert {tuple(each.sides) for each in small} == {("ldm", "diffusers")}
     assert all(made["parse"](list(words)).shape in ("small", "sd", "icons") for words in made["PAGES"])
