@@ -34,7 +34,7 @@ def packed(network: M) -> M:
     """
     for layer in network.modules():
         kind = PACKED.get(type(layer))
-        if kind is not None and kind.takes(layer) and available(layer.weight.dtype):
+        if kind is not None and kind.takes(layer) and available(next(layer.parameters()).dtype):
             layer.__class__ = kind
     return network
 
@@ -44,6 +44,7 @@ def plain(network: M) -> M:
     for layer in network.modules():
         if isinstance(layer, _Packed):
             layer.unpack()
+        if isinstance(layer, _Packed | DirectAttention):
             layer.__class__ = layer.of  # type: ignore[assignment]
     return network
 
@@ -75,6 +76,21 @@ def available(dtype: torch.dtype) -> bool:
     return True
 
 
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN's layers give what is asked: numbers of the weights' precision, now, and no gradient."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.dtype == weight.dtype
+        and x.is_cpu
+        and weight.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+        and not (
+            torch.is_grad_enabled()
+            and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+        )
+    )
+
+
 class _Packed(nn.Module):
     """What both kinds share."""
 
@@ -99,17 +115,7 @@ class _Packed(nn.Module):
         """Whether the layer runs packed on `x`; its weight then is."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]  # what attributes would take longer to find
         assert weight is not None
-        if (
-            torch.compiler.is_compiling()
-            or self.training
-            or x.dtype != weight.dtype
-            or not (x.is_cpu and weight.is_cpu)
-            or torch.is_autocast_enabled("cpu")
-            or (
-                torch.is_grad_enabled()
-                and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
-            )
-        ):
+        if self.training or not fits(x, weight, bias):
             self.unpack()
             return False
         order = self.order(x)
@@ -210,4 +216,41 @@ class PackedConv2d(_Packed, nn.Conv2d):
         return OPS._convolution_pointwise(x, own["weight"], own["bias"], *how, "none", [], "")
 
 
-PACKED: dict[type, type[PackedLinear] | type[PackedConv2d]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+class DirectAttention(nn.MultiheadAttention):
+    """Self-attention as text towers have it, by oneDNN with plain weights: others read them past the layer."""
+
+    of = nn.MultiheadAttention
+
+    @staticmethod
+    def takes(layer: Any) -> bool:
+        plain = layer.batch_first and layer.bias_k is None and not layer.add_zero_attn
+        return plain and layer.in_proj_weight is not None and layer.in_proj_bias is not None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        weight, bias, out = self.in_proj_weight, self.in_proj_bias, self.out_proj
+        added = attn_mask is None or (attn_mask.ndim == 2 and attn_mask.is_floating_point())
+        alone = query is key is value and query.ndim == 3 and key_padding_mask is None
+        if self.training or not (added and alone and fits(query, weight, bias)) or need_weights or is_causal:
+            others = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return super().forward(query, key, value, *others)
+        made = OPS._linear_pointwise(query, weight, bias, "none", [], "")
+        q, k, v = made.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask).transpose(1, 2).flatten(2)
+        return OPS._linear_pointwise(y, out.weight, out.bias, "none", [], ""), None
+
+
+PACKED: dict[type, type[PackedLinear] | type[PackedConv2d] | type[DirectAttention]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv2d: PackedConv2d,
+    nn.MultiheadAttention: DirectAttention,
+}

@@ -20,6 +20,8 @@ from ldm.adapters.changes import Factors
 from ldm.adapters.lora import Lora, Rows, merged
 from ldm.backends import packed
 from ldm.checkpoints import native
+from ldm.conditioning.clip import TextTower
+from ldm.config import TextConfig
 from ldm.errors import UserError
 
 CONV = "down.0.stages.0.residual.conv_in"
@@ -228,3 +230,45 @@ def test_precisions_that_it_has_not_stay_as_they_are(dtype: torch.dtype):
     unet = frozen(small_unet()).to(dtype)
     wanted = unet(*inputs())
     assert torch.equal(packed.packed(unet)(*inputs()), wanted) and not opaque(unet)
+
+
+@works
+def test_a_text_towers_attention_is_the_same_and_its_weights_stay_plain():
+    torch.manual_seed(0)
+    tower = frozen(TextTower(TextConfig(width=64, heads=4, layers=2, embed_dim=0)))
+    tokens = torch.randint(1000, 40_000, (2, tower.config.context_length))
+    wanted, before = tower(tokens), {name: value.clone() for name, value in tower.state_dict().items()}
+    packed.packed(tower)
+    with torch.inference_mode():
+        assert relative(tower(tokens), wanted) < 1e-5
+    attention = next(layer for layer in tower.modules() if isinstance(layer, packed.DirectAttention))
+    assert not attention.in_proj_weight.is_mkldnn and not attention.out_proj.weight.is_mkldnn
+    assert bits(tower.state_dict(), before)
+    assert all(type(layer) is not packed.DirectAttention for layer in packed.plain(tower).modules())
+
+
+@works
+@pytest.mark.parametrize("asked", ["weights", "padding", "other keys", "boolean mask", "gradients", "flat"])
+def test_what_else_attention_can_be_asked_is_torchs_own(asked: str):
+    torch.manual_seed(0)
+    layer = frozen(nn.MultiheadAttention(32, 4, batch_first=True))
+    x, mask = torch.randn(2, 5, 32), torch.ones(5, 5, dtype=torch.bool).triu(1)
+    given: dict[str, Any] = {"query": x, "key": x, "value": x, "need_weights": False}
+    given |= {"weights": {"need_weights": True}, "boolean mask": {"attn_mask": mask}}.get(asked, {})
+    given |= {"padding": {"key_padding_mask": mask[:2]}, "other keys": {"key": x + 1}}.get(asked, {})
+    if asked == "flat":
+        given |= dict.fromkeys(("query", "key", "value"), x[0])
+    x.requires_grad_(asked == "gradients")
+    wanted, weights = layer(**given)
+    found, ours = packed.packed(layer)(**given)
+    assert isinstance(layer, packed.DirectAttention) and torch.equal(found, wanted)
+    assert (weights is None and ours is None) or torch.equal(ours, weights)
+
+
+@works
+def test_a_mask_of_one_picture_serves_all():
+    torch.manual_seed(0)
+    layer = frozen(nn.MultiheadAttention(32, 4, batch_first=True))
+    x, mask = torch.randn(3, 5, 32), torch.full((5, 5), -torch.inf).triu(1)
+    wanted = layer(x, x, x, need_weights=False, attn_mask=mask)[0]
+    assert relative(packed.packed(layer)(x, x, x, need_weights=False, attn_mask=mask)[0], wanted) < 1e-5
