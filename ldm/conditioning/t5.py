@@ -24,6 +24,7 @@ from ldm.model_config import T5Config
 if TYPE_CHECKING:
     from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
 
+ITS = "the tokenizer in this model's T5"  # for error messages
 LONGEST = 512  # tokens of a prompt that is read to its end: as many as T5 was trained on
 Read = Callable[[nn.Module, Mapping[str, Tensor], torch.device, torch.dtype], None]
 
@@ -80,10 +81,10 @@ class T5Tower(nn.Module):
     @cached_property
     def pieces(self) -> Tokenizer:
         """What texts are cut with. Raises UserError for a tokenizer that is not there, or not this T5's."""
-        found = t5_tokenizer.made(bytes(self.tokenizer.cpu().numpy()), "the tokenizer in this model's T5")
+        found = t5_tokenizer.made(bytes(self.tokenizer.cpu().numpy()), ITS)
         count, rows = found.get_vocab_size(), self.config.vocabulary
         if count > rows:
-            raise UserError(f"the tokenizer in this model's T5 has {count} pieces, and T5 {rows}; put T5's own there")
+            raise UserError(f"{ITS} has {count} pieces, and T5 {rows}; put T5's own there")
         return found
 
     def tokenize(self, texts: Sequence[str], length: int) -> tuple[Tensor, list[str]]:
@@ -93,7 +94,7 @@ class T5Tower(nn.Module):
         """
         rows, dropped = [], []
         for text in texts:
-            read = self.pieces.encode(text, add_special_tokens=False)
+            read = t5_tokenizer.cut(self.pieces, text, ITS)
             rows.append(self._row(read.ids, length))
             dropped.append(text[read.offsets[length - 1][0] :].strip() if len(read.ids) >= length else "")
         return torch.stack(rows), dropped
@@ -103,7 +104,7 @@ class T5Tower(nn.Module):
         `LONGEST`. A token has the weight of its last letter, and a weight the meaning that it has in chunks.py.
         """
         text, weights = flat(prompt)
-        read = self.pieces.encode(text, add_special_tokens=False)
+        read = t5_tokenizer.cut(self.pieces, text, ITS)
         long = min(max(length, len(read.ids) + 1), max(length, LONGEST))
         context = self(self._row(read.ids, long)[None])
         of = [weights[max(end - 1, 0)] for _, end in read.offsets[: long - 1]]

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm.errors import UserError, first_line
 from ldm.plain import parse_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
+    from tokenizers import Encoding, Tokenizer  # pyright: ignore[reportMissingImports]
+
+T = TypeVar("T")
 
 MAX_BYTES = 16 << 20  # T5's own has 2.4 million
 MAX_PIECE = 256  # letters of a piece
+MAX_MADE = 256  # bytes that one letter is normalized to; T5's longest are 33
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 KINDS = {  # of what a tokenizer.json does to a text before it is cut; the others would change what is read
     "normalizer": {"Sequence", "Precompiled", "Strip", "Replace"},  # the last two: of spaces, which are cut at anyway
@@ -55,12 +58,15 @@ def checked(document: bytes, where: str) -> bytes:
 def written(pieces: list[tuple[str, float]], table: bytes) -> bytes:
     """The tokenizer.json of a vocabulary, in the order of its tokens, and of a `table` of normalization, or none.
 
-    Raises ValueError for a vocabulary without T5's special pieces.
+    The table is four bytes of length, a trie of letters, and behind it what they become, ended by zeros. Raises
+    ValueError for a vocabulary without T5's special pieces, and what would cost a reader of texts much.
     """
     tokens = {piece: token for token, (piece, _) in enumerate(pieces)}
     lost = [piece for piece in (PAD, END, UNKNOWN) if piece not in tokens]
     if lost or len(tokens) != len(pieces) or any(len(piece) > MAX_PIECE for piece in tokens):
         raise ValueError(f"a vocabulary without {', '.join(lost)}" if lost else "a piece that is there twice, or long")
+    if max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0"))) > MAX_MADE:
+        raise ValueError("a table that makes a long text of a letter")
     special = [piece for piece in tokens if piece in (PAD, END, UNKNOWN) or piece.startswith("<extra_id_")]
     end = {"SpecialToken": {"id": END, "type_id": 0}}
     texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
@@ -90,10 +96,18 @@ def made(document: bytes, where: str) -> Tokenizer:
     from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
 
     document = checked(document, where)
+    return _guarded(lambda: Tokenizer.from_str(document.decode()), where)
+
+
+def cut(tokenizer: Tokenizer, text: str, where: str) -> Encoding:
+    """The pieces of a text, without the end. Raises UserError for a tokenizer whose table of normalization is torn,
+    which shows when a letter is looked up."""
+    return _guarded(lambda: tokenizer.encode(text, add_special_tokens=False), where)
+
+
+def _guarded(work: Callable[[], T], where: str) -> T:
     try:
-        tokenizer = Tokenizer.from_str(document.decode())
-        tokenizer.encode("a\u00e9\u3042")  # a table that is torn shows when it is looked up
-        return tokenizer
+        return work()
     except BaseException as error:  # the library's panics are no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,34 @@ HOSTILE = {
     "lower case": broken(normalizer={"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}),
     "no step": broken(normalizer={"type": "Sequence", "normalizers": [3]}),
     "a torn table": broken(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-    "a table of noise": broken(
-        normalizer={
-            "type": "Precompiled",
-            "precompiled_charsmap": base64.b64encode(b"\x00\x04\x00\x00" + b"\xff" * 1024).decode(),
-        }
-    ),
     "no table": broken(normalizer={"type": "Precompiled", "precompiled_charsmap": "%%%"}),
 }
+
+
+def table(letter: str, place: int, texts: bytes) -> bytes:
+    """A table of normalization in which one letter becomes what stands at `place` of `texts`, if anything does."""
+    trie, code = [0] * 256, ord(letter)
+    trie[code] = code | 1 << 8 | 1 << 10  # this letter; a word ends with it; what it becomes is told one place aside
+    trie[code ^ 1] = place
+    return struct.pack("<I256I", 1024, *trie) + texts
+
+
+def with_table(data: bytes) -> bytes:
+    return broken(normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()})
+
+
+def test_a_table_that_is_torn_ends_in_a_sentence_when_it_is_looked_up() -> None:
+    sound, torn = (t5_tokenizer.made(with_table(table("b", place, b"a\0")), "here") for place in (0, 9999))
+    assert t5_tokenizer.cut(sound, "ab", "here").tokens == ["▁", "a", "a"]
+    assert t5_tokenizer.cut(torn, "a", "here").tokens == ["▁", "a"]
+    with pytest.raises(UserError, match="here is damaged"):
+        t5_tokenizer.cut(torn, "ab", "here")
+
+
+def test_a_table_that_makes_a_long_text_of_a_letter_is_refused() -> None:
+    t5_tokenizer.checked(with_table(table("b", 0, b"a" * 256 + b"\0")), "here")
+    with pytest.raises(UserError, match="a long text of a letter"):
+        t5_tokenizer.checked(with_table(table("b", 0, b"a\0" + b"a" * 100_000 + b"\0")), "here")
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
