@@ -103,7 +103,7 @@ class Model:
         if self.path is not None and self.checkpoint is not None:
             weights = native.fingerprint(self.checkpoint.tensors())
         else:
-            parts = {"autoencoder": self.codec.autoencoder, **self.encoder.readers, "unet": self.unet}
+            parts = {"autoencoder": self.codec.autoencoder, **self.encoder.weights, "unet": self.unet}
             weights = "".join(native.fingerprint(part) for part in parts.values() if part is not None)
         document = json.dumps(
             changed(replace(self.config, drawing=DrawingConfig())), sort_keys=True

@@ -104,6 +104,11 @@ class Encoder(nn.Module):
         return cast("dict[str, TextTower | T5Tower]", dict(self.towers.items()))
 
     @property
+    def weights(self) -> dict[str, nn.Module | Mapping[str, Tensor]]:
+        """The same as what is to be written of them: of a T5 whose numbers rest in a file, these as they are there."""
+        return {name: getattr(tower, "stored", None) or tower for name, tower in self.readers.items()}
+
+    @property
     def named_towers(self) -> dict[str, TextTower]:
         """The towers that are CLIP's by name, in order."""
         return {name: tower for name, tower in self.readers.items() if not isinstance(tower, T5Tower)}

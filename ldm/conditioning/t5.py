@@ -50,6 +50,7 @@ class T5Tower(nn.Module):
 
     tokenizer: Tensor  # (bytes,) uint8
     here: Tensor  # (0,): on the device and of the type that it works in
+    stored: Mapping[str, Tensor] | None = None  # where its numbers are, if they rest
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -122,7 +123,7 @@ class T5Tower(nn.Module):
         encoder = self.encoder
         del self.encoder
         self.__dict__["encoder"] = encoder.eval().requires_grad_(False)
-        self.tokenizer = state["tokenizer"].clone()
+        self.stored, self.tokenizer = state, state["tokenizer"].clone()
         layers = {f"block.{number}": block for number, block in enumerate(encoder.block)}
         for name, layer in {
             "embed_tokens": encoder.embed_tokens,

@@ -81,7 +81,7 @@ def begin_from(
         _check_agreement(config, model, said)
     unet = checkpoint.load("unet", device).requires_grad_(True)
     codec = checkpoint.load("autoencoder", device)
-    towers = checkpoint.load_towers(device)
+    towers = checkpoint.load_towers(device, rest=isinstance(config, DiffusionTraining) and config.latents != "")
     there = ("autoencoder", *towers, "unet")
     own_loss = config.loss != DiffusionLossConfig() or any(name.startswith("loss.") for name in said)
     made = dataclasses.replace(
@@ -107,7 +107,7 @@ def _begin_anew(config: DiffusionTraining, device: torch.device) -> Beginning:
         raise UserError("model.context_width asks for captions but no text tower is named; say text=runs/clip")
     third = config.encoder.t5_tokens > 0
     text = open_towers(config.text, config.text_2, third) if config.model.context_width else None
-    towers = {} if text is None else text.load_towers(device)
+    towers = {} if text is None else text.load_towers(device, rest=config.latents != "")
     sources = {} if text is None else dict.fromkeys(towers, text)
     if config.autoencoder:
         sources["autoencoder"] = open_checkpoint(config.autoencoder).only("autoencoder")

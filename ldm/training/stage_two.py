@@ -109,7 +109,7 @@ def _open_batches(
 
 def _network_of(model: Model, optimizer: OptimizerConfig) -> Trained:
     """All weights of the network; what is left is the whole model, autoencoder and text tower included."""
-    parts = {"unet": model.unet, "autoencoder": model.codec.autoencoder, **model.encoder.readers}
+    parts = {"unet": model.unet, "autoencoder": model.codec.autoencoder, **model.encoder.weights}
 
     def export(output: Path, finished: bool) -> None:
         native.save(output, model.config, {name: part for name, part in parts.items() if part is not None})

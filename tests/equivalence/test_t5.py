@@ -188,7 +188,9 @@ def test_each_tower_is_dropped_by_itself(small: tuple[Any, Path]) -> None:
 # ---------------------------------------------------------------- less memory
 
 
-def test_layers_read_while_it_runs_give_the_same_bits_and_leave_nothing(small: tuple[Any, Path]) -> None:
+def test_layers_read_while_it_runs_give_the_same_bits_and_leave_nothing(
+    small: tuple[Any, Path], tmp_path: Path
+) -> None:
     usual, sparing = load(small[1]), load(small[1], low_memory=True)
     for model in (usual, sparing):
         assert model.encoder.t5 is not None
@@ -197,6 +199,10 @@ def test_layers_read_while_it_runs_give_the_same_bits_and_leave_nothing(small: t
     for _ in range(2):
         assert torch.equal(usual.encoder.texts(PROMPTS).context, sparing.encoder.texts(PROMPTS).context)
         assert all(parameter.is_meta for parameter in resting.encoder.parameters())
+    parts = {"unet": sparing.unet, "autoencoder": sparing.codec.autoencoder, **sparing.encoder.weights}
+    native.save(tmp_path / "written", sparing.config, parts)  # type: ignore[arg-type]
+    written, given = (open_checkpoint(path).state("t5") for path in (tmp_path / "written", small[1]))
+    assert all(torch.equal(written[key], given[key]) for key in given)
     sparing.encoder.double()
     assert resting(resting.tokenize(["a"], 3)[0]).dtype == torch.float64
     half = sparing.to(dtype="bf16")
