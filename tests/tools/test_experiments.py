@@ -99,17 +99,26 @@ def small_classifier() -> Classifier:
 
 @pytest.mark.slow
 def test_fewer_steps(shards: str, tmp_path: Path) -> None:
-    """The base guided, two evaluations a step, and a student, one; what is there is not drawn again."""
+    """The base guided, two evaluations a step, and students as they say; what is there is not drawn again."""
     save_classifier(small_classifier(), tmp_path / "judge")
     (tmp_path / "concepts.yaml").write_text("".join(f"- {name}\n" for name in COLOURS))
     words = ("fewer-steps", "--shards", shards, "--classifier", tmp_path / "judge", "--student", "same=icons,lcm")
-    words = (*words, "--concepts", tmp_path / "concepts.yaml", "--output", tmp_path / "out", "--quick")
+    words = (
+        *words,
+        "--student",
+        "itself=icons",
+        "--concepts",
+        tmp_path / "concepts.yaml",
+        "--output",
+        tmp_path / "out",
+        "--quick",
+    )
     first = run(*words)
     with open(tmp_path / "out" / "sweep.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     spent = {(row["model"], row["sampler"], row["steps"]): float(row["evaluations"]) for row in rows}
     base = {("base", sampler, "2"): 4.0 for sampler in ("ddim", "dpmpp_2m", "unipc")}
-    assert spent == {**base, ("same", "lcm", "1"): 1.0}
+    assert spent == {**base, ("same", "lcm", "1"): 1.0, ("itself", "dpmpp_2m", "1"): 2.0}  # which says cfg 7.5
     assert all(float(row["low"]) <= float(row["accuracy"]) <= float(row["high"]) for row in rows)
     before = drawn(tmp_path / "out")
     assert len(before) == 16 * len(rows) and first == run(*words) and before == drawn(tmp_path / "out")

@@ -142,6 +142,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> bytes:
             style = "osv^D"[number % 5] + ("--" if label.startswith("base,") else "-")
             panel.plot([row["evaluations"] for row in points], [row[y] for row in points], style, label=label, ms=4)
         panel.set_xscale("log", base=2)
+        ticks = [2**k for k in range(7)]
+        panel.set_xticks(ticks, labels=map(str, ticks))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     return png(figure)
