@@ -228,3 +228,15 @@ def test_what_they_do_not_go_with_is_refused(tiny_model: ldm.LatentDiffusion):
     own = replace(BOTH.plan(), network=lambda x, t, told: x)
     with pytest.raises(UserError, match="a network of its own"):
         generate.draw(tiny_model, [Request("a heart")], own)
+
+
+def test_neither_waits_for_the_device(tiny_model: ldm.LatentDiffusion):
+    from backends.test_compile_and_graph import Waits
+
+    with Waits() as waits:
+        hook = tiny_model.unet.register_forward_hook(lambda *given: waits.on_device.__setitem__(given[2], True))
+        try:
+            steps = list(tiny_model.sample("a heart", settings=BOTH))
+        finally:
+            hook.remove()
+        assert steps[-1].x in waits.on_device and not waits.asked
