@@ -4,6 +4,8 @@ StableDiffusion3Pipeline and transformers, in float64; files, both ways."""
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -257,6 +259,26 @@ def test_what_is_written_is_the_same_model_bit_for_bit(small: tuple[Any, Path], 
         assert {key.removeprefix(PREFIX) for key in own} == names | {"shared.weight", "encoder.embed_tokens.weight"}
 
 
+def test_converted_to_half_precision_its_tokenizer_stays_what_it_is(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(tool: str, *words: object) -> None:
+        path = str(Path(__file__).parents[2] / "tools" / f"{tool}.py")
+        monkeypatch.setattr(sys, "argv", [path, *map(str, words)])
+        runpy.run_path(path, run_name="__main__")
+
+    run("convert_checkpoint", single, tmp_path / "half.safetensors", "--to", "original", "--precision", "fp16")
+    before, after = load_file(single), load_file(tmp_path / "half.safetensors")
+    assert set(before) == set(after)
+    for key, value in after.items():
+        data = key == f"{PREFIX}tokenizer_json"
+        assert value.dtype == (torch.uint8 if data else torch.float16)
+        assert torch.equal(value, before[key].to(value.dtype)), key
+    run("inspect_checkpoint", tmp_path / "half.safetensors")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["t5"]]
+    assert "in   30 tensors, float16" in line
+
+
 def test_diffusers_opens_what_is_written(small: tuple[Any, Path], tmp_path: Path) -> None:
     pipe, folder = small
     found = open_checkpoint(folder)
@@ -387,7 +409,7 @@ def test_names_and_shapes_of_the_published_one() -> None:
 
 
 def test_without_transformers_it_says_what_to_install(small: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ldm.UserError, match=r"needs transformers: pip install -e '\.\[t5\]'.*--set t5=null"):
         load(small[1])
     assert load(small[1], settings={"t5": None}).encoder.t5 is None
