@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.errors import MemoryNotice
+from ldm.errors import MemoryNotice, UserError
 from ldm.find import find
 from ldm.model import Model, assemble
 
@@ -48,6 +48,11 @@ def load_model(
     checkpoint = open_checkpoint(path, weights, settings, other)
     works_on = where if low_memory else None
     if low_memory and where.type != "cpu":
+        if backend in ("graph", "fused", "openvino"):
+            raise UserError(
+                f"the backend '{backend}' needs networks that stay where they are, and low_memory moves them; leave "
+                "one of the two out"
+            )
         where, backend = choose_device("cpu"), "torch" if backend == "auto" else backend
     codec = checkpoint.load("autoencoder", where, dtype)
     towers = checkpoint.load_towers(where, dtype, rest=low_memory or _too_large(checkpoint, where, dtype))

@@ -1,7 +1,8 @@
 """A network's step as one CUDA graph: a thousand kernels started by one call, for batches too small to fill the GPU.
 
 A graph is recorded for each set of shapes, after three runs that warm up; memory is that of one step more for each that
-is kept. What the network is told is copied into the graph's own tensors once a trajectory.
+is kept. It reads the weights where they lay then, so those that have moved have another. What the network is told is
+copied into the graph's own tensors once a trajectory.
 """
 
 from __future__ import annotations
@@ -35,15 +36,26 @@ def graphed(network: M, record: Callable[..., Any] | None = None) -> M:
         if self.training or torch.is_grad_enabled() or not all(map(_static, inputs)) or not _usual(self):
             return plain(self, *inputs)
         kept = graphs.setdefault(self, {})
-        shapes = tuple((value.shape, value.dtype) for value in tensors(inputs))
-        graph = kept.pop(shapes, None) or record(lambda *given: plain(self, *given), inputs)
-        kept[shapes] = graph  # the last used is the last here
+        places = tuple(value.data_ptr() for value in _weights(self))
+        which = places, *((value.shape, value.dtype, value.device) for value in tensors(inputs))
+        graph = kept.pop(which, None)
+        if graph is None:
+            with torch.inference_mode(False), torch.no_grad():  # else its own tensors could not be written later
+                graph = record(lambda *given: plain(self, *given), inputs)
+        kept[which] = graph  # the last used is the last here
         while len(kept) > KEPT:
             del kept[next(iter(kept))]
         return graph(inputs)
 
     network.forward = MethodType(forward, network)
     return network
+
+
+def _weights(network: nn.Module) -> Iterator[Tensor]:
+    for layer in network.modules():
+        for value in (*layer._parameters.values(), *layer._buffers.values()):
+            if value is not None:
+                yield value
 
 
 def _usual(network: nn.Module) -> bool:
@@ -64,15 +76,16 @@ class Recorded:
     def __init__(self, call: Callable[..., Tensor], inputs: tuple[Any, ...]) -> None:
         self.inputs = same_with(inputs, torch.clone)
         self.last: list[Any] = [None] * len(inputs)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM):
-                call(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = call(*self.inputs)
+        with torch.cuda.device(next(tensors(inputs)).device):  # streams are of the current one
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM):
+                    call(*self.inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = call(*self.inputs)
 
     def __call__(self, inputs: tuple[Any, ...]) -> Tensor:
         for index, (own, given) in enumerate(zip(self.inputs, inputs, strict=True)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,51 @@ def test_hooks_stand_ins_and_other_attention_are_met_by_the_layers_themselves():
         for parameter in copied.conv_out.parameters():
             parameter.mul_(2)
         assert torch.equal(copied(x, t, told), 2 * unet(x, t, told)) and len(Replayed.made) == 2
+
+
+@torch.no_grad()
+def test_a_graph_is_not_replayed_on_weights_that_lie_elsewhere():
+    """As after `.to` another GPU and back: of the same shapes and dtypes, and none of them where it was recorded."""
+    Replayed.made.clear()
+    unet, given = graphed(small_unet().requires_grad_(False), Replayed), inputs()
+    before = unet(*given)
+    unet.conv_out.weight.mul_(2)  # in place is what a graph reads
+    unet(*given)
+    assert len(Replayed.made) == 1
+    for parameter in unet.conv_out.parameters():
+        parameter.data = torch.zeros_like(parameter)
+    assert before.any() and not unet(*given).any() and len(Replayed.made) == 2
+
+
+def test_a_graph_of_inference_mode_serves_outside_of_it():
+    Replayed.made.clear()
+    unet, plain, given = graphed(small_unet().requires_grad_(False), Replayed), small_unet(), inputs()
+    with torch.inference_mode():
+        unet(*given)
+    with torch.no_grad():
+        x, t, context = given
+        assert torch.equal(unet(2 * x, t, context), plain(2 * x, t, context)) and len(Replayed.made) == 1
+
+
+@pytest.mark.parametrize("backend", ["graph", "fused", "openvino"])
+def test_what_stays_on_its_device_does_not_go_with_low_memory(
+    backend: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ldm.device.choose_device", torch.device)
+    monkeypatch.setattr("ldm.backends.find_spec", lambda _: True)
+    with pytest.raises(UserError, match=f"'{backend}' needs networks that stay"):
+        ldm.load(tiny_checkpoint, device="cuda", precision="fp32", backend=backend, low_memory=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@torch.no_grad()
+def test_a_graph_follows_its_network_to_a_gpu_that_is_not_the_current_one():
+    unet, plain = (small_unet().requires_grad_(False).cuda() for _ in range(2))
+    run_by("graph", unet, main=True)
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        given = [value.to(device) for value in inputs()]
+        assert relative(unet.to(device)(*given), plain.to(device)(*given)) < 1e-3
 
 
 @pytest.mark.parametrize(("backend", "words"), [("graph", "needs a CUDA device"), ("fused", "needs (a CUDA|Triton)")])
