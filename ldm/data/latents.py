@@ -140,23 +140,24 @@ class _LatentDecode:
     score: str
 
     def __call__(self, record: Record, rng: random.Random) -> _Latent:
+        caption, _, mirror = rng.random(), rng.random(), rng.random()
+        flipped = self.flip and mirror < 0.5
         try:
             tensors = load(record.fields["safetensors"])
-            moments, contexts, variants = tensors["moments"], tensors["context"], tensors["variants"]
-            size, crops = tensors["size"], tensors["crop"]
-        except (SafetensorError, KeyError) as error:
+            moments, contexts = tensors["moments_flipped" if flipped else "moments"], tensors["context"]
+            variants, size, crops = tensors["variants"], tensors["size"], tensors["crop"]
+            chosen = 0
+            if self.caption == "variants" and len(variants):
+                chosen = int(variants[int(caption * len(variants))])
+            context = contexts[chosen].float()
+            pooled = tensors["pooled"][chosen].float() if "pooled" in tensors else torch.empty(0)
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise BadSample("the latents do not parse") from error
-        caption, _, mirror = rng.random(), rng.random(), rng.random()
-        chosen = 0
-        if self.caption == "variants" and len(variants):
-            chosen = int(variants[int(caption * len(variants))])
-        flipped = self.flip and mirror < 0.5
-        if flipped:
-            moments = tensors["moments_flipped"]
+        if (moments.ndim, context.ndim, pooled.ndim, size.shape, crops.shape) != (3, 2, 1, (2,), (2, 2)):
+            raise BadSample("the latents are not of their shapes")
         meta = samples.read_meta(record)
         label, score = samples.label(meta, self.label, self.labels), samples.score(meta, self.score)
-        pooled = tensors["pooled"][chosen].float() if "pooled" in tensors else torch.empty(0)
-        return _Latent(moments.float(), contexts[chosen].float(), pooled, size, crops[int(flipped)], label, score)
+        return _Latent(moments.float(), context, pooled, size, crops[int(flipped)], label, score)
 
 
 class LatentLoader(Feed[_Latent, LatentBatch]):

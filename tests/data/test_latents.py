@@ -1,6 +1,7 @@
 """Cached latents: what goes in comes out, what another network made does not."""
 
 import json
+import random
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save
 
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import DataConfig, DiffusionLossConfig, DiffusionTraining, LoopConfig, ModelConfig
 from ldm.data.latent_writing import LatentSources, LatentWriter, merge_parts, part_folder
-from ldm.data.latents import LatentLoader, latent_fingerprint
+from ldm.data.latents import LatentLoader, _LatentDecode, latent_fingerprint
 from ldm.data.loader import Loader
+from ldm.data.records import BadSample, Record
 from ldm.errors import UserError
 from ldm.training.backward import accumulate
 from ldm.training.processes import Division
@@ -292,6 +295,40 @@ def test_damage_to_a_set_is_noticed(tmp_path, source):
     manifest.unlink()
     with pytest.raises(UserError, match=r"has no latents.json, so it is no set of latents"):
         load(folder, source)
+
+
+DAMAGES = {
+    "nothing": {},
+    "variants out of range": {"variants": torch.tensor([7])},
+    "variants of pairs": {"variants": torch.tensor([[0, 1]])},
+    "no flipped": {"moments_flipped": None},
+    "a short crop": {"crop": torch.zeros(1, 2, dtype=torch.int64)},
+    "another size": {"size": torch.tensor([8, 8, 8])},
+    "flat moments": {"moments_flipped": torch.zeros(24)},
+    "contexts of one": {"context": torch.zeros(2, 3)},
+    "no pooled text": {"pooled": torch.zeros(0, 4)},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_sample_is_left_out(name):
+    whole = {
+        "moments": torch.zeros(6, 2, 2),
+        "moments_flipped": torch.ones(6, 2, 2),
+        "context": torch.zeros(1, 2, 3),
+        "pooled": torch.zeros(1, 4),
+        "variants": torch.tensor([0]),
+        "size": torch.tensor([8, 8]),
+        "crop": torch.zeros(2, 2, dtype=torch.int64),
+    } | DAMAGES[name]
+    content = save({name: value for name, value in whole.items() if value is not None})
+    decode, rng = _LatentDecode("variants", True, "", (), ""), random.Random(0)  # one that flips
+    record = Record("k", "x.tar", {"safetensors": content, "json": b"{}"})
+    if name == "nothing":
+        assert decode(record, rng).moments.mean() == 1
+        return
+    with pytest.raises(BadSample, match="the latents"):
+        decode(record, rng)
 
 
 def test_shards_of_a_set_may_be_chosen_and_filtered(tmp_path, source):
