@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ldm.model import Model
 
 MAX_BATCH = 1024  # of a picture to be made again: its number comes from a file, maybe a stranger's
+AT_ONCE = 1 << 24  # pixels of such a batch that are drawn: 64 pictures of 512 x 512
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,16 @@ class Recipe:
 
     @property
     def batch(self) -> list[Request]:
-        """A batch of the size it was drawn in. What its other pictures show does not touch this one."""
-        return [self.request] * self.batch_size
+        """A batch of the size it was drawn in, or as many of it as AT_ONCE has room for. What its other pictures show
+        does not touch this one."""
+        height, width = self.settings.height or 512, self.settings.width or 512
+        most = int(AT_ONCE / (height * width * max(self.begin.enlarge, 1.0) ** 2))
+        return [self.request] * min(self.batch_size, max(most, 1))
+
+    @property
+    def place(self) -> int:
+        """Where it is in `batch`."""
+        return min(self.index, len(self.batch) - 1)
 
 
 def record(
@@ -201,6 +210,11 @@ def differences(recipe: Recipe, model: Model, guides: Mapping[str, str] | None =
     changed = [f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]]
     if changed:
         found.append(f"the picture may differ in its last bits: {'; '.join(changed)}")
+    if len(recipe.batch) < recipe.batch_size:
+        found.append(
+            f"the picture may differ in its last bits: it was drawn in a batch of {recipe.batch_size}, and is drawn in "
+            f"one of {len(recipe.batch)} now, to save memory"
+        )
     return found
 
 

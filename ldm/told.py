@@ -53,7 +53,8 @@ def _told(model: Model, ask: Ask) -> Condition:
     """One row: what the encoder makes of an ask, or of two, or what is given in its place, of the same parts."""
     if ask.toward is not None:
         (other, share), one = ask.toward, replace(ask, toward=None)
-        return lerp(model.encoder([one]), model.encoder([replace(one, text=other)]), share)
+        ends = model.encoder([one]), model.encoder([replace(one, text=other)])
+        return lerp(*ends, share, behind=model.encoder.config.t5_tokens)
     if ask.told is None:
         return model.encoder([ask])
     given, usual = ask.told.to(model.device), model.encoder([replace(ask, text="", label=None, told=None)])

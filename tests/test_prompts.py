@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from dataclasses import replace
@@ -136,3 +137,33 @@ def test_guiding_many_prompts_as_one() -> None:
     first = u + (c - u) + 0.5 * (others[0] - u) - 0.5 * (others[1] - u)
     torch.testing.assert_close(cfg(joined, 3.0)(X, SIGMA), u + 3 * (first - u))
     torch.testing.assert_close(cfg(joined, 3.0, interval=(50.0, 60.0))(X, SIGMA), first)
+
+
+def test_between_a_short_prompt_and_a_long_one_each_tower_is_mixed_with_itself(tiny_model: LatentDiffusion) -> None:
+    """T5's places (zeros of it here, as where it was left out) stay behind the chunks of the others."""
+    from ldm.told import conditions
+
+    encoder = copy.deepcopy(tiny_model.encoder)
+    encoder.config = replace(encoder.config, t5_tokens=5)
+    model, ends = replace(tiny_model, encoder=encoder), ("a cat", " ".join(["dog"] * 20))
+    assert tiny_model.encoder.text is not None
+    length = tiny_model.encoder.text.config.context_length
+    between = conditions(model, [Ask(ends[0], weighted=True, toward=(ends[1], 0.25))])
+    short, long = (conditions(model, [Ask(end, weighted=True)]).context for end in ends)
+    assert short is not None and long is not None and between.context is not None
+    assert long.shape[1] == 2 * length + 5 and short.shape[1] == length + 5
+    first, second, behind = between.context.split([length, length, 5], dim=1)
+    torch.testing.assert_close(first, torch.lerp(short[:, :length], long[:, :length], 0.25))
+    torch.testing.assert_close(second, 0.25 * long[:, length : 2 * length])
+    assert not behind.any() and between.mask is not None and bool(between.mask.all())
+
+
+def test_a_stranger_does_not_say_how_much_is_drawn_at_once(tiny_model: LatentDiffusion, tmp_path: Path) -> None:
+    request = Request("a cat", "", 5)
+    for side, size, at_once in ((1024, 1024, 16), (4096, 2, 1), (64, 9, 9)):
+        settings = replace(FAST, width=side, height=side)
+        record = provenance.record(tiny_model, settings, [request] * size, size - 1)
+        recipe = provenance.read(image_io.save_numbered(torch.zeros(3, 8, 8), tmp_path, json.loads(json.dumps(record))))
+        assert len(recipe.batch) == at_once and recipe.place == at_once - 1
+        said = f"in a batch of {size}, and is drawn in one of {at_once} now"
+        assert any(said in each for each in provenance.differences(recipe, tiny_model)) == (at_once < size)

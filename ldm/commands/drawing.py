@@ -121,7 +121,7 @@ def _draw(
         for number in mine:
             batch = order.batches[number]
             settings, made, inputs = open_one(batch)
-            rows = range(len(batch.requests)) if order.recipe is None else [order.recipe.index]
+            rows = range(len(batch.requests)) if order.recipe is None else [order.recipe.place]
             records = {
                 i: provenance.record(model, settings, batch.requests, i, helpers.hashes, order.begin, inputs[i])
                 for i in rows

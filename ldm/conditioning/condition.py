@@ -70,12 +70,13 @@ def cat(conditions: Sequence[Condition]) -> Condition:
     return Condition(**{name: torch.cat([getattr(c, name) for c in padded]) for name in padded[0].parts()})
 
 
-def lerp(a: Condition, b: Condition, share: float) -> Condition:
+def lerp(a: Condition, b: Condition, share: float, behind: int = 0) -> Condition:
     """Between two conditions of the same parts, row by row: numbers are mixed, labels and masks are `a`'s.
 
-    A context's places that only one of them reads are read. Raises ValueError if they differ in more than that.
+    A context's places that only one of them reads are read. Its last `behind` places are of another tower, and mixed
+    with the other's last. Raises ValueError if they differ in more than that.
     """
-    padded_a, padded_b = _of_one_length([a, b])
+    padded_a, padded_b = _of_one_length([a, b], behind)
     kept, others = padded_a.parts(), padded_b.parts()
     if kept.keys() != others.keys():
         raise ValueError(f"conditions to mix must have the same parts, found {sorted(kept)} and {sorted(others)}")
@@ -123,20 +124,24 @@ def drop(condition: Condition, null: Condition, keep: Tensor) -> Condition:
     return Condition(**kept)
 
 
-def _of_one_length(conditions: Sequence[Condition]) -> list[Condition]:
-    """The same with contexts padded to the longest, and with masks, unless all are of one length and without any."""
+def _of_one_length(conditions: Sequence[Condition], behind: int = 0) -> list[Condition]:
+    """The same with contexts padded to the longest, and with masks, unless all are of one length and without any; the
+    places that are added stand before the last `behind`."""
     lengths = {c.context.shape[1] for c in conditions if c.context is not None}
     if len(lengths) < 2 and all(c.mask is None for c in conditions):
         return list(conditions)
-    return [_padded(c, max(lengths)) for c in conditions]
+    return [_padded(c, max(lengths), behind) for c in conditions]
 
 
-def _padded(condition: Condition, length: int) -> Condition:
+def _padded(condition: Condition, length: int, behind: int) -> Condition:
     context, mask = condition.context, condition.mask
     if context is None:
         return condition
     if mask is None:
         mask = context.new_ones(context.shape[:2], dtype=torch.bool)
-    more = length - context.shape[1]
-    longer = {"context": F.pad(context, (0, 0, 0, more)), "mask": F.pad(mask, (0, more))}
+    own, more = context.shape[1] - behind, length - context.shape[1]
+    longer = {
+        "context": torch.cat([F.pad(context[:, :own], (0, 0, 0, more)), context[:, own:]], dim=1),
+        "mask": torch.cat([F.pad(mask[:, :own], (0, more)), mask[:, own:]], dim=1),
+    }
     return Condition(**{**condition.parts(), **longer})
