@@ -135,7 +135,8 @@ def make_denoiser(
             own = replace(plan, network=None)  # what stands in the base's place is no refiner
             refiner, its = _guided(other, requests, own, helpers, shape, planes if other.extra_channels else None)
             denoiser = refined(denoiser, refiner, _below(other, wrap))
-            beside["unguided"] = refined(beside["unguided"], its["unguided"], _below(other, wrap))
+            for name in its.keys() & beside.keys():  # without a fraction of its own the base is asked for that
+                beside[name] = refined(beside[name], its[name], _below(other, wrap))
         else:
             denoiser = _wrapped(denoiser, wrap, model, helpers, len(requests))
     return denoiser, beside
@@ -195,8 +196,8 @@ def _guided(
         denoiser = perpendicular_negative(seen, guide.weight, *_how(guide))
     else:
         denoiser = cfg(seen, *_how(guide))
-    fraction = own.fraction if isinstance(own, LearnedVariance) else None
-    return denoiser, {"unguided": seen.unguided, "fraction": fraction}
+    fraction = {"fraction": own.fraction} if isinstance(own, LearnedVariance) else {}
+    return denoiser, {"unguided": seen.unguided, **fraction}
 
 
 def _how(guide: Guide) -> tuple[float, float, tuple[float, float] | None]:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY, tiny_parts
 from torch import Tensor
 
-from ldm import LatentDiffusion, generate
+from ldm import LatentDiffusion, generate, load
+from ldm.checkpoints import native
 from ldm.errors import UserError
 from ldm.guidance import refined
 from ldm.helpers import Helpers
@@ -69,6 +71,33 @@ def test_a_trajectory_is_that_of_the_switched_denoiser(tiny_model: LatentDiffusi
         *_, plain = generate.sample(tiny_model, requests, alone)
     assert torch.equal(last.x, wanted.x)
     assert not torch.equal(last.x, plain.x)
+
+
+def test_below_the_level_a_learned_variance_is_the_refiners(tmp_path: Path):
+    """As of the refiner alone, and the base is not asked; one that learned none leaves it to the base."""
+    assert TINY.unet
+    unet = dataclasses.replace(TINY.unet, out_channels=2 * TINY.unet.out_channels)
+    config = dataclasses.replace(TINY, unet=unet, learned_variance=True)
+    native.save(tmp_path / "learned", config, tiny_parts(config))  # type: ignore[arg-type]
+    model, half, asked = load(tmp_path / "learned", device="cpu"), TINY.unet.out_channels, []
+    finer = other_of(model)
+    with torch.no_grad():
+        for unet, v in ((model.unet, 1.0), (finer.unet, -1.0)):
+            unet.conv_out.weight[half:] = 0
+            unet.conv_out.bias[half:] = v
+    model.unet.register_forward_hook(lambda *_: asked.append(1))
+
+    def drawn(one: LatentDiffusion, refiner: LatentDiffusion | None = None) -> Tensor:
+        words = {} if refiner is None else {"refiner": "finer", "refine_below": "1e6"}
+        plan = Settings(steps=4, sampler="ddpm", options={"variance": "learned"}, width=16, height=16, **words).plan()
+        helpers = Helpers() if refiner is None else Helpers(refiners={"finer": refiner})
+        *_, last = generate.sample(one, [Request("a cat", seed=1)], plan, helpers)
+        return last.x
+
+    assert torch.equal(drawn(model, finer), drawn(finer)) and not asked
+    plain = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet))
+    native.save(tmp_path / "plain", plain, tiny_parts(plain))  # type: ignore[arg-type]
+    assert bool(drawn(model, load(tmp_path / "plain", device="cpu")).isfinite().all()) and asked
 
 
 @pytest.mark.parametrize("word", ["0", "100%", "much", "-3", "nan"])
