@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm import image_io, provenance
 from ldm.errors import UserError
@@ -109,7 +109,8 @@ def draw(
     job = replace(job, settings=job.settings.of(model.config.drawing))
     plan = shelf.with_paths(job.settings).plan()
     helpers = shelf.helpers_for(job.asked, model, plan)
-    settings, made, inputs, notices = sent.canvas_of(job, model)
+    with _asking(stop.check):
+        settings, made, inputs, notices = sent.canvas_of(job, model)
     notices += (*model.notices, *helpers.notices, *settings.without_effect(requests))
     for reader in (model, *helpers.readers):
         notices += generate.prompt_notices(reader, requests, plan.weighted)
@@ -152,6 +153,20 @@ def draw(
 def _whole(made: Canvas, ahead: Tensor) -> Tensor:
     """What is drawn of a canvas, in it."""
     return made.finish(made.start(1.0, len(ahead)).paste(ahead))
+
+
+@contextmanager
+def _asking(check: Callable[[], None]) -> Iterator[None]:
+    """Inside, `check` before each of torch's functions: feathering a large mask takes many, and long."""
+    from torch.overrides import TorchFunctionMode
+
+    class Asking(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            check()
+            return func(*args, **(kwargs or {}))
+
+    with Asking():
+        yield
 
 
 class _Pace:

@@ -12,8 +12,11 @@ import pytest
 from PIL import Image
 
 import ldm
-from ldm import provenance
+from ldm import canvas, provenance
+from ldm.errors import UserError
 from ldm.jobs import Settings
+from ldm.web.drawing import Stop, draw
+from ldm.web.job import read
 from ldm.web.limits import Limits
 from web.conftest import Answer, Server, pixels, serving
 
@@ -75,6 +78,23 @@ def test_what_lies_beyond_the_edges_is_drawn_and_the_picture_stays(server: Serve
     image = png(seed=2)
     drawn = pixels(parts(server, {"seed": 1, "extend": [0, 16, 8, 0]}, image=image).body)
     assert drawn.shape == (48, 64, 3) and np.array_equal(drawn[8:, :48], pixels(image))
+
+
+def test_feathering_ends_with_the_time(shelf: Any, monkeypatch: pytest.MonkeyPatch):
+    """It has begun, and does not come to its end."""
+    worn: list[int] = []
+    pool, stop = canvas.F.max_pool2d, Stop(600)
+
+    def slow(*given: Any, **more: Any) -> Any:
+        worn.append(1)
+        stop._end = 0.0  # as after so many seconds
+        return pool(*given, **more)
+
+    monkeypatch.setattr(canvas.F, "max_pool2d", slow)
+    job = read({"steps": 2, "feather": 3}, {"image": png(), "mask": spot()})
+    with pytest.raises(UserError, match="longer than 600 seconds"):
+        draw(job, shelf, stop, lambda _: None)
+    assert len(worn) == 1
 
 
 def test_previews_show_the_whole_picture(server: Server, monkeypatch: pytest.MonkeyPatch):
