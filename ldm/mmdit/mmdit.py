@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from ldm.conditioning.condition import Condition
 from ldm.errors import UserError
 from ldm.mmdit.blocks import Block, Projections, modulated
 from ldm.model_config import MMDiTConfig
-from ldm.unet.attention import attention, check_backend
+from ldm.unet.attention import attend_by, check_backend
 from ldm.unet.blocks import zeroed
 from ldm.unet.embedding import LONGEST_PERIOD, EmbeddingMLP, Sinusoid
 
@@ -87,7 +86,8 @@ class MMDiT(nn.Module):
         self.attention_backend = backend
         for module in self.modules():
             if isinstance(module, Projections):
-                module.attends = partial(attention, backend=backend)
+                width = module.qkv.in_features // module.heads
+                module.attends = attend_by(backend, width, self.dtype)
 
     def prepare(self, told: Condition | None) -> Prepared:
         """What of `told` does not depend on x and t; `forward` takes it in its place, so a trajectory computes it once.

@@ -48,10 +48,19 @@ def check_backend(backend: str, device: str = "cuda") -> None:
         )
 
 
+def attend_by(backend: str, width: int, dtype: torch.dtype) -> Attend:
+    """`attention` by a backend that is there. Raises UserError if it takes no heads of this width and dtype."""
+    if backend == "xformers" and torch.cuda.is_available():
+        tried = torch.zeros(1, 1, 8, width, dtype=dtype, device="cuda")
+        attention(tried, tried, tried, backend=backend)
+    return functools.partial(attention, backend=backend)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "sdpa") -> Tensor:
     """softmax(q k^T / sqrt(D)) v, without dropout; where the mask (B, L) is False a key is not looked at.
 
-    q is (B, H, Q, D), k and v are (B, H, L, D); gives (B, H, Q, D). Raises UserError for a backend that is not there.
+    q is (B, H, Q, D), k and v are (B, H, L, D); gives (B, H, Q, D). Raises UserError for a backend that is not there,
+    and for a D that it does not take.
     """
     if mask is not None:  # rare, and the same on each backend: contexts of different lengths in one batch
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
@@ -63,7 +72,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backe
     check_backend(backend)
     operators = importlib.import_module("xformers.ops")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # its order is (B, Q, H, D)
-    return operators.memory_efficient_attention(q, k, v).transpose(1, 2)
+    try:
+        return operators.memory_efficient_attention(q, k, v).transpose(1, 2)
+    except NotImplementedError as error:  # none of its operators
+        raise UserError(
+            f"xformers has no attention for heads {q.shape[-1]} wide in {str(q.dtype).removeprefix('torch.')} on this "
+            "GPU; choose the attention sdpa"
+        ) from error
 
 
 @dataclass(frozen=True)

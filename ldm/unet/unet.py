@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
@@ -24,7 +23,7 @@ from ldm import ranges
 from ldm.conditioning.condition import Condition
 from ldm.errors import UserError
 from ldm.model_config import UNetConfig
-from ldm.unet.attention import ContextKV, CrossAttention, SelfAttention, attention, check_backend
+from ldm.unet.attention import ContextKV, CrossAttention, SelfAttention, attend_by, check_backend
 from ldm.unet.blocks import Downsample, GroupNorm, ResidualBlock, SpatialTransformer, Upsample, zeroed
 from ldm.unet.embedding import FEATURES, EmbeddingMLP, guidance_features
 
@@ -110,7 +109,8 @@ class UNet(nn.Module):
         self.attention_backend = backend
         for module in self.modules():
             if isinstance(module, SelfAttention | CrossAttention):
-                module.attends = partial(attention, backend=backend)
+                width = module.query.out_features // module.heads
+                module.attends = attend_by(backend, width, self.dtype)
 
     def prepare(self, told: Condition | None) -> Prepared:
         """What of `told` does not depend on x and t; `forward` takes it in its place, so a trajectory computes it once.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 import pytest
 import torch
@@ -55,6 +56,26 @@ def test_the_backend_of_a_network_is_set_in_every_layer(monkeypatch: pytest.Monk
     unet.set_attention_backend("xformers")
     backends = [module.attends.keywords["backend"] for module in unet.modules() if hasattr(module, "attends")]
     assert backends == ["xformers"] * 8
+
+
+def test_heads_that_xformers_does_not_take_are_refused_when_it_is_chosen(monkeypatch: pytest.MonkeyPatch):
+    def refuses(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[-1] == 16:
+            raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\n`fa2F` is not ...")
+        return q
+
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    operators = types.ModuleType("xformers.ops")
+    operators.memory_efficient_attention = refuses  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers.ops", operators)
+    monkeypatch.setattr(room, "available_backends", lambda: ("sdpa", "xformers"))
+    unet = small_unet()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **given: zeros(*shape, **given))
+    with pytest.raises(UserError, match="heads 16 wide in float32 on this GPU; choose the attention sdpa"):
+        unet.set_attention_backend("xformers")
+    assert room.attend_by("xformers", 17, torch.float32).keywords["backend"] == "xformers"  # type: ignore[attr-defined]
 
 
 def test_how_a_layer_attends_can_be_replaced():
