@@ -14,6 +14,7 @@ from ldm.jobs import Plan, Settings
 from ldm.sampling import Sampler, weakened
 from ldm.sampling.inversion import edict
 from ldm.sampling.spacings import Grid
+from ldm.sampling.step import solver_state
 from ldm.start import Draws, Noise, Picture, Placed
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Inverted:
     def place(
         self, model: Model, plan: Plan, sigmas: Tensor, noise: Draws, denoiser: Denoiser, planes: Tensor | None
     ) -> Placed:
-        sigmas, x = weakened(model.law.schedule, sigmas, self.strength), self.x.to(model.device)
+        sigmas, x = weakened(model.law.schedule, sigmas, self.strength), solver_state(self.x, model.device)
         if abs(float(sigmas[0]) - self.sigma) > 1e-6 * self.sigma:
             raise UserError(
                 f"the picture was inverted up to sigma {self.sigma:g}, and this grid begins at {float(sigmas[0]):g}; "
@@ -68,7 +69,7 @@ class Inverted:
             )
         if self.second is None:
             return x, sigmas, denoiser
-        return x, sigmas, denoiser, edict(self.second.to(model.device))
+        return x, sigmas, denoiser, edict(solver_state(self.second, model.device))
 
     def paste(self, drawn: Tensor) -> Tensor:
         """`drawn` at the pictures' own size."""

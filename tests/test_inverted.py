@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from ldm.model_config import DrawingConfig
 from ldm.null_text import null_text
 from ldm.sampling import ddim, euler, euler_a
 from ldm.sampling.inversion import rise
+from ldm.sampling.step import solver_state
 from ldm.start import Picture
 
 PROMPT = "a red cat"
@@ -285,3 +287,17 @@ def test_the_network_is_on_the_models_device_for_as_long_as_a_null_text_is_sough
     finally:
         hook.remove()
     assert there == 0
+
+
+def test_an_inverted_picture_goes_to_a_device_without_float64_in_float32() -> None:
+    """Cast before it is moved; there is none here, so what is asked of the tensor is looked at."""
+
+    class Asked:
+        device, asked = torch.device("cpu"), []
+
+        def to(self, what: object) -> Asked:
+            self.asked.append(what)
+            return self
+
+    solver_state(cast(Tensor, Asked()), torch.device("mps"))
+    assert Asked.asked == [torch.float32, torch.device("mps")]

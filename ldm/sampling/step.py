@@ -54,9 +54,10 @@ def finish(x: Tensor, schedule: Schedule, sigmas: Tensor) -> Tensor:
     return (x * float(schedule.alpha(sigmas[-1]))).to(torch.float32)
 
 
-def solver_state(x: Tensor) -> Tensor:
-    """`x` as samplers carry it: float64, or float32 on a device that has no more (mps)."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+def solver_state(x: Tensor, device: torch.device | None = None) -> Tensor:
+    """`x` as samplers carry it, on its own device or another: float64, or float32 where there is no more (mps)."""
+    device = device or x.device
+    return x.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
 
 
 def flow(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:

@@ -133,7 +133,7 @@ def _halve(config: Halve, law: Law, loss: DiffusionLossConfig) -> Objective:
     def objective(nets: Nets, x0: Tensor, told: Condition, draws: Draws) -> tuple[Tensor, Logs]:
         assert nets.teacher is not None
         step = (draws.uniform("level") * config.steps).long()
-        s, *below = (grid[count * step + k].to(x0.device) for k in range(count + 1))
+        s, *below = (grid[count * step + k] for k in range(count + 1))  # on the CPU: not each device has float64
         x = _noised(x0, s, draws)
         with torch.no_grad():
             target = merged(nets.teacher, x, [s, *below])
@@ -151,7 +151,7 @@ def _consistency(config: Consistency, law: Law) -> Objective:
     def objective(nets: Nets, x0: Tensor, told: Condition, draws: Draws) -> tuple[Tensor, Logs]:
         assert nets.teacher is not None
         step = (draws.uniform("level") * config.levels).long()
-        s, r = grid[step].to(x0.device), grid[(step + config.skip).clamp(max=config.levels)].to(x0.device)
+        s, r = grid[step], grid[(step + config.skip).clamp(max=config.levels)]
         x = _noised(x0, s, draws)
         with torch.no_grad():
             below = advance(nets.teacher, x, s, r)
@@ -171,7 +171,7 @@ def _consistency_training(config: ConsistencyTraining, law: Law, steps: int) -> 
         levels = improved_levels(progress, config.first_levels, config.last_levels)
         grid = make_grid(law.schedule, levels, config.spacing)
         step = improved_index(draws.uniform("level"), grid)
-        s, r = (grid[step + k].to(x0.device) for k in range(2))
+        s, r = (grid[step + k] for k in range(2))
         n = draws.normal("noise", x0.shape[1:])  # the same at both levels
         x, below = (x0 + per_picture(each, x0) * n for each in (s, r))
         with torch.no_grad():

@@ -100,6 +100,28 @@ def test_a_student_that_says_the_merged_word_loses_nothing(count: int) -> None:
     assert float(same.max()) < 1e-6 and (count == 1 or float(other.mean()) > 1e-3)
 
 
+@pytest.mark.parametrize("asked", [Halve(steps=4), Consistency(levels=4), ConsistencyTraining()])
+def test_levels_stay_on_the_cpu_whatever_the_device(asked: Any) -> None:
+    """They are float64, which not each device has (Apple's)."""
+    seen: list[Tensor] = []
+
+    def word(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(sigma)
+        return x
+
+    class Elsewhere(Numbers):
+        def normal(self, _: str, shape: Any) -> Tensor:
+            return super().normal(_, shape).to("meta")
+
+    def student(x: Tensor, t: Tensor, told: Condition) -> Tensor:
+        return x + per_picture(t, x)
+
+    x0, draws = torch.zeros(4, 1, 1, 2, device="meta"), cast(Draws, Elsewhere(4))
+    nets = Nets(student, teacher=word)
+    loss, logs = objective(DiffusionTraining(objective=asked, init="a teacher"))(nets, x0, NOTHING, draws)
+    assert loss.device.type == "meta" and {each.device.type for each in (*seen, *logs.values())} == {"cpu"}
+
+
 MEAN, DEVIATION = 0.7, 0.5
 
 
