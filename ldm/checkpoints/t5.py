@@ -11,6 +11,7 @@ it lies beside: tokenizer.json or spiece.model in a folder tokenizer_3, or spiec
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -124,7 +125,9 @@ def _kept(source: Source, prefix: str, file: Path) -> bytes | None:
     """The one that is kept as bytes among the tensors."""
     for name, read in ((TOKENIZER, t5_tokenizer.checked), (SENTENCEPIECE, t5_tokenizer.of_sentencepiece)):
         for place in (f"{prefix}{name}", f"{prefix.removesuffix('transformer.')}{name}"):
-            if place in source and source.form(place)[0] == torch.uint8:
+            form = source.form(place) if place in source else None
+            if form is not None and form[0] == torch.uint8:
+                t5_tokenizer.check_size(math.prod(form[1]), f"{place} in {file}")  # before they are read
                 return read(bytes(source[place].reshape(-1).numpy()), f"{place} in {file}")
     return None
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ldm.checkpoints import t5
 from ldm.conditioning import t5_tokenizer
@@ -118,12 +121,23 @@ def with_table(data: bytes) -> bytes:
     return broken(normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()})
 
 
-def test_a_table_that_is_torn_ends_in_a_sentence_when_it_is_looked_up() -> None:
-    sound, torn = (t5_tokenizer.made(with_table(table("b", place, b"a\0")), "here") for place in (0, 9999))
+def test_a_table_is_looked_up_and_a_torn_one_refused_before() -> None:
+    sound = t5_tokenizer.made(with_table(table("b", 0, b"a\0")), "here")
     assert t5_tokenizer.cut(sound, "ab", "here").tokens == ["▁", "a", "a"]
-    assert t5_tokenizer.cut(torn, "a", "here").tokens == ["▁", "a"]
+    for place, texts in ((9999, b"a\0"), (1, "é\0".encode()), (0, b"\xe9\0")):
+        with pytest.raises(UserError, match="no tokenizer of T5"):
+            t5_tokenizer.made(with_table(table("b", place, texts)), "here")
+
+
+def test_where_the_library_panics_it_is_a_sentence() -> None:
+    class Panic(BaseException):
+        """As pyo3's, which is no Exception."""
+
+    def encode(*_: Any, **__: Any) -> Any:
+        raise Panic("index out of bounds")
+
     with pytest.raises(UserError, match="here is damaged"):
-        t5_tokenizer.cut(torn, "ab", "here")
+        t5_tokenizer.cut(SimpleNamespace(encode=encode), "ab", "here")  # type: ignore[arg-type]
 
 
 def test_a_table_that_makes_a_long_text_of_a_letter_is_refused() -> None:
@@ -137,6 +151,35 @@ def test_others_are_refused_in_a_sentence(kind: str) -> None:
     with pytest.raises(UserError, match=r"^here ") as refused:
         t5_tokenizer.made(HOSTILE[kind], "here")
     assert "\n" not in str(refused.value)
+
+
+def test_a_torn_table_is_refused_without_the_librarys_cry(model: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a table of normalization, each change of a byte is told, or does no harm: the library panics at none."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    whole = ModelProto.FromString(model).normalizer_spec.precompiled_charsmap
+    draw, refused, texts = random.Random(0), 0, "".join(TEXTS) + "".join(map(chr, range(161, 9000, 7)))
+    torn = [whole[:-1000], whole[:5000], whole[:3], whole[4:]]
+    for _ in range(60):
+        changed = bytearray(whole)
+        for _ in range(40):
+            changed[draw.randrange(len(whole))] = draw.randrange(256)
+        torn.append(bytes(changed))
+    for each in torn:
+        try:
+            t5_tokenizer.made(with_table(each), "here").encode(texts)
+        except UserError:
+            refused += 1
+    assert refused > 10 and capfd.readouterr().err == ""
+
+
+def test_bytes_that_are_too_many_are_not_read() -> None:
+    class Source(dict[str, Any]):
+        def form(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+            return torch.uint8, (1 << 20, 1 << 20)
+
+    with pytest.raises(UserError, match=r"p\.tokenizer_json in a\.safetensors has 1,099,511,627,776 bytes"):
+        t5._kept(Source({"p.tokenizer_json": None}), "p.", Path("a.safetensors"))  # type: ignore[arg-type]
 
 
 def test_only_the_numbers_of_a_file_are_taken() -> None:
