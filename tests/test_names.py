@@ -213,6 +213,9 @@ def test_a_model_that_its_run_has_left_behind(tmp_path: Path, states: Mapping[st
     (run / "state" / "00000030.pt").touch()
     assert open_checkpoint(run).notices == ()  # not told to do more
     (run / "config.json").write_text(json.dumps({"loop": {"steps": 48}}))
+    with pytest.MonkeyPatch.context() as patch:  # a state that goes between two looks
+        patch.setattr("ldm.checkpoints.run_folder.saved_steps", lambda _: [27])
+        assert "has gone on" in open_checkpoint(run).notices[0]
     (notice,) = open_checkpoint(run).only("autoencoder").notices
     assert "has gone on since its model was written (its last state is of step 30 of 48)" in notice
 

@@ -38,8 +38,11 @@ def gone_on(run: Path) -> str:
     if not steps or planned is None or steps[-1] >= planned:
         return ""
     state = run / "state" / f"{steps[-1]:08d}.pt"
-    if state.stat().st_mtime <= (run / "model.json").stat().st_mtime:
-        return ""
+    try:
+        if state.stat().st_mtime <= (run / "model.json").stat().st_mtime:
+            return ""
+    except FileNotFoundError:  # pruned since it was listed, by a training that has saved others
+        pass
     return (
         f"the training in {run} has gone on since its model was written ({_progress(steps, planned)}); "
         "tools/export_state.py makes a model of its state"
