@@ -112,7 +112,8 @@ def drawing_of(plain: Plain, named: str, unet: UNetConfig) -> DrawingConfig:
     scale 8.5 where the network is told it, unguided where it is not (one with a LoRA merged into it)."""
     if _bare(str(plain.get("_class_name") or named)) != "LCM":
         return DrawingConfig()
-    return LCM if unet.guidance_width else replace(LCM, cfg=1.0)
+    grid = LCM.spacing if plain.get("original_inference_steps", 50) == 50 else "trailing"  # of other levels than ours
+    return replace(LCM, cfg=LCM.cfg if unet.guidance_width else 1.0, spacing=grid)
 
 
 def _bare(kind: str) -> str:
