@@ -120,6 +120,8 @@ def drawn_by(config: DiffusionTraining, own: DrawingConfig) -> DrawingConfig:
     if isinstance(asked, Halve | Consistency) and asked.cfg_range is not None:
         low, high = asked.cfg_range
         scale = min(max(config.sample.cfg, low), high)
+    if isinstance(asked, Halve) and asked.merged == 1 and asked.steps > DrawingConfig.steps:
+        return DrawingConfig(scale)  # its steps are its teacher's, at so many levels that any sampler finds some
     if isinstance(asked, Halve):
         return DrawingConfig(scale, asked.steps, "ddim", spacing)
     published = isinstance(asked, Consistency) and (asked.levels, spacing) == (50, "trailing")

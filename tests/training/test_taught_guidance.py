@@ -12,6 +12,7 @@ import torch
 import ldm
 from ldm import provenance
 from ldm.checkpoints.adapter_words import DRAWING
+from ldm.checkpoints.architectures import LCM
 from ldm.checkpoints.native import read_config
 from ldm.checkpoints.reading import read_metadata
 from ldm.conditioning.condition import Condition
@@ -33,6 +34,7 @@ from ldm.jobs import Settings, of_prompts
 from ldm.networks import AnyNetwork
 from ldm.training.diffusion import DiffusionStage
 from ldm.training.draws import Draws
+from ldm.training.fewer_steps import drawn_by
 from ldm.training.stage_two import diffusion_stage
 
 from .test_stage_two import tower  # noqa: F401 (a fixture)
@@ -142,6 +144,22 @@ def test_a_model_says_how_it_is_drawn(
     record = provenance.record(model, Settings(steps=3), of_prompts("a cat"), 0)
     assert [record[name] for name in ("cfg", "steps", "sampler")] == [drawing.cfg, 3, drawing.sampler]
     assert record["spacing"] == drawing.spacing
+
+
+@pytest.mark.parametrize(
+    ("asked", "drawing"),
+    [
+        (Halve(steps=1000, merged=1, cfg_range=RANGE), DrawingConfig(6.0)),  # no shorter than its teacher
+        (Halve(steps=32, cfg=4.0), DrawingConfig(1.0, 32, "ddim", "trailing")),
+        (Consistency(cfg_range=(7.0, 9.0)), DrawingConfig(7.0, 4, "lcm", "lcm")),  # the next scale that it knows
+        (ConsistencyTraining(steps=2), DrawingConfig(1.0, 2, "lcm", "karras")),
+        (DiffusionTraining().objective, DrawingConfig()),
+    ],
+)
+def test_how_each_is_drawn(asked: Any, drawing: DrawingConfig) -> None:
+    config = DiffusionTraining(objective=asked, sample=SampleConfig(cfg=6.0))
+    assert drawn_by(config, LCM) == drawing
+    assert drawn_by(replace(config, lora=LoraConfig(rank=2)), LCM) == (LCM if drawing == DrawingConfig() else drawing)
 
 
 def test_the_figures_and_pictures_of_a_run_are_drawn_as_its_student_is(
