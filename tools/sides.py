@@ -1,6 +1,6 @@
 """What the benchmark compares: the same work, on the same random weights, by each library; a `side` is one of them.
 
-    ldm          as it is by default;  ldm/torch, ldm/compile, ldm/graph: by that backend (ldm/backends)
+    ldm          as it is by default;  ldm/torch, ldm/compile, ldm/openvino: by that backend (ldm/backends)
     diffusers    with transformers' text tower;  diffusers/compile: its U-Net by torch.compile
     openvino     our networks, converted, in float32 (CPU)
 
@@ -149,8 +149,9 @@ def ours(kind: str, how: str, path: Path, given: Inputs, a: argparse.Namespace) 
 
     model = open_ours(path, a, how or ("torch" if kind == "train" else "auto"))
     if kind == "train":
-        from ldm.backends.trained import trained
+        from ldm.backends.trained import keep_memory, trained
 
+        keep_memory()  # for the sides after it in this process too
         network = trained(model.unet)  # as ldm/training/members.py has it
         return training(network, lambda: network(given.x, given.t, given.context), given, a)
     if kind == "sample":

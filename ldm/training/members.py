@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ldm.backends.trained import trained
+from ldm.backends.trained import keep_memory, trained
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.training.ema import EMA, local, power
@@ -37,6 +37,7 @@ class Members:
             if accelerator.distributed_type == DistributedType.FSDP:  # which takes no other order in memory
                 player.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             elif accelerator.device.type == "cpu":
+                keep_memory()
                 trained(player.module)
             optimizer = build_optimizer(player.module, player.optimizer)
             if loop.compile:
