@@ -72,7 +72,7 @@ def shapes(count, seed):
     return torch.where(form, *(2 * torch.rand(2, count, 3, 1, 1) - 1))
 
 
-def main(output="cold.png", steps=400):
+def main(output="cold.png", steps=1000):
     with tempfile.TemporaryDirectory() as folder:
         images = enumerate(shapes(2000, seed=0))
         write_shard(

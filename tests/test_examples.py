@@ -31,7 +31,7 @@ def test_it_runs(path: Path, tmp_path: Path) -> None:
     output = tmp_path / "picture.png"
     more = ["3"] if path.stem in TRAINED else []
     command = [sys.executable, "-W", "error::UserWarning", str(path), str(output), *more]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
     assert sorted(tmp_path.iterdir()) == [output]
     with Image.open(output) as picture:
