@@ -54,7 +54,7 @@ def by_scheduler(plain: Mapping[str, Any], kind: str, where: str) -> list[Said] 
     if not own and (plain.get("sigma_min") is None or plain.get("sigma_max") is None):
         return None  # of its betas, and told ln(sigma) / 4 all the same
     deviation = value(plain, "sigma_data", HALF if own else 1.0, where)
-    prediction = plain.get("prediction_type", "epsilon")
+    prediction = str(plain.get("prediction_type", "epsilon"))
     form = PREDICTIONS.get((prediction, None if own and prediction == "epsilon" else deviation))
     if form is None:
         return None
@@ -94,14 +94,15 @@ def markers(config: ModelConfig) -> dict[str, Tensor]:
 def write_scheduler(config: ModelConfig) -> dict[str, Any]:
     """scheduler/scheduler_config.json; of order 1 it draws as `--sampler ddim --spacing exponential` does."""
     assert config.schedule is not None
+    v = config.parameterization == "v"  # which is of deviation 1, whatever the data's
     return {
         "_class_name": WRITTEN,
         "sigma_min": config.schedule.sigma_min,
         "sigma_max": config.schedule.sigma_max,
-        "sigma_data": config.sigma_data,
+        "sigma_data": 1.0 if v else config.sigma_data,
         "sigma_schedule": "exponential",
         "num_train_timesteps": config.schedule.steps,
-        "prediction_type": "v_prediction" if config.parameterization == "v" else "epsilon",
+        "prediction_type": "v_prediction" if v else "epsilon",
         "solver_order": 1,
         "final_sigmas_type": "zero",
     }

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints import export
+from ldm.checkpoints import edm, export
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import ModelConfig, ScheduleConfig
 from ldm.diffusion import make_schedule
@@ -131,6 +131,21 @@ def test_edms_laws(read: Read, kind: str, fields: dict[str, Any], wanted: tuple[
 def test_numbers_that_make_no_law_of_edm(read: Read):
     with pytest.raises(UserError, match=r"EDMEulerScheduler says sigmas from 80 to 0\.1.*no law"):
         read("EDMEuler", sigma_min=80.0, sigma_max=0.1)
+
+
+def test_a_prediction_that_is_no_word(read: Read):
+    with pytest.raises(UserError, match="of a kind not known here"):
+        read("EDMEuler", prediction_type=["epsilon"])
+
+
+@pytest.mark.parametrize("form", ["edm", "v"])
+def test_a_law_of_edm_is_written_as_it_is_read(read: Read, form: str):
+    """Also where data of another deviation than v's 1 were trained on: v does not depend on it."""
+    config = replace(SMALL, parameterization=form, schedule=ScheduleConfig("edm", sigma_max=120.0), sigma_data=0.5)
+    plain = edm.write_scheduler(config)
+    again = read(plain.pop("_class_name").removesuffix("Scheduler"), **plain)
+    assert (again.parameterization, again.sigma_data) == (form, 0.5 if form == "edm" else 1.0)
+    assert again.schedule == config.schedule
 
 
 def test_a_latents_mean_and_deviation_stand_beside_it(folder: Path, read: Read):
