@@ -11,6 +11,7 @@ from __future__ import annotations
 from ldm.script import run
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from ldm.find import WEIGHTS
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ldm.checkpoints.state import Translated
 
 
 def main() -> None:
@@ -54,14 +57,14 @@ def main() -> None:
         remarks += export.write(arguments.output, checkpoint.config, states, arguments.to)
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
-    size = {name: sum(tensor.numel() for tensor in part.values()) for name, part in states.items()}
+    size = {name: sum(math.prod(part.state.form(key)[1]) for key in part) for name, part in states.items()}
     print(f"{arguments.output}: " + ", ".join(f"{name} {count:,} values" for name, count in size.items()))
 
 
 class Cast(Mapping[str, "Tensor"]):
     """A network's tensors in another precision, each converted when it is asked for."""
 
-    def __init__(self, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    def __init__(self, state: Translated, dtype: torch.dtype | None) -> None:
         self.state, self.dtype = state, dtype
 
     def __getitem__(self, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import Parser
 from ldm.config import to_dict
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.find import WEIGHTS
 from ldm.plain import leaves, read_json
 
@@ -90,7 +90,7 @@ def training(checkpoint: Checkpoint) -> None:
     if facts:
         print("training, and what else the files say")
     for key, value in facts.items():
-        print(f"  {key[:80]} = {str(value)[:200]}")
+        print(printable(f"  {key[:80]} = {str(value)[:200]}"))  # a stranger's words
 
 
 def flat(plain: dict[str, Any]) -> Iterator[tuple[str, str]]:

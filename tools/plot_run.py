@@ -34,6 +34,8 @@ def main() -> None:
     logs = {str(path): read_log(path) for path in arguments.runs}
     keys = arguments.keys or [key for key in USUAL if any(key in line for log in logs.values() for line in log)]
     keys += ["levels"] if not arguments.keys and any(map(_levels, logs.values())) else []
+    if not keys:
+        raise UserError(f"the runs have logged none of {', '.join(USUAL)} yet; wait, or choose others by --keys")
     for key in keys:
         if key != "levels" and not any(key in line for log in logs.values() for line in log):
             there = sorted({name for log in logs.values() for line in log for name in line} - {"step", "event"})

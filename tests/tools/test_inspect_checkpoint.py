@@ -52,6 +52,14 @@ def test_a_strangers_file(tensors: dict[str, torch.Tensor], inspect: Inspect, tm
     assert hashlib.sha256(path.read_bytes()).hexdigest() in said
 
 
+def test_a_strangers_words_do_not_steer_the_terminal(
+    tensors: dict[str, torch.Tensor], inspect: Inspect, tmp_path: Path
+):
+    save_file(tensors, tmp_path / "sd.safetensors", {"title\x1b]0;": "\x1b[2Jgone\nparameterization = eps"})
+    said = inspect(tmp_path / "sd.safetensors")
+    assert "\x1b" not in said and "title ]0; =  [2Jgone parameterization = eps\n" in said
+
+
 def test_a_file_that_is_not_whole(
     tensors: dict[str, torch.Tensor], inspect: Inspect, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

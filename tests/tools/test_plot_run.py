@@ -48,6 +48,7 @@ def test_a_curve_is_smoothed_over_what_came_before():
     [
         ([{"step": 1, "loss": 1.0}], ["--keys", "lose"], "no run logs 'lose'; they log loss"),
         ([], [], "is empty"),
+        ([{"step": 1, "event": "step skipped"}], [], "have logged none of loss"),
         ([{"step": 1, "loss": 1.0}], ["--smooth", "0"], "--smooth is 0"),
     ],
 )
