@@ -128,7 +128,10 @@ def test_a_guided_trajectory(negative: str | None, tmp_path: Path) -> None:
 LATENT = {"latents_mean": [0.3, -0.2, 0.1, 0.0], "latents_std": [1.5, 0.7, 0.9, 1.1], "scaling_factor": 0.5}
 
 
-@pytest.mark.parametrize(("form", "deviation", "high"), [("v_prediction", 1.0, 120.0), ("epsilon", 0.5, 80.0)])
+@pytest.mark.parametrize(
+    ("form", "deviation", "high"),
+    [("v_prediction", 1.0, 120.0), pytest.param("epsilon", 0.5, 80.0, marks=pytest.mark.slow)],
+)
 def test_a_guided_trajectory_of_edms_law(form: str, deviation: float, high: float, tmp_path: Path) -> None:
     """As CosXL and Playground 2.5 are drawn, and what is written of them again: another layout, the same picture."""
     pipe = sdxl.base()

@@ -38,6 +38,8 @@ TRAININGS = {  # every schedule, target, weight, draw and extra at least once
     "zero flow": ("zero", "flow", {"offset_noise": 0.1}),
     "vp eps": ("vp", "eps", {"weight": "elbo", "stratified": True}),
     "ve edm": ("ve", "edm", {"weight": "edm", "levels": "lognormal", "stratified": True}),
+    "edm v": ("edm", "v", {"levels": "lognormal"}),
+    "edm edm": ("edm", "edm", {"levels": "lognormal"}),
     "flow flow": ("flow", "flow", {"levels": "logit_normal"}),
     "linear eps learned": ("linear", "eps", {"variance_bound": 0.001}),
 }
