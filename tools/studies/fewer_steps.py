@@ -39,7 +39,7 @@ class Student:
 
     name: str
     path: str  # of a model, or of a LoRA of the model itself
-    sampler: str = ""  # that draws it, at cfg 1; empty: it is drawn as it says of itself
+    sampler: str = ""  # that draws it, at cfg 1 on the trailing grid; empty: it is drawn as it says of itself
 
     @classmethod
     def read(cls, word: str) -> Student:
@@ -87,18 +87,22 @@ def run(
     """Print the table; write it with its curves and a grid of pictures."""
     subject = replace(subject, captions=tuple(question.concepts))
 
-    def cells(name: str, samplers: Sequence[str], scale: float, steps: Sequence[int]) -> list[Cell]:
+    def cells(
+        name: str, samplers: Sequence[str], scale: float, steps: Sequence[int], spacing: str | None
+    ) -> list[Cell]:
         return [
-            subject.cell({"model": name, "sampler": way, "steps": n}, Settings(scale, n, way, "trailing"), count)
+            subject.cell({"model": name, "sampler": way, "steps": n}, Settings(scale, n, way, spacing), count)
             for way in samplers
             for n in (steps[:1] if quick else steps)
         ]
 
-    groups = [(subject.model, cells("base", SAMPLERS, cfg, [n // 2 for n in BUDGETS]))]
+    groups = [(subject.model, cells("base", SAMPLERS, cfg, [n // 2 for n in BUDGETS], "trailing"))]
     for student, model in students.items():
         meant = model.config.drawing
-        way, scale = (student.sampler, 1.0) if student.sampler else (meant.sampler, meant.cfg)
-        groups.append((model, cells(student.name, [way], scale, STEPS)))
+        way, scale, spacing = meant.sampler, meant.cfg, meant.spacing or None
+        if student.sampler:
+            way, scale, spacing = student.sampler, 1.0, "trailing"
+        groups.append((model, cells(student.name, [way], scale, STEPS, spacing)))
     rows = []
     for model, own in groups:
         for cell, row in zip(own, replace(subject, model=model).measure(own), strict=subject.crew.main):
