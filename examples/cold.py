@@ -87,7 +87,7 @@ def main(output="cold.png", steps=1000):
             loop=LoopConfig(steps=steps, global_batch=32, ema=0.0, validate_every=10**6, sample_every=0),
         )
         carry_out(settings, partial(diffusion_stage, own=lambda model: cold))
-        network = ldm.load(f"{folder}/run").unet
+        network = ldm.load(f"{folder}/run", device="cpu").unet
     told, x0 = Condition(vector=torch.zeros(6, 0)), shapes(6, seed=1)  # none of those that it was trained on
     levels, rows = torch.linspace(1, 0, 17), []
     for name, degrade in WAYS.items():

@@ -16,7 +16,7 @@ from ldm.jobs import Ask
 from ldm.unet.blocks import zeroed
 
 output, steps = sys.argv[1] if len(sys.argv) > 1 else "controlnet.png", int(sys.argv[2]) if len(sys.argv) > 2 else 120
-model = ldm.load("icons")
+model = ldm.load("icons", device="cpu")  # where its training here is
 
 
 class Branch(nn.Module):

@@ -22,7 +22,7 @@ output, steps = sys.argv[1] if len(sys.argv) > 1 else "lora.png", int(sys.argv[2
 things = ["heart", "apple", "cat face", "dog face", "grinning face", "basketball", "sun", "strawberry"]
 asked = ["a red heart, noto emoji", "a pizza, flat emoji", "a fox, flat emoji"]
 
-model = ldm.load("icons")
+model = ldm.load("icons", device="cpu")  # where its training here is
 before = model.txt2img(asked, steps=15, cfg=3, seed=3)
 prompts = [f"a {thing}, noto emoji" for thing in things]
 with torch.no_grad():
