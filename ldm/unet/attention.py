@@ -49,8 +49,11 @@ def check_backend(backend: str, device: str = "cuda") -> None:
 
 
 def attend_by(backend: str, width: int, dtype: torch.dtype) -> Attend:
-    """`attention` by a backend that is there. Raises UserError if it takes no heads of this width and dtype."""
-    if backend == "xformers" and torch.cuda.is_available():
+    """`attention` by a backend that is there. Raises UserError if it takes no heads of this width and dtype.
+
+    Of float32 it is not asked: a training's weights are, and autocast may run them in another.
+    """
+    if backend == "xformers" and dtype != torch.float32 and torch.cuda.is_available():
         tried = torch.zeros(1, 1, 8, width, dtype=dtype, device="cuda")
         attention(tried, tried, tried, backend=backend)
     return functools.partial(attention, backend=backend)

@@ -106,11 +106,11 @@ class UNet(nn.Module):
     def set_attention_backend(self, backend: str) -> None:
         """Use "sdpa" (the default) or "xformers" in every layer; UserError if it does not work here."""
         check_backend(backend)
-        self.attention_backend = backend
         for module in self.modules():
             if isinstance(module, SelfAttention | CrossAttention):
                 width = module.query.out_features // module.heads
                 module.attends = attend_by(backend, width, self.dtype)
+        self.attention_backend = backend
 
     def prepare(self, told: Condition | None) -> Prepared:
         """What of `told` does not depend on x and t; `forward` takes it in its place, so a trajectory computes it once.
