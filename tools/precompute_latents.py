@@ -24,6 +24,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,26 +126,28 @@ def divide(arguments: argparse.Namespace, folder: Path) -> None:
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parts)), **os.environ}
     gpus = visible_gpus() if choose_device(arguments.device).type == "cuda" else []
     running = []
-    try:
-        for part in range(parts):
-            if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = gpus[part % len(gpus)]
-            words = [sys.executable, __file__, *sys.argv[1:], "--part", str(part)]
-            running.append(
-                subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            )
-        for part, process in enumerate(running):
-            out, err = process.communicate()
-            if process.returncode:
-                last = (err.strip().splitlines() or ["it said nothing"])[-1]
-                raise UserError(f"process {part} of {parts}: {last.removeprefix('error: ')}")
-            for line in [line for line in out.splitlines() if line.startswith("note: ")]:
-                print(f"{line} (process {part})")
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+    with ThreadPoolExecutor(parts) as readers:  # one each: who fails is heard while the others work
+        try:
+            for part in range(parts):
+                if gpus:
+                    environment["CUDA_VISIBLE_DEVICES"] = gpus[part % len(gpus)]
+                words = [sys.executable, __file__, *sys.argv[1:], "--part", str(part)]
+                running.append(
+                    subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                )
+            ends = {readers.submit(process.communicate): part for part, process in enumerate(running)}
+            for end in as_completed(ends):
+                (out, err), part = end.result(), ends[end]
+                if running[part].returncode:
+                    last = (err.strip().splitlines() or ["it said nothing"])[-1]
+                    raise UserError(f"process {part} of {parts}: {last.removeprefix('error: ')}")
+                for line in [line for line in out.splitlines() if line.startswith("note: ")]:
+                    print(f"{line} (process {part})")
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
     print(f"wrote {merge_parts(folder, parts)} samples to {folder}")
 
 

@@ -2,8 +2,11 @@
 
 from ldm.script import run
 
+import argparse
 import runpy
+import subprocess
 import sys
+import threading
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -123,7 +126,9 @@ def test_several_processes_make_the_same_samples_and_go_on_where_one_stopped(too
         torch.testing.assert_close(ours.context, theirs.context, atol=5e-3, rtol=2e-3)
     assert "complete already" in tool(many, "--processes", 2)[1]
     code, _, err = tool(tmp_path / "bad", "--processes", 2, "--size", 30)
-    assert code == 1 and err.startswith("error: process 0 of 2: ") and "multiples of 4" in err
+    assert (
+        code == 1 and err.startswith(("error: process 0 of 2: ", "error: process 1 of 2: ")) and "multiples of 4" in err
+    )
 
 
 def test_latents_of_another_model_are_refused(tool, tmp_path, tiny_checkpoint):
@@ -231,3 +236,33 @@ def test_two_towers_and_pooled_text_are_cached_with_the_sizes(tool, tmp_path, ti
     for other in (latent_fingerprint(model, towers, DATA), latent_fingerprint(model, model, DATA)):
         with pytest.raises(UserError, match="stale"):
             LatentLoader(data, 8, 0, 1, 3, other)
+
+
+def test_a_process_that_fails_is_heard_while_the_others_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    stopped = [threading.Event(), threading.Event()]
+
+    class Process:
+        """Of two, the first works until it is stopped."""
+
+        count = 0
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.part, self.returncode = Process.count, Process.count
+            Process.count += 1
+
+        def communicate(self) -> tuple[str, str]:
+            if self.part == 0:
+                assert stopped[0].wait(20)
+            return "", "error: the disk is full"
+
+        def terminate(self) -> None:
+            stopped[self.part].set()
+
+        def wait(self) -> None:
+            pass
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    divide = runpy.run_path(TOOL)["divide"]
+    with pytest.raises(UserError, match="process 1 of 2: the disk is full"):
+        divide(argparse.Namespace(processes=2, device="cpu"), tmp_path)
+    assert all(each.is_set() for each in stopped)
