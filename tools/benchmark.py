@@ -254,9 +254,25 @@ def _timed(words: Sequence[str]) -> tuple[float, float]:
 
 WHY = """
 On a CPU our networks run with weights that oneDNN has reordered once (`ldm/backends/packed.py`), where eager torch, and
-diffusers on it, reorders them at every call. The peak of OpenVINO's process includes converting the network. What
-is left between it and ours in small networks: of 53 ms of a step of `small`, convolutions and linear layers take 34,
-norms, activations and attention 7, and what runs between 680 calls of torch the rest.
+diffusers on it, reorders them at every call; a training's linear layers are oneDNN's too (`ldm/backends/trained.py`),
+because MKL, which torch has for them, reached 100 GFLOP/s here and oneDNN 240.
+
+What is left between ours and OpenVINO in small networks is the price of a call. Of 45 ms of a step of `small`, little
+else running, 28 were in oneDNN's kernels, at 230 to 280 GFLOP/s, which is what the processor has; about 10 in norms,
+activations, attention and sums; about 7 are what 510 operators cost before they compute (the same network with almost
+nothing to compute), 117 of them oneDNN's at 10 microseconds each (a linear layer of torch's own: 1.5). Beside other
+processes ours takes 52 to 56 ms and OpenVINO's stays at 37 to 39: probably torch's and Python's code leaves the caches.
+Tried without gain: sums as part of the convolution before them (equal), of the linear layer (1 ms more for each call,
+whose kernel is made anew), feed-forward gates in the matrix product (slower). `--backend openvino` has OpenVINO's
+own speed: the U-Net is converted in 3 to 4 seconds for `small` at its first step, its weights are held twice, and what
+looks into its layers runs the layers themselves. OpenVINO's disk cache would save .4 of these seconds and take as much
+room as the weights, so it is not used.
+
+The peak of a fresh process: of 680 MB of `step`, torch takes 229, the weights of all three networks 282, a tokenizer
+53, and most of the rest is what packing leaves between blocks of memory. diffusers imports 231 MB more than torch, but
+maps its files, so that a work which needs one network never reads the other two; hence ours is larger for `text`,
+`decode` and `encode`. Both hold the float32 weights that they use once, so little but imports can be saved. The peak
+of OpenVINO's process includes converting the network.
 """
 
 
