@@ -147,11 +147,11 @@ def _part(stored: Tensors, prefix: str, file: Path) -> Part:
 # ---------------------------------------------------------------- identity
 
 
-def fingerprint(weights: Weights) -> str:
+def fingerprint(weights: Weights, stored: bool = True) -> str:
     """sha256, in hex, of names, types, shapes and bytes of all tensors, in the order of their names.
 
     Of a module or state dict, or of a checkpoint's stored tensors (`Checkpoint.tensors`: a directory and a file with
-    the same ones agree). A checkpoint stored in half precision and the module it loads into differ, since their numbers
-    do.
+    the same ones agree). A checkpoint stored in half precision and the module it loads into differ, unless `stored` is
+    false: floats are then told by their numbers, as float32.
     """
-    return fingerprint_of(weights.state_dict() if isinstance(weights, nn.Module) else weights)
+    return fingerprint_of(weights.state_dict() if isinstance(weights, nn.Module) else weights, stored)

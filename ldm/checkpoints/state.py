@@ -193,11 +193,13 @@ def _bare(shape: Sequence[int]) -> Shape:
     return tuple(shape)
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """sha256, in hex, of names, types, shapes and bytes of all tensors, in the order of their names."""
+def fingerprint(state: Mapping[str, Tensor], stored: bool = True) -> str:
+    """sha256, in hex, of names, types, shapes and bytes of all tensors, in the order of their names: as they are
+    `stored`, or all floats in float32, as which half precision and full agree where the numbers do."""
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().cpu().contiguous()
+        value = value if stored or not value.is_floating_point() else value.float()
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -67,17 +67,19 @@ def latent_fingerprint(
 ) -> dict[str, str]:
     """What cached latents depend on: weights, how text towers are read, picture transform, and shards of pictures.
 
-    `autoencoder` and `text` are where these networks lie; None is the identity codec, and no text. The codec's shift
-    and scale are not part of it, since moments are kept unscaled. The shards are known by their names and, where they
-    are files, their sizes; they are left out where `data.shards` is empty or names nothing that is there, as on a
-    machine that has the latents alone. Raises UserError for a text tower or an autoencoder that is not there.
+    Weights count as the numbers they are used as: a run that began with half precision leaves full, and its latents
+    serve the next one too. `autoencoder` and `text` are where these networks lie; None is the identity codec, and no
+    text. The codec's shift and scale are not part of it, since moments are kept unscaled. The shards are known by their
+    names and, where they are files, their sizes; they are left out where `data.shards` is empty or names nothing that
+    is there, as on a machine that has the latents alone. Raises UserError for a text tower or an autoencoder that is
+    not there.
     """
     made = {"autoencoder": "identity", "text": "none", "pictures": f"{data.size} pixels, center crop"}
     if autoencoder is not None and "autoencoder" in autoencoder.parts:
-        made["autoencoder"] = native.fingerprint(autoencoder.state("autoencoder"))
+        made["autoencoder"] = native.fingerprint(autoencoder.state("autoencoder"), stored=False)
     if text is not None:
         for name in (*text.config.readers,) or ("text",):
-            weights, plain = native.fingerprint(text.state(name)), to_dict(text.config.readers[name])
+            weights, plain = native.fingerprint(text.state(name), stored=False), to_dict(text.config.readers[name])
             if plain.get("final_norm"):
                 del plain["final_norm"]  # as caches have it that were written before there was that setting
             made[name] = f"{weights} {json.dumps(plain, sort_keys=True)}"

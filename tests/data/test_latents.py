@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save
 
+from ldm.checkpoints import native
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import DataConfig, DiffusionLossConfig, DiffusionTraining, LoopConfig, ModelConfig
 from ldm.data.latent_writing import LatentSources, LatentWriter, merge_parts, part_folder
@@ -365,3 +366,18 @@ def test_the_fingerprint_follows_weights_reading_and_pictures_but_not_scale(tmp_
     model = open_checkpoint(copy)
     changed = latent_fingerprint(model, model, data)
     assert changed["text"] != first["text"] and changed["autoencoder"] == first["autoencoder"]
+
+
+def test_latents_serve_a_model_that_is_the_same_in_full_precision(tmp_path: Path) -> None:
+    """A run that began with the shipped model, stored in half precision, leaves the same numbers in float32."""
+    half, data = open_checkpoint("icons"), DataConfig()
+    parts = {"autoencoder": half.load("autoencoder").autoencoder, **half.load_towers()}
+    config = replace(half.config, unet=None)
+    native.save(tmp_path / "full", config, parts)
+    full = open_checkpoint(tmp_path / "full")
+    assert native.fingerprint(full.state("text")) != native.fingerprint(half.state("text"))
+    assert latent_fingerprint(full, full, data) == latent_fingerprint(half, half, data)
+    with torch.no_grad():
+        next(parts["text"].parameters()).add_(1e-3)
+    native.save(tmp_path / "other", config, parts)
+    assert latent_fingerprint(full, open_checkpoint(tmp_path / "other"), data) != latent_fingerprint(half, half, data)
