@@ -28,19 +28,21 @@ def check(backend: str) -> None:
 def run_by(backend: str, network: M, main: bool = False) -> M:
     """`network`, itself, run by one of BACKENDS: a frozen network, on the device where it stays.
 
-    auto: on a CPU by oneDNN with packed weights (packed.py), elsewhere as torch runs it. torch: as torch runs it,
-    layer by layer. compile: what torch.compile makes of the `main` network, the one that is run at every step; it takes
-    minutes to begin with, and once more when a picture of another size is drawn. graph: on a GPU its step as one CUDA
-    graph (graph.py). fused: there norms and activations by kernels of ours (norm_silu.py), which are tried first, and
-    left where they do not give what torch gives; not the default, since no GPU has measured them yet. openvino: on a
-    CPU its step as OpenVINO compiles it (converted.py), in seconds for each size; other networks as by auto. Raises
-    UserError for one that does not work here.
+    auto: on a CPU by oneDNN with packed weights (packed.py), elsewhere as torch runs it. torch: as torch runs it, layer
+    by layer. compile: what torch.compile makes of the `main` network, the one that is run at every step; it takes
+    minutes to begin with, and once more when a picture of another size is drawn, or in SD v1's networks at each of the
+    first eight sizes. graph: on a GPU its step as one CUDA graph (graph.py). fused: there norms and activations by
+    kernels of ours (norm_silu.py), which are tried first, and left where they do not give what torch gives; not the
+    default, since no GPU has measured them yet. openvino: on a CPU its step as OpenVINO compiles it (converted.py), in
+    seconds for each size; other networks as by auto. Raises UserError for one that does not work here.
     """
     check(backend)
     on = {parameter.device.type for parameter in network.parameters()}
     if backend == "compile":
         if main:
-            network.compile(fullgraph=True)
+            # one graph for any size: inductor (torch 2.13) fails at it where a convolution projects a view, as in SD v1
+            any_size = getattr(getattr(network, "config", None), "linear_projection", True)
+            network.compile(dynamic=None if any_size else False)
     elif backend in ("graph", "fused") and on != {"cuda"}:
         raise UserError(f"the backend '{backend}' needs a CUDA device; choose auto")
     elif backend == "graph":

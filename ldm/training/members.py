@@ -40,8 +40,8 @@ class Members:
                 keep_memory()
                 trained(player.module)
             optimizer = build_optimizer(player.module, player.optimizer)
-            if loop.compile:
-                player.module.compile()
+            if loop.compile:  # for each size by itself: what is made for any size is slower, and fails on some networks
+                player.module.compile(dynamic=False)
             self.networks[name], self.optimizers[name] = accelerator.prepare(player.module, optimizer)
         self.sharded = any(is_sharded(player.module) for player in players.values())
         if self.sharded and (loop.ema_on_cpu or loop.ema_widths):

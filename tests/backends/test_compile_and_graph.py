@@ -38,6 +38,19 @@ def test_one_graph_without_a_break_and_one_recompilation_over_three_sizes():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first size's, and one for all sizes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("linear", [False, True])
+def test_what_inductor_makes_of_each_size_draws_the_same(linear: bool):
+    torch._dynamo.reset()
+    made = small_unet(linear_projection=linear).requires_grad_(False)
+    compiled, plain = run_by("compile", made, main=True), small_unet(linear_projection=linear)
+    with torch.no_grad():
+        for height, width in SIZES[:2]:
+            x, t, context = inputs(height=height, width=width)
+            told = plain.prepare(Condition(context))
+            assert relative(compiled(x, t, told), plain(x, t, told)) < 1e-5
+
+
 class Replayed:
     """Stands in for a CUDA graph: it sees, and may use, its own tensors alone."""
 

@@ -207,8 +207,9 @@ def test_the_same_pictures_by_one_process_and_by_two(tiny_checkpoint: Path, tmp_
         made = sorted((tmp_path / "one" / name).iterdir())
         assert [path.name for path in made] == sorted(path.name for path in (tmp_path / "two" / name).iterdir())
         assert len(made) == (6 if name == "txt2img" else 3)
-        for path in made:
-            assert np.array_equal(pixels(path), pixels(tmp_path / "two" / name / path.name))
+        for path in made:  # threads are as many as cores for one, fewer for two: sums are rounded otherwise
+            one, two = (pixels(tmp_path / out / name / path.name).astype(int) for out in ("one", "two"))
+            assert np.abs(one - two).max() <= 1
 
 
 def test_variations_of_a_seed_and_of_a_picture(command: Commands, tmp_path: Path) -> None:
