@@ -55,9 +55,10 @@ def test_a_model_draws_the_same_picture_and_its_attention_is_seen(tiny_checkpoin
 
 
 def test_what_it_cannot_do_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(backends, "find_spec", lambda name: object() if name == "openvino" else found(name))
     with pytest.raises(UserError, match="computes on the CPU in fp32"):
         run_by("openvino", small_unet().bfloat16(), main=True)
-    found = importlib.util.find_spec
     monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "openvino" else found(name))
     with pytest.raises(UserError, match=r"needs OpenVINO, which is not installed; pip install -e '\.\[openvino\]'"):
         ldm.load("icons", backend="openvino")
