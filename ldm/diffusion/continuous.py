@@ -26,6 +26,9 @@ from ldm.model_config import ScheduleConfig
 TIME_UNIT = 1000.0
 """A continuous law's time runs over [0, 1]; networks are told a thousand times that, as their embeddings expect."""
 
+SIGMA_CUT = 1e6
+"""Where a law that ends at infinite sigma is cut: alpha there is 1e-6, less than float32 resolves beside the noise."""
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -92,9 +95,9 @@ def edm_clock(config: ScheduleConfig) -> tuple[Clock, Tensor]:
 
 
 def flow_clock(config: ScheduleConfig) -> tuple[Clock, Tensor]:
-    """flow, and the T trained taus, 1 / T to 1, where sigma is infinite."""
+    """flow, and the T trained taus, 1 / T to 1, where sigma is infinite: a cut one stands for that, and is told as 1."""
     clock = Clock(
-        tau=lambda sigma: sigma / (1 + sigma),
+        tau=lambda sigma: torch.where(sigma >= SIGMA_CUT, 1.0, sigma / (1 + sigma)),
         sigma=lambda time: time / (1 - time),
         slope=lambda sigma: (1 + sigma) ** 2 / sigma,
     )

@@ -18,12 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.continuous import CLOCKS, Clock
+from ldm.diffusion.continuous import CLOCKS, SIGMA_CUT, Clock
 from ldm.errors import UserError
 from ldm.model_config import ScheduleConfig
-
-SIGMA_CUT = 1e6
-"""Where a law that ends at infinite sigma is cut: alpha there is 1e-6, less than float32 resolves beside the noise."""
 
 MAX_BETA = 0.999
 """Nichol & Dhariwal 2021, section 3.2: keeps the last steps of laws that end in noise from being singular."""
