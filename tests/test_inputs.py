@@ -283,7 +283,7 @@ def test_what_is_no_request(tiny_model: LatentDiffusion, what: str) -> None:
         ({"options": ["eta"]}, "give each by its name"),
         ({"width": 64.0}, "width is 64.0"),
         ({"eta": True}, "eta is True"),
-        ({"steps": None}, "steps is None"),
+        ({"cfg_rescale": None}, "cfg_rescale is None"),
     ],
 )
 def test_settings_of_other_types(changes: dict[str, Any], words: str) -> None:

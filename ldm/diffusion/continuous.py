@@ -95,7 +95,7 @@ def edm_clock(config: ScheduleConfig) -> tuple[Clock, Tensor]:
 
 
 def flow_clock(config: ScheduleConfig) -> tuple[Clock, Tensor]:
-    """flow, and the T trained taus, 1 / T to 1, where sigma is infinite: a cut one stands for that, and is told as 1."""
+    """flow, and the T trained taus, 1 / T to 1, where sigma is infinite (cut, and still told as 1)."""
     clock = Clock(
         tau=lambda sigma: torch.where(sigma >= SIGMA_CUT, 1.0, sigma / (1 + sigma)),
         sigma=lambda time: time / (1 - time),

@@ -21,14 +21,14 @@ def cfg(branches: Branches, scale: float | Tensor, rescale: float = 0.0, interva
 
     Raises UserError for a rescale outside [0, 1] and an interval without low < high.
     """
-    if not isinstance(scale, Tensor) and scale == 1:
-        return lambda x, sigma: branches(x, sigma, 1)[0]
 
     def rule(both: Tensor) -> Tensor:
         each = per_picture(scale, both[0]) if isinstance(scale, Tensor) else scale
         return both[1] + each * (both[0] - both[1])
 
-    return guided(branches, 2, rule, rescale, interval)
+    denoise = guided(branches, 2, rule, rescale, interval)
+    alone = not isinstance(scale, Tensor) and scale == 1
+    return (lambda x, sigma: branches(x, sigma, 1)[0]) if alone else denoise
 
 
 def autoguidance(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ldm
 from ldm import generate
+from ldm import told as told_of
 from ldm.api import LatentDiffusion
 from ldm.backends import sparing
 from ldm.backends.sparing import InPieces, visiting
@@ -105,7 +106,8 @@ def test_each_network_visits_once_in_the_order_of_the_path(
         order.append(names.get(id(networks[0]), "codec"))
         return real(model, *networks)
 
-    monkeypatch.setattr(generate, "visiting", spied)
+    for room in (generate, told_of):
+        monkeypatch.setattr(room, "visiting", spied)
     sparing_model.img2img(torch.zeros(1, 3, 32, 32), "a cat", settings=FAST)
     assert order == ["codec", "encoder", "encoder", "codec", "unet", "codec"]
 

@@ -49,7 +49,7 @@ class Subject:
 
     def measure(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         """A row of the table for each cell, in the order given; drawn in the order of their steps, cheap ones first."""
-        cheap = sorted(cells, key=lambda cell: cell.drawing.settings.steps)
+        cheap = sorted(cells, key=lambda cell: cell.drawing.settings.steps or 0)
         rows = measure(self.model, cheap, self.against, self.folder, self.crew)
         return [rows[cheap.index(cell)] for cell in cells] if rows else []
 
