@@ -149,7 +149,8 @@ def ours(kind: str, how: str, path: Path, given: Inputs, a: argparse.Namespace) 
 
     model = open_ours(path, a, how or ("torch" if kind == "train" else "auto"))
     if kind == "train":
-        from ldm.backends.trained import keep_memory, trained
+        from ldm.backends.heap import keep_memory
+        from ldm.backends.trained import trained
 
         keep_memory()  # for the sides after it in this process too
         network = trained(model.unet)  # as ldm/training/members.py has it

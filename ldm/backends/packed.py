@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldm.backends.heap import give_back
+
 M = TypeVar("M", bound=nn.Module)
 OPS: Any = torch.ops.mkldnn
 LEAST = 32_768  # weights; below, what a call of oneDNN costs by itself is more than what is saved
@@ -126,6 +128,9 @@ class _Packed(nn.Module):
                     made = self._like(self.reorder(dense(weight).contiguous(), x))
                 made.order, weight.packed = order, weakref.ref(made)  # type: ignore[attr-defined]
             self.weight = made
+            size = weight.numel() * made.element_size()
+            del weight  # the plain one, unless others have it
+            give_back(size)
         return True
 
     def unpack(self) -> None:

@@ -1,4 +1,4 @@
-"""What makes a training step on a CPU faster: linear layers by oneDNN in float32, and memory that is kept.
+"""What makes a training step on a CPU faster: linear layers by oneDNN in float32.
 
 torch leaves a linear layer's three products, one forward and two backward, to MKL, which on other processors than
 Intel's reaches half of what they can do: measured 100 GFLOP/s beside oneDNN's 240 (AMD, AVX-512, one thread). What a
@@ -8,7 +8,6 @@ on other devices and compiled it is torch's own layer.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from ldm.backends import packed
 
 M = TypeVar("M", bound=nn.Module)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h; bytes, the second at most 32 MiB
 
 
 def trained(network: M) -> M:
@@ -26,19 +24,6 @@ def trained(network: M) -> M:
         if type(layer) is nn.Linear and layer.weight.numel() >= packed.LEAST and packed.available(torch.float32):
             layer.__class__ = TrainedLinear
     return network
-
-
-def keep_memory() -> bool:
-    """From now on this process keeps what it frees, for the next step, which takes as much again.
-
-    Otherwise glibc hands it back in each step and the kernel clears each page anew: of a step of 150 ms measured 14.
-    False where the C library has no such settings.
-    """
-    try:
-        change = ctypes.CDLL(None).mallopt
-        return bool(change(M_MMAP_THRESHOLD, 32 << 20) and change(M_TRIM_THRESHOLD, 1 << 30))
-    except (AttributeError, OSError, TypeError):
-        return False
 
 
 class TrainedLinear(nn.Linear):

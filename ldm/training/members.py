@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ldm.backends.trained import keep_memory, trained
+from ldm.backends.heap import keep_memory
+from ldm.backends.trained import trained
 from ldm.config import LoopConfig
 from ldm.errors import UserError
 from ldm.training.ema import EMA, local, power

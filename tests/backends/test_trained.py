@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import pickle
-import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,7 @@ from training.toys import LOOP, ToyStage
 from unet.small import inputs, small_unet
 
 from ldm.backends import packed
-from ldm.backends.trained import TrainedLinear, keep_memory, trained
+from ldm.backends.trained import TrainedLinear, trained
 from ldm.training.members import Members
 from ldm.training.processes import make_accelerator
 
@@ -131,11 +127,3 @@ def test_a_run_on_a_cpu_trains_them(tmp_path: Path):
 def test_where_the_products_do_not_work_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(packed, "available", lambda dtype: False)
     assert type(trained(nn.Linear(24, 40))) is nn.Linear
-
-
-def test_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch):
-    program = "from ldm.backends.trained import keep_memory; print(keep_memory())"  # its own process: it stays so
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    assert keep_memory() is False
