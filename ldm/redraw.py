@@ -21,7 +21,7 @@ from ldm.mixture import Mixture
 from ldm.model import Model
 from ldm.ranges import MAX_SIDE
 from ldm.sampling import Step
-from ldm.start import Noise, Picture
+from ldm.start import Noise, Picture, check_window
 
 Watch = Callable[[Iterator[Step]], Step]
 """Walks to the end of a trajectory; its last step."""
@@ -72,6 +72,8 @@ def drawn(
     sizeless = replace(plan, width=None, height=None)
     if made is not None:
         return made.finish(walk(sizeless, made.start(begin.strength, len(requests), _window(model, begin))))
+    if begin.enlarge != 1 and begin.window is not None:
+        check_window(plan)
     image = walk(plan, Noise())
     if begin.enlarge == 1:
         return image

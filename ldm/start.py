@@ -15,6 +15,7 @@ from ldm.errors import UserError
 from ldm.guidance import keep, windows
 from ldm.inputs import check_depths, check_images, check_masks
 from ldm.jobs import Plan
+from ldm.jobs.plan import Reuse
 from ldm.jobs.values import real
 from ldm.model_config import UNetConfig
 from ldm.sampling import Sampler, start, weakened
@@ -109,6 +110,7 @@ class Picture:
                 )
         grain = _grain(model, height, width)
         if self.window is not None:
+            check_window(plan)
             if self.window % grain:
                 raise UserError(f"a window of {self.window} pixels does not fit; choose a multiple of {grain}")
             _grain(model, self.window, self.window, "the window")
@@ -221,6 +223,12 @@ class Latents:
 
     def paste(self, drawn: Tensor) -> Tensor:
         return drawn
+
+
+def check_window(plan: Plan) -> None:
+    """Raises UserError for a plan that is not drawn in windows: what reuse keeps of one is not the next one's."""
+    if any(isinstance(each, Reuse) for each in plan.shortcuts):
+        raise UserError("in windows the network sees another part at each evaluation; leave out reuse or the window")
 
 
 def latent_of(model: Model, plan: Plan, image: Tensor) -> Tensor:

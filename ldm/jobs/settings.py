@@ -276,8 +276,9 @@ class Settings:
             raise UserError(f"reuse is {every}; choose 2 (each second evaluation is whole) or more")
         if branch < 0 or (branch and every is None):
             raise UserError(f"reuse_branch is {branch}; choose 0 or more, and reuse with it")
-        if every is not None and sampler in catalogue.ADAPTIVE:
-            raise UserError(f"{sampler} measures its own error, and reuse would be that; choose another sampler")
+        asked = "reuse" if every is not None else "merge_tokens" if share is not None else None
+        if asked and sampler in catalogue.ADAPTIVE:
+            raise UserError(f"{sampler} measures its own error, and {asked} would be that; choose another sampler")
 
 
 def _below(text: str) -> tuple[float | None, float]:

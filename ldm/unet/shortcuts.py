@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,11 @@ def _wide(places: Tensor, x: Tensor) -> Tensor:
 
 
 class Reusing:
-    """`network`, whose `unet` rests below its first stages but for each `every`-th evaluation."""
+    """`network`, whose `unet` rests below its first stages but for each `every`-th evaluation.
+
+    What was kept is old where something else was evaluated twice meanwhile, as inside a guidance interval: that is left
+    out. Once is a piece of the batch, or a branch looked at alone.
+    """
 
     def __init__(self, unet: UNet, network: Network, how: Reuse) -> None:
         down, up = modules_of(unet.down), modules_of(unet.up)
@@ -129,8 +133,15 @@ class Reusing:
         first = stages[-1 - how.branch]  # the stage that takes the deepest skip which still is made
         self.resting = [*down[how.branch :], *unet.middle, *up[:first]]
         self.kept: WeakKeyDictionary[Any, tuple[int, Tensor]] = WeakKeyDictionary()
+        self.since: WeakKeyDictionary[Any, WeakSet[Any]] = WeakKeyDictionary()  # what else was evaluated, once
 
     def __call__(self, x: Tensor, t: Tensor, told: Any) -> Tensor:
+        for other in [each for each in self.since if each is not told]:
+            if told in self.since[other]:
+                del self.since[other], self.kept[other]
+            else:
+                self.since[other].add(told)
+        self.since[told] = WeakSet()
         number, features = self.kept.get(told, (0, None))
         if features is not None and number % self.every:
             with standing_in(self.resting, features):

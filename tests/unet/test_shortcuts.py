@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ldm
-from ldm import generate
+from ldm import generate, redraw
 from ldm.backends.graph import graphed
 from ldm.conditioning.condition import Condition
 from ldm.errors import UserError
-from ldm.jobs import Request, Settings
+from ldm.jobs import Beginning, Request, Settings
 from ldm.jobs.plan import Merge, Reuse
+from ldm.start import Picture
 from ldm.unet.attention import SelfAttention
 from ldm.unet.shortcuts import cells, merged_tokens, modules_of, shortened, taken
 
@@ -165,6 +166,21 @@ def test_trajectories_do_not_meet():
     assert torch.equal(evaluate(network, [380.0], told[0])[0], alone)
 
 
+def test_what_was_kept_before_a_guidance_interval_is_not_used_behind_it():
+    unet = small_unet()
+    network = shortened(unet, [Reuse(2)])
+    outside, inside, piece = (network.prepare(Condition(inputs()[2])) for _ in range(3))
+    (usual,) = evaluate(unet, [300.0])
+    evaluate(network, [900.0], outside)
+    evaluate(network, [900.0], piece)
+    assert not torch.equal(evaluate(network, [300.0], outside)[0], usual), "a piece of the same batch between"
+    evaluate(network, [900.0], inside)
+    evaluate(network, [800.0, 700.0, 600.0], outside)
+    evaluate(network, [500.0, 400.0], inside)
+    for told in (outside, piece):
+        assert torch.equal(evaluate(network, [300.0], told)[0], usual)
+
+
 # ---------------------------------------------------------------- in use
 
 HOW = Settings(sampler="ddim", steps=4, cfg=3.0)
@@ -206,7 +222,8 @@ def test_a_picture_says_it(tiny_model: ldm.LatentDiffusion, tmp_path):
         (Settings(reuse=1), "reuse is 1"),
         (Settings(reuse_branch=1), "reuse_branch is 1; choose 0 or more, and reuse with it"),
         (Settings(reuse=2, reuse_branch=-1), "reuse_branch is -1"),
-        (Settings(reuse=2, sampler="DPM adaptive"), "dpm_adaptive measures its own error"),
+        (Settings(reuse=2, sampler="DPM adaptive"), "dpm_adaptive measures its own error, and reuse"),
+        (Settings(merge_tokens=0.5, sampler="ode"), "ode measures its own error, and merge_tokens"),
     ],
 )
 def test_nonsense_is_refused(settings: Settings, words: str):
@@ -225,6 +242,12 @@ def test_what_they_do_not_go_with_is_refused(tiny_model: ldm.LatentDiffusion):
         shortened(torch.nn.Linear(1, 1), [Merge()])
     with pytest.raises(UserError, match="attention is looked at"), tiny_model.attention_maps():
         tiny_model.txt2img("a heart", settings=BOTH)
+    request, image = Request("a heart"), torch.zeros(1, 3, 64, 64)
+    with pytest.raises(UserError, match="leave out reuse or the window"):
+        generate.draw(tiny_model, [request], BOTH.plan(), picture=Picture(image, 0.5, window=32))
+    with pytest.raises(UserError, match="leave out reuse or the window"):
+        begin, drawn = Beginning(enlarge=2, window=0), lambda steps: pytest.fail("it is said before anything is drawn")
+        redraw.drawn(tiny_model, [request], BOTH.plan(), begin=begin, watch=drawn)
     own = replace(BOTH.plan(), network=lambda x, t, told: x)
     with pytest.raises(UserError, match="a network of its own"):
         generate.draw(tiny_model, [Request("a heart")], own)
