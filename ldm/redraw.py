@@ -72,14 +72,15 @@ def drawn(
     sizeless = replace(plan, width=None, height=None)
     if made is not None:
         return made.finish(walk(sizeless, made.start(begin.strength, len(requests), _window(model, begin))))
-    if begin.enlarge != 1 and begin.window is not None:
-        check_window(plan)
-    image = walk(plan, Noise())
     if begin.enlarge == 1:
-        return image
-    size = enlarged((image.shape[2], image.shape[3]), begin.enlarge, model.codec.factor)
+        return walk(plan, Noise())
+    window, side = _window(model, begin), model.config.image_size
+    size = enlarged((plan.height or side, plan.width or side), begin.enlarge, model.codec.factor)
+    if window is not None:  # told before the first of the two is drawn
+        check_window(plan, window, size)
+    image = walk(plan, Noise())
     image = canvas.resized(image, size).clamp(-1, 1)
-    return walk(sizeless, Picture(image, begin.strength, window=_window(model, begin)))
+    return walk(sizeless, Picture(image, begin.strength, window=window))
 
 
 def _window(model: Model, begin: Beginning) -> int | None:

@@ -110,7 +110,7 @@ class Picture:
                 )
         grain = _grain(model, height, width)
         if self.window is not None:
-            check_window(plan)
+            check_window(plan, self.window, (height, width))
             if self.window % grain:
                 raise UserError(f"a window of {self.window} pixels does not fit; choose a multiple of {grain}")
             _grain(model, self.window, self.window, "the window")
@@ -225,10 +225,13 @@ class Latents:
         return drawn
 
 
-def check_window(plan: Plan) -> None:
-    """Raises UserError for a plan that is not drawn in windows: what reuse keeps of one is not the next one's."""
-    if any(isinstance(each, Reuse) for each in plan.shortcuts):
-        raise UserError("in windows the network sees another part at each evaluation; leave out reuse or the window")
+def check_window(plan: Plan, window: int, size: tuple[int, int]) -> None:
+    """Raises UserError where a picture of `size` takes several windows: what reuse keeps of one is not the next's."""
+    if window < max(size) and any(isinstance(each, Reuse) for each in plan.shortcuts):
+        raise UserError(
+            f"a window of {window} pixels moves over the picture at each step, and what reuse keeps is of one place; "
+            f"leave out reuse, or choose a window of {max(size)} pixels or more"
+        )
 
 
 def latent_of(model: Model, plan: Plan, image: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class _Packed(nn.Module):
         """Whether the layer runs packed on `x`; its weight then is."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]  # what attributes would take longer to find
         assert weight is not None
-        if self.training or not fits(x, weight, bias):
+        if self.training or weight.requires_grad or not fits(x, weight, bias):  # an optimizer may hold it
             self.unpack()
             return False
         order = self.order(x)

@@ -128,6 +128,18 @@ def test_training_a_cast_and_plain_unpack():
 
 
 @works
+def test_what_an_optimizer_may_hold_stays_where_it_is():
+    """A picture drawn between two steps of training leaves the parameters themselves, not copies of them."""
+    unet = packed.packed(small_unet().eval())
+    held = list(unet.parameters())
+    with torch.no_grad():
+        unet(*inputs())
+    assert all(mine is its for mine, its in zip(held, unet.parameters(), strict=True))
+    unet.requires_grad_(False)(*inputs())
+    assert opaque(unet)
+
+
+@works
 def test_gradients_are_those_of_the_plain_network():
     unet, _ = ran()
     reference = frozen(small_unet())

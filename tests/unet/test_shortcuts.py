@@ -243,9 +243,10 @@ def test_what_they_do_not_go_with_is_refused(tiny_model: ldm.LatentDiffusion):
     with pytest.raises(UserError, match="attention is looked at"), tiny_model.attention_maps():
         tiny_model.txt2img("a heart", settings=BOTH)
     request, image = Request("a heart"), torch.zeros(1, 3, 64, 64)
-    with pytest.raises(UserError, match="leave out reuse or the window"):
+    with pytest.raises(UserError, match="leave out reuse, or choose a window of 64 pixels"):
         generate.draw(tiny_model, [request], BOTH.plan(), picture=Picture(image, 0.5, window=32))
-    with pytest.raises(UserError, match="leave out reuse or the window"):
+    generate.draw(tiny_model, [request], BOTH.plan(), picture=Picture(image, 0.5, window=64))  # one place
+    with pytest.raises(UserError, match="leave out reuse, or choose a window of 64 pixels"):
         begin, drawn = Beginning(enlarge=2, window=0), lambda steps: pytest.fail("it is said before anything is drawn")
         redraw.drawn(tiny_model, [request], BOTH.plan(), begin=begin, watch=drawn)
     own = replace(BOTH.plan(), network=lambda x, t, told: x)
