@@ -150,6 +150,8 @@ def check_told(model: Model, plan: Plan, helpers: Helpers) -> None:
         raise UserError(f"{model.name or 'this model'} is told no sizes; leave out original_size, crop and target_size")
     if not any(config.score for config in told) and sizes.scores != usual.scores:
         raise UserError(f"{model.name or 'this model'} is told no score; leave out score and negative_score")
+    if sizes.target is not None and all(config.score or not config.sizes for config in told):
+        raise UserError(f"{model.name or 'this model'} is told a score in the place of target_size; leave that out")
 
 
 def _below(refiner: Model, wrap: Refine) -> float:

@@ -138,5 +138,8 @@ def assemble(
         ("vector", encoder.vector_width, unet.config.vector_width),
     ):
         if made != taken:
-            raise UserError(f"the {what} that is made here is {made} wide and the U-Net takes {taken}; pair others")
+            missing = ", or add the text tower that is missing" if 0 < made < taken else ""
+            raise UserError(
+                f"the {what} that is made here is {made} wide and the U-Net takes {taken}; pair others{missing}"
+            )
     return Model(config, codec, encoder, unet, law, name, path)

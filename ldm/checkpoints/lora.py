@@ -77,9 +77,7 @@ def read_lora(path: str | Path, unet: AnyNetwork, text: Towers) -> Lora:
     if strangers or not found:
         kind = lora_names.stranger(strangers)
         if kind:
-            raise UserError(
-                f"{path} is {kind}, which is not supported here (LoRA, LoHa, LoKr, DoRA and differences are)"
-            )
+            raise UserError(f"{path} is {kind}")
         if not found:
             raise UserError(f"{path} has no LoRA for this model: its tensors are {some(strangers or list(tensors))}")
         raise UserError(f"{path} has {len(strangers)} tensors that fit nothing in this model ({some(strangers)})")

@@ -60,11 +60,11 @@ STRANGERS = (  # part of a name -> the kind of file, said by name: these are wha
     (r"\.(lora_up|lora_B)(\.default)?\.bias$", "a LoRA with biases of its own (peft's lora_bias)"),
     (r"\.lora_embedding_[AB]$", "a LoRA of an embedding table"),
     (r"\.(set_weight|reshape_weight)$", "a file of whole weights"),
+    (r"^lora_te3_|^text_encoder_3\.|\bt5xxl\.", "a LoRA of T5"),
+)
+OTHERS = (  # read, but not for this model
     (r"^lora_te2_|^text_encoder_2\.|\bclip_g\.", "a LoRA of Stable Diffusion XL"),
-    (
-        r"^lora_te3_|^lora_transformer_|^transformer\.|(double|single|joint)_blocks",
-        "a LoRA of a transformer (SD 3, Flux)",
-    ),
+    (r"^lora_transformer_|^transformer\.|(double|single|joint)_blocks", "a LoRA of a transformer (SD 3, Flux)"),
 )
 
 _OLD = (  # diffusers until 0.17, and its text encoder's until 0.19
@@ -119,8 +119,17 @@ def place(module: str, tables: Mapping[str, Table]) -> tuple[str, str] | None:
 
 
 def stranger(names: Iterable[str]) -> str:
-    """What a file with these tensors is, if it is of a known kind that is not merged here; "" otherwise."""
-    return next((kind for name in names for pattern, kind in STRANGERS if re.search(pattern, name)), "")
+    """What a file with these tensors is, and why it is not merged here, if its kind is known; "" otherwise."""
+    names = list(names)
+    for kinds, why in (
+        (STRANGERS, "is not supported here (LoRA, LoHa, LoKr, DoRA and differences are)"),
+        (OTHERS, "is not supported by a model of another kind; take one that was made for this model"),
+    ):
+        for name in names:
+            for pattern, kind in kinds:
+                if re.search(pattern, name):
+                    return f"{kind}, which {why}"
+    return ""
 
 
 def make_tables(unet: AnyNetwork, towers: Mapping[str, nn.Module]) -> dict[str, Table]:

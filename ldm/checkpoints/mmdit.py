@@ -120,7 +120,7 @@ def config_of_shapes(shapes: Mapping[str, Shape]) -> MMDiTConfig:
         grid = math.isqrt(shapes["pos_embed"][1])
         depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("joint_blocks."))
         norms = "joint_blocks.0.x_block.attn.ln_q.weight"
-        second = [layer for layer in range(depth) if f"joint_blocks.{layer}.x_block.attn2.qkv.weight" in shapes]
+        second = [name for name in shapes if re.fullmatch(r"joint_blocks\.\d+\.x_block\.attn2\.qkv\.weight", name)]
         return MMDiTConfig(
             in_channels=in_channels,
             out_channels=shapes["final_layer.linear.weight"][0] // patch**2,

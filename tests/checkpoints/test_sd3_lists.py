@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -65,3 +66,11 @@ def test_the_file_without_clips_says_what_it_lacks(tmp_path: Path):
     assert found.foreign == () and list(found.parts) == ["unet", "autoencoder"]
     with pytest.raises(UserError, match="no text tower"):
         found.part("text")
+
+
+def test_a_block_of_a_strangers_number_takes_no_time(tmp_path: Path):
+    """Blocks are not counted one by one: the number is refused at once."""
+    name = f"model.diffusion_model.joint_blocks.{10**15}.x_block.attn.qkv.weight"
+    began = time.process_time()
+    assert opened(WITH_CLIPS | {name: [1]}, tmp_path).config.unet.depth == 10**15 + 1  # type: ignore[union-attr]
+    assert time.process_time() - began < 5

@@ -208,6 +208,9 @@ def test_a_file_without_towers_takes_those_beside_it(small: tuple[Any, Path], tm
         if name == "clip_l":
             del own["text_projection.weight"]
         save_file(own, tmp_path / "text_encoders" / f"{name}.safetensors")
+        if name == "clip_l":
+            with pytest.raises(ldm.UserError, match=r"64 wide and .* 192; .*the text tower that is missing"):
+                ldm.load(tmp_path / "bare.safetensors", device="cpu")
     again = open_checkpoint(tmp_path / "bare.safetensors")
     for name, state in states.items():
         for key, value in again.state(name).items():

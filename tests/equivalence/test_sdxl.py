@@ -15,7 +15,7 @@ from ldm import generate
 from ldm.checkpoints import export
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.conditioning.encoder import Encoder
-from ldm.helpers import open_helpers
+from ldm.helpers import NONE, open_helpers
 from ldm.jobs import Ask, Request, Settings
 from ldm.sampling import NoiseStream, finish
 
@@ -192,6 +192,9 @@ def test_the_refiner_takes_over_as_there(tmp_path: Path) -> None:
     ours = finish(last.x, model.law.schedule, torch.tensor([last.sigma_next]))
     assert relative(theirs, handed) > 0.01
     assert relative(ours, theirs) <= 1e-6
+    plan = dataclasses.replace(OURS, original_size=None, crop=None).plan()
+    with pytest.raises(ldm.UserError, match="told a score in the place of target_size"):  # by itself
+        generate.check_told(helpers.refiners[str(paths[1])], plan, NONE)
 
 
 def test_our_exports_are_the_same_networks(small: tuple[Any, Path], tmp_path: Path) -> None:
