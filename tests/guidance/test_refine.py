@@ -17,6 +17,7 @@ from ldm.errors import UserError
 from ldm.guidance import refined
 from ldm.helpers import Helpers
 from ldm.jobs import Request, Settings
+from ldm.jobs.plan import Refine
 
 
 def base(x: Tensor, sigma: Tensor) -> Tensor:
@@ -98,6 +99,14 @@ def test_below_the_level_a_learned_variance_is_the_refiners(tmp_path: Path):
     plain = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet))
     native.save(tmp_path / "plain", plain, tiny_parts(plain))  # type: ignore[arg-type]
     assert bool(drawn(model, load(tmp_path / "plain", device="cpu")).isfinite().all()) and asked
+
+
+def test_a_share_is_of_the_trained_levels(tiny_model: LatentDiffusion):
+    """The refiner has the levels t = 0 ... 0.2 T - 1, and the base 0.2 T and those above."""
+    schedule = tiny_model.law.schedule
+    first = round(0.2 * schedule.steps)
+    last, above = schedule.sigma(torch.tensor([first - 1.0, first], dtype=torch.float64)).tolist()
+    assert last < generate._below(tiny_model, Refine("a", None, 0.2)) < above
 
 
 @pytest.mark.parametrize("word", ["0", "100%", "much", "-3", "nan"])
