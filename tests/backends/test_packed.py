@@ -155,6 +155,18 @@ def test_gradients_are_those_of_the_plain_network():
 
 
 @works
+def test_biases_alone_are_trained_too():
+    unet = packed.packed(frozen(small_unet()))
+    biases = [
+        layer.bias for layer in unet.modules() if isinstance(layer, packed.PackedLinear) and layer.bias is not None
+    ]
+    for bias in biases:
+        bias.requires_grad_(True)
+    unet(*inputs()).square().sum().backward()
+    assert biases and all(bias.grad is not None and bool(bias.grad.any()) for bias in biases)
+
+
+@works
 def test_autocast_and_a_compiled_network_are_run_by_torch():
     unet, _ = ran()
     with torch.autocast("cpu", torch.bfloat16):
@@ -260,7 +272,7 @@ def test_a_text_towers_attention_is_the_same_and_its_weights_stay_plain():
 
 
 @works
-@pytest.mark.parametrize("asked", ["weights", "padding", "other keys", "boolean mask", "gradients", "flat"])
+@pytest.mark.parametrize("asked", ["weights", "padding", "other keys", "boolean mask", "causal", "gradients", "flat"])
 def test_what_else_attention_can_be_asked_is_torchs_own(asked: str):
     torch.manual_seed(0)
     layer = frozen(nn.MultiheadAttention(32, 4, batch_first=True))
@@ -268,6 +280,8 @@ def test_what_else_attention_can_be_asked_is_torchs_own(asked: str):
     given: dict[str, Any] = {"query": x, "key": x, "value": x, "need_weights": False}
     given |= {"weights": {"need_weights": True}, "boolean mask": {"attn_mask": mask}}.get(asked, {})
     given |= {"padding": {"key_padding_mask": mask[:2]}, "other keys": {"key": x + 1}}.get(asked, {})
+    if asked == "causal":
+        given |= {"attn_mask": torch.zeros(5, 5).masked_fill(mask, -torch.inf), "is_causal": True}
     if asked == "flat":
         given |= dict.fromkeys(("query", "key", "value"), x[0])
     x.requires_grad_(asked == "gradients")

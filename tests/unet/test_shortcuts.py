@@ -94,6 +94,13 @@ def test_of_a_network_the_finest_level_alone_is_merged_and_all_is_as_before_afte
     assert torch.equal(evaluate(unet, [400.0], height=16, width=12)[0], usual)
 
 
+def test_other_tokens_are_targets_at_each_evaluation():
+    unet = shortened(small_unet(), [Merge(0.5)])
+    first, second = evaluate(unet, [400.0, 400.0])
+    assert not torch.equal(first, second)
+    assert all(torch.equal(*pair) for pair in zip(evaluate(unet, [400.0, 400.0]), (first, second), strict=True))
+
+
 def test_a_network_that_fails_is_as_before_after():
     unet = small_unet()
     (usual,) = evaluate(unet, [400.0])
