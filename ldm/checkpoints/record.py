@@ -17,7 +17,7 @@ from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.state import Names, Source, Together, Translated, fingerprint, some
 from ldm.diffusion.schedule import check_used
 from ldm.errors import UserError
-from ldm.model_config import AutoencoderConfig, ModelConfig
+from ldm.model_config import AutoencoderConfig, MMDiTConfig, ModelConfig
 from ldm.settings import from_dict, to_dict
 
 if TYPE_CHECKING:
@@ -142,7 +142,9 @@ class Checkpoint:
         if name not in self.parts or getattr(self.config, name) is None:
             present = [WORDS[part] for part in self.parts if getattr(self.config, part) is not None]
             only = f"only its {' and '.join(present)}" if present else "nor any other network"
-            raise UserError(f"{self.path} has no {WORDS[name]}, {only}; name a checkpoint that has one")
+            sd3 = name.startswith("text") and isinstance(self.config.unet, MMDiTConfig)
+            how = "put clip_l.safetensors and clip_g.safetensors beside it" if sd3 else "name a checkpoint that has one"
+            raise UserError(f"{self.path} has no {WORDS[name]}, {only}; {how}")
         return self.parts[name]
 
     def only(self, *names: str) -> Checkpoint:

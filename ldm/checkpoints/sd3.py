@@ -30,6 +30,7 @@ from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.scaled import unscaled
 from ldm.checkpoints.state import Names, Shape, Source, exported
 from ldm.checkpoints.writing import write_tensors
+from ldm.errors import UserError
 from ldm.files import atomic_write
 from ldm.model_config import EncoderConfig, MMDiTConfig, ModelConfig, ScheduleConfig, TextConfig
 from ldm.plain import parse_json
@@ -82,6 +83,11 @@ def open_single_file(path: Path, stored: Tensors, weights: str = "auto", decided
             remarks.append(f"{path} has no text tower {theirs}; that of {beside} is used")
         settings[name], parts[name] = tower(source, prefix, file, CLIP if name == "text" else BIGG)
         used += [n for n in shapes if n.startswith(f"text_encoders.{theirs}.")]
+    text, other = (getattr(settings.get(name), "width", 0) for name in ("text", "text_2"))
+    if text > other > 0:
+        raise UserError(
+            f"of {path} clip_l is {text} wide and clip_g {other}, so each has the other's name; exchange the names"
+        )
     used += [n for n in shapes if n.startswith("text_encoders.t5xxl.")]
     third = t5.within(path, tensors) if "text" in parts and "t5" not in decided else None
     if third is not None:

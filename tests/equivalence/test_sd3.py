@@ -171,13 +171,16 @@ def test_what_is_written_in_foreign_layouts_is_the_same_model(small: tuple[Any, 
 def test_diffusers_opens_what_is_written_and_its_parts_are_equal(small: tuple[Any, Path], tmp_path: Path) -> None:
     pipe, folder = small
     found = open_checkpoint(folder)
+    assert found.config.schedule is not None and found.config.schedule.shift == 3.0
+    config = replace(found.config, schedule=replace(found.config.schedule, shift=2.5))
     states = {name: dict(found.state(name)) for name in native.part_names(found.config)}
-    export.write(tmp_path / "model", found.config, states, "diffusers")
+    export.write(tmp_path / "model", config, states, "diffusers")
+    assert open_checkpoint(tmp_path / "model").config == config
     diffusers = sd.peers()
     again = diffusers.StableDiffusion3Pipeline.from_pretrained(
         tmp_path / "model", text_encoder_3=None, tokenizer_3=None
     )
-    assert again.scheduler.config.shift == 3.0
+    assert again.scheduler.config.shift == 2.5
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         mine, other = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
         assert set(mine) == set(other), name
@@ -199,7 +202,7 @@ def test_a_file_without_towers_takes_those_beside_it(small: tuple[Any, Path], tm
     tensors = load_file(tmp_path / "whole.safetensors")
     bare = {name: value for name, value in tensors.items() if not name.startswith("text_encoders.")}
     save_file(bare, tmp_path / "bare.safetensors")
-    with pytest.raises(ldm.UserError, match="no text tower"):
+    with pytest.raises(ldm.UserError, match=r"no text tower.*; put clip_l.safetensors and clip_g"):
         ldm.load(tmp_path / "bare.safetensors", device="cpu")
     (tmp_path / "text_encoders").mkdir()
     for name in ("clip_l", "clip_g"):
@@ -219,3 +222,9 @@ def test_a_file_without_towers_takes_those_beside_it(small: tuple[Any, Path], tm
     assert again.config.encoder == found.config.encoder and again.config.schedule == found.config.schedule
     assert any("clip_g" in notice for notice in again.notices)
     assert any("without T5: zeros stand in its place" in notice for notice in again.notices)
+    one, other = (tmp_path / "text_encoders" / f"clip_{end}.safetensors" for end in "lg")
+    one.rename(tmp_path / "was_l")
+    other.rename(one)
+    (tmp_path / "was_l").rename(other)
+    with pytest.raises(ldm.UserError, match=r"clip_l is \d+ wide and clip_g \d+, so each has the other's name"):
+        open_checkpoint(tmp_path / "bare.safetensors")
