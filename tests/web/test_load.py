@@ -57,7 +57,12 @@ def process(tiny_checkpoint: Path) -> Iterator[tuple[psutil.Process, Server]]:
 def test_ctrl_c_ends_what_is_drawn_and_what_waits(tiny_checkpoint: Path):
     words = ("scripts/web.py", "--model", tiny_checkpoint, "--device", "cpu", "--port", 0)
     started = subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background ignores
     )
     assert started.stdout is not None
     server = Server(int(started.stdout.readline().split()[0].rpartition(":")[2]), None)
