@@ -271,7 +271,7 @@ room as the weights, so it is not used.
 The peak of a fresh process: of 680 MB of `step`, torch takes 229, the weights of all three networks 282, a tokenizer
 53, and most of the rest is what packing leaves between blocks of memory. diffusers imports 231 MB more than torch, but
 maps its files, so that a work which needs one network never reads the other two; hence ours is larger for `text`,
-`decode`, `encode` and the `sd` step, where the other two are 820 MB and packing leaves about 500. Both hold the
+`decode`, `encode` and the `sd` step, where the other two are 820 MB and packing leaves about 400. Both hold the
 float32 weights that they use once, so little but imports can be saved. The peak of OpenVINO's process includes
 converting the network.
 """
