@@ -20,6 +20,7 @@ from typing import IO
 from ldm.errors import UserError, explain_os_error
 
 NAME = ".lock"  # in the folder: "PROCESS HOST TIME" of whoever writes there; removed at an end in order
+WRITING = 1.0  # seconds within which who has the lock has written so, or let it go after a look
 MISSING = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without locks
 
 logger = logging.getLogger(__name__)
@@ -67,23 +68,28 @@ def check_free(folder: str | Path) -> None:
 
 def _locked(path: Path, shared: bool = False) -> IO[str]:
     file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - the caller closes it
-    try:
-        import fcntl
+    until = time.monotonic() + WRITING
+    while True:
+        try:
+            import fcntl
 
-        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        with file:
+            fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return file
+        except (BlockingIOError, PermissionError):
             process, host, since = _owner(file)
-        raise UserError(
-            f"process {process} on {host} has been writing into {path.parent} since {since}; let it end, or choose "
-            "another folder"
-        ) from None
-    except (ImportError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in MISSING:
-            file.close()
-            raise
-        logger.warning("%s cannot be locked here; see to it that no other process writes into it", path.parent)
-    return file
+            if since != "?" or time.monotonic() >= until:
+                file.close()
+                raise UserError(
+                    f"process {process} on {host} has been writing into {path.parent} since {since}; let it end, or "
+                    "choose another folder"
+                ) from None
+            time.sleep(0.02)
+        except (ImportError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in MISSING:
+                file.close()
+                raise
+            logger.warning("%s cannot be locked here; see to it that no other process writes into it", path.parent)
+            return file
 
 
 def _owner(file: IO[str]) -> tuple[str, str, str]:

@@ -69,6 +69,33 @@ def test_a_lock_dies_with_its_process_though_its_children_live(holder: subproces
         pass
 
 
+# Has the lock, and writes who it is a while later, or lets it go.
+SLOW = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(0.3)
+if sys.argv[2] == "writes":
+    print(os.getpid(), "far", "2026-01-01", file=file, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("then", ["writes", "lets go"])
+def test_who_has_the_lock_and_has_not_yet_written_its_name(tmp_path: Path, then: str) -> None:
+    words = [sys.executable, "-c", SLOW, str(tmp_path / ".lock"), then]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "locked\n"
+        if then == "writes":
+            with pytest.raises(UserError, match=f"process {other.pid} on far has been writing"):
+                check_free(tmp_path)
+        else:
+            with held(tmp_path):
+                assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} ")
+        other.kill()
+
+
 ASKING = """
 import fcntl, sys, time
 file = open(sys.argv[1], "a+")
