@@ -111,6 +111,7 @@ class AutoencoderLossConfig:
     perceptual: NotNegative = 1.0  # distance of a trained network's features
     perceptual_net: str = "efficientnet-lite0"  # or lpips (downloads its backbone)
     kl: NotNegative = 1e-6  # of the KL summed over a latent, divided by the picture's values
+    shrunk: Share = 0.0  # share of steps in which a shrunk latent is to decode to the shrunk picture (EQ-VAE)
     adversarial: NotNegative = 0.0  # of the discriminator, relative to the rest
     adversarial_start: Whole = 0  # step at which the discriminator begins
     adversarial_ramp: Whole = 1000  # steps until the adversarial weight is whole
@@ -127,6 +128,8 @@ class AutoencoderTraining:
 
     output: str = ""  # folder of the run: states, log, pictures, and at the end the model
     resume: str = ""  # auto: go on from `output` if something is there
+    init: str = ""  # a model whose autoencoder this begins with; empty: a new one of `model`
+    decoder_only: bool = False  # leave the encoder of init, and so its latents, as they are
     model: AutoencoderConfig = AutoencoderConfig()
     data: DataConfig = DataConfig()
     loss: AutoencoderLossConfig = AutoencoderLossConfig()

@@ -8,10 +8,11 @@ the checkpoint, so that stage two finds latents of zero mean and unit variance i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.autoencoder import kl
@@ -23,38 +24,56 @@ from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import native
 from ldm.checkpoints.foreign import where_to
 from ldm.checkpoints.limits import check_size
+from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import AutoencoderConfig, AutoencoderTraining, ModelConfig
 from ldm.data.loader import Batch, Loader, validation_batches
 from ldm.errors import UserError
 from ldm.metrics.quality import psnr, ssim
-from ldm.training.draws import Draws
+from ldm.training.draws import Draws, generator
 from ldm.training.guard import Guard
 from ldm.training.meters import EACH_LOSS
 from ldm.training.preflight import check_settings, check_sides, check_untold, check_validation
 from ldm.training.stage import Batches, Player
 
 SHOWN = 16  # pictures in a reconstruction grid
+SHRUNK = 0.25, 0.5, 0.75  # sides of a shrunk latent beside those of the whole one
+UNSCALED = AutoencoderConfig()
 
 
 class Reconstruction(nn.Module):
-    """image, noise -> (decoded, moments), as one forward pass: what gradient synchronisation hooks into."""
+    """image, noise, side -> (decoded, moments), as one forward pass: what gradient synchronisation hooks into."""
 
     def __init__(self, autoencoder: AutoencoderKL):
         super().__init__()
         self.autoencoder = autoencoder
 
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """image (B, 3, H, W), noise (B, C, h, w) -> decoded (B, 3, H, W), moments (B, 2C, h, w)"""
+    def forward(self, image: Tensor, noise: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """image (B, 3, H, W), noise (B, C, h, w) -> decoded (B, 3, H, W), moments (B, 2C, h, w). With a size, latents
+        are resized to it before they are decoded."""
         posterior = self.autoencoder.encode(image)
-        return self.autoencoder.decode(posterior.sample(noise)), posterior.moments()
+        z = posterior.sample(noise)
+        return self.autoencoder.decode(z if size is None else resized(z, size)), posterior.moments()
 
 
 class AutoencoderStage:
-    """The training of `config` on this process' share of the data."""
+    """The training of `config` on this process' share of the data.
 
-    def __init__(self, config: AutoencoderTraining, rank: int, world: int, device: torch.device):
+    said: the dotted names of the settings that were written out; what the autoencoder of init contradicts is refused.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderTraining,
+        rank: int,
+        world: int,
+        device: torch.device,
+        said: Collection[str] = (),
+    ):
         check_settings(config, world)
         check_untold(config.data)
+        begun = _autoencoder_of(config, said, device)
+        if begun:
+            config = dataclasses.replace(config, model=begun.config)
         if config.model.kind == "identity":
             raise UserError(
                 "the identity codec has nothing to train; train_diffusion.py without autoencoder= makes a pixel model"
@@ -70,7 +89,7 @@ class AutoencoderStage:
         kl.check(config.model, "model")
         if config.model.in_channels != 3:
             raise UserError(f"model.in_channels is {config.model.in_channels}, and pictures have 3; leave it out")
-        if (config.model.shift, config.model.scale) != (AutoencoderConfig().shift, AutoencoderConfig().scale):
+        if not begun and (config.model.shift, config.model.scale) != (UNSCALED.shift, UNSCALED.scale):
             raise UserError("model.shift and model.scale are measured when the training ends; leave them out")
         if not (config.loss.l1 or config.loss.gradient or config.loss.perceptual):
             raise UserError(
@@ -80,7 +99,11 @@ class AutoencoderStage:
         check_sides(config.data, config.model.factor)
         torch.manual_seed(config.loop.seed)
         self.config, self.device = config, device
-        autoencoder = AutoencoderKL(config.model)
+        autoencoder = begun.autoencoder if begun and begun.autoencoder else AutoencoderKL(config.model)
+        autoencoder.requires_grad_(True)
+        if config.decoder_only:
+            autoencoder.encoder.requires_grad_(False)
+            autoencoder.to_moments.requires_grad_(False)
         self.autoencoder = autoencoder
         network = Reconstruction(autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.players = {"autoencoder": Player(network, config.optimizer)}
@@ -90,7 +113,8 @@ class AutoencoderStage:
             self.discriminator = PatchDiscriminator(
                 config.loss.discriminator_channels, config.loss.discriminator_layers
             )
-            self.discriminator.check(config.data.size, config.data.size)
+            side = int(SHRUNK[0] * config.data.size) if config.loss.shrunk else config.data.size
+            self.discriminator.check(side, side)
             rate = dataclasses.replace(config.optimizer, rate=config.loss.discriminator_rate, betas=(0.5, 0.9))
             self.players["discriminator"] = Player(self.discriminator, rate, averaged=False)
         self.judge: Guard | None = None
@@ -125,7 +149,10 @@ class AutoencoderStage:
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         image = batch.image.to(self.device, memory_format=torch.channels_last)
         noise = draws.normal("posterior", self.codec.latent_shape(*image.shape[2:]))
-        decoded, moments = networks["autoencoder"](image, noise)
+        size = self._shrunk(draws, *noise.shape[2:])
+        decoded, moments = networks["autoencoder"](image, noise, size)
+        if size is not None:
+            image = resized(image, (size[0] * self.codec.factor, size[1] * self.codec.factor))
         loss, logs = self.loss.reconstruction(image, decoded, DiagonalGaussian.from_moments(moments.float()))
         ramp = self.loss.ramp(step)
         playing = self.discriminator is not None and ramp > 0
@@ -146,6 +173,18 @@ class AutoencoderStage:
             real, fake = networks["discriminator"](torch.cat([image, decoded.detach()])).chunk(2)
             loss = self.loss.discriminator(real, fake)
             yield "discriminator", loss, {"discriminator": loss, "real": real.mean(), "fake": fake.mean()}
+
+    def _shrunk(self, draws: Draws, height: int, width: int) -> tuple[int, int] | None:
+        """The size that this step's latents are to be shrunk to, or None; the same for all of a global batch.
+
+        A latent that may be shrunk, and then means the shrunk picture, is smoother, and a diffusion model learns it in
+        fewer steps (Kouzelis et al. 2025, without their rotations: pictures here have an upper side).
+        """
+        chance, by = torch.rand(2, generator=generator(*draws.address, "shrunk")).tolist()
+        if chance >= self.config.loss.shrunk:
+            return None
+        factor = SHRUNK[int(by * len(SHRUNK))]
+        return max(1, round(factor * height)), max(1, round(factor * width))
 
     def validate(self) -> dict[str, float]:
         """PSNR, SSIM and KL of reconstructions from the posterior's mode, mean over the held-out pictures."""
@@ -175,9 +214,10 @@ class AutoencoderStage:
 
     def export(self, output: Path, finished: bool) -> None:
         """The autoencoder's averaged weights with measured shift and scale, as a native checkpoint."""
-        shift, scale = self.measure()
+        model = self.config.model
+        shift, scale = (model.shift, model.scale) if self.config.decoder_only else self.measure()
         print(f"latents     shift {[f'{v:.4f}' for v in shift]}, scale {[f'{v:.4f}' for v in scale]}", flush=True)
-        model = dataclasses.replace(self.config.model, shift=tuple(shift), scale=tuple(scale))
+        model = dataclasses.replace(model, shift=tuple(shift), scale=tuple(scale))
         config = ModelConfig(autoencoder=model, image_size=self.config.data.size)
         native.save(output, config, {"autoencoder": self.autoencoder})
 
@@ -209,3 +249,26 @@ class AutoencoderStage:
             else Loader(dataclasses.replace(self.config.data, workers=0), size, 0, 1, self.config.loop.seed)
         )
         return next(source).image[:SHOWN].to(self.device)
+
+
+def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures or latents (B, C, H, W) at another size, by an antialiased bilinear filter, in float32."""
+    return F.interpolate(x.float(), size, mode="bilinear", antialias=True).to(x)
+
+
+def _autoencoder_of(config: AutoencoderTraining, said: Collection[str], device: torch.device) -> Codec | None:
+    """That of the model at `config.init`. Raises UserError if it has none, or if settings say that it is another."""
+    if not config.init:
+        if config.decoder_only:
+            raise UserError("decoder_only leaves the encoder of init as it is, and init names none; set init=PATH")
+        return None
+    codec = open_checkpoint(config.init).only("autoencoder").load("autoencoder", device)
+    if codec.autoencoder is None:
+        raise UserError(f"the model {config.init} draws pixels and has no autoencoder to train; leave out init")
+    for field in dataclasses.fields(AutoencoderConfig):
+        value, own = getattr(config.model, field.name), getattr(codec.config, field.name)
+        if value != own and (value != getattr(UNSCALED, field.name) or f"model.{field.name}" in said):
+            raise UserError(
+                f"model.{field.name} is {value}, and that of the model {config.init} is {own}; leave it out"
+            )
+    return codec

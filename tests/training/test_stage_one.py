@@ -209,3 +209,72 @@ def test_compiled_networks_learn_the_same(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     decoded = open_checkpoint(tmp_path / "True").load("autoencoder").decode(torch.zeros(1, 3, 8, 8))
     assert bool(decoded.isfinite().all())
+
+
+def begun_with(finished, **changes):
+    """What a training says that begins with the autoencoder of the finished run."""
+    loss = replace(AUTOENCODER.loss, adversarial=0.0)
+    return replace(AUTOENCODER, init=str(finished[0]), model=AutoencoderConfig(), loss=loss, **changes)
+
+
+def test_a_run_begins_with_the_autoencoder_of_init_and_measures_its_latents_anew(finished, tmp_path):
+    stage = stage_of(begun_with(finished))
+    theirs = open_checkpoint(finished[0]).load("autoencoder")
+    assert torch.equal(flat(stage.autoencoder), flat(theirs.autoencoder))
+    assert all(p.requires_grad for p in stage.autoencoder.parameters())
+    run(stage, LOOP, tmp_path, begun_with(finished))
+    ours = open_checkpoint(tmp_path).load("autoencoder")
+    assert not torch.equal(flat(ours.autoencoder.encoder), flat(theirs.autoencoder.encoder))
+    assert ours.config.shift != theirs.config.shift
+    assert replace(ours.config, shift=(0.0,), scale=(1.0,)) == replace(theirs.config, shift=(0.0,), scale=(1.0,))
+
+
+def test_a_decoder_by_itself_leaves_the_latents_as_they_are(finished, tmp_path):
+    config = begun_with(finished, decoder_only=True)
+    run(stage_of(config), LOOP, tmp_path, config)
+    ours, theirs = (open_checkpoint(folder).load("autoencoder") for folder in (tmp_path, finished[0]))
+    image = next(iter(Loader(AUTOENCODER.data, 4, 0, 1, 0))).image
+    assert torch.equal(ours.encode(image), theirs.encode(image))
+    assert not torch.equal(flat(ours.autoencoder.decoder), flat(theirs.autoencoder.decoder))
+    assert ours.config == theirs.config
+
+
+def test_what_contradicts_the_autoencoder_of_init_is_refused(finished):
+    config = begun_with(finished)
+    other = replace(config, model=AutoencoderConfig(latent_channels=5))
+    with pytest.raises(UserError, match=r"model.latent_channels is 5, and that of the model .* is 3; leave it out"):
+        stage_of(other)
+    with pytest.raises(UserError, match=r"model.latent_channels is 4, and that of the model .* is 3"):
+        AutoencoderStage(config, 0, 1, CPU, {"model.latent_channels"})
+    with pytest.raises(UserError, match="init names none"):
+        stage_of(replace(AUTOENCODER, decoder_only=True))
+
+
+@pytest.mark.parametrize("chance", [0.0, 1.0])
+def test_a_shrunk_latent_is_to_decode_to_the_shrunk_picture(chance):
+    """By an autoencoder that gives each picture back, shrunk or not, so only the right picture has no error."""
+    loss = replace(AUTOENCODER.loss, adversarial=0.0, perceptual=0.0, l1=1.0, gradient=0.0, kl=0.0, shrunk=chance)
+    stage = stage_of(replace(AUTOENCODER, loss=loss))
+    batch = next(iter(stage.batches))
+    sizes = []
+
+    def exact(image, noise, size):
+        sizes.append(size)
+        small = (
+            image
+            if size is None
+            else torch.nn.functional.interpolate(
+                image, [stage.codec.factor * side for side in size], mode="bilinear", antialias=True
+            )
+        )
+        return small, torch.zeros(len(image), 2 * noise.shape[1], *noise.shape[2:])
+
+    networks = {"autoencoder": exact}
+    height = stage.latent_shape[1]
+    for step in range(20):
+        ((_, value, _),) = stage.losses(batch, Draws(0, step, batch.key), step, networks)  # type: ignore[arg-type]
+        assert value < 1e-6
+    expected = {(side, side) for side in (height // 4, height // 2, 3 * height // 4)} if chance else {None}
+    assert set(sizes) == expected
+    again = stage._shrunk(Draws(0, 3, ["another"]), height, height)
+    assert again == sizes[3]  # whoever's samples these are
