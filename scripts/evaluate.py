@@ -46,12 +46,7 @@ def main() -> None:
 
         print(compare(tuple(arguments.compare), split_list(arguments.ignore)))
         return
-    commands = {
-        "generation": generation,
-        "autoencoder": autoencoder,
-        "prompts": prompts,
-        "likelihood": likelihood,
-    }
+    commands = {"generation": generation, "autoencoder": autoencoder, "prompts": prompts, "likelihood": likelihood}
     commands[arguments.command](arguments)
 
 
@@ -182,6 +177,7 @@ def prompts(arguments: argparse.Namespace) -> None:
     from ldm.image_io import grid, save_png
     from ldm.judge.accuracy import evaluate_prompts, prompt_table
     from ldm.judge.classifier import load_classifier
+    from ldm.judge.colours import read_colours
     from ldm.judge.pictures import read_concepts
     from ldm.metrics.tables import brief
 
@@ -198,6 +194,8 @@ def prompts(arguments: argparse.Namespace) -> None:
         left_out=arguments.left_out,
         shards=arguments.shards,
         where=where_of(arguments.where),
+        pairs=arguments.pairs,
+        colours=read_colours(arguments.colours) if arguments.colours else None,
         n=arguments.n,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
@@ -243,8 +241,7 @@ def keep(document: Mapping[str, Any], path: str | None) -> None:
 
 
 def shown() -> bool:
-    """Whether somebody looks: bars on a terminal, quiet in a pipe."""
-    return sys.stderr.isatty()
+    return sys.stderr.isatty()  # bars for who looks, quiet in a pipe
 
 
 # ---------------------------------------------------------------- words
@@ -311,6 +308,8 @@ def add_prompts(command: argparse.ArgumentParser) -> None:
     add("--concepts", type=recipe("evaluation"), default="concepts64", help="YAML list of concepts")
     add("--styles", default="noto emoji,flat emoji", help="styles to prompt, separated by commas")
     add("--left-out", default="twemoji", help="the style whose real pictures are judged beside")
+    add("--pairs", default="", metavar="SHARDS", help="prompt the (concept, style) pairs of these pictures alone")
+    add("--colours", type=recipe("evaluation"), metavar="YAML", help="name backgrounds, and judge them: colours")
     add("--n", type=COUNT, default=2, metavar="N", help="pictures of each prompt")
     add_fields(add, Settings, BRIEF)
     add("--seed", type=NATURAL, default=0, metavar="N", help="picture i of all has the seed SEED + i")

@@ -15,6 +15,7 @@ from ldm.generate import draw
 from ldm.helpers import open_helpers
 from ldm.jobs import Settings, batches
 from ldm.judge.classifier import Classifier
+from ldm.judge.colours import UNASKED, Colours, colour_ranks
 from ldm.judge.pictures import read_pictures
 from ldm.judge.prompts import Judge, Score, make_prompts
 from ldm.metrics import protocol
@@ -35,6 +36,8 @@ def evaluate_prompts(
     left_out: str,
     shards: str,
     where: Mapping[str, Sequence[str]],
+    pairs: str = "",
+    colours: Colours | None = None,
     n: int = 2,
     seed: int = 0,
     batch_size: int = 16,
@@ -42,8 +45,9 @@ def evaluate_prompts(
 ) -> tuple[dict[str, Any], Tensor]:
     """The result by style, and of real pictures of the style `left_out`; with it, the pictures (N, 3, H, W).
 
-    Picture i of all has the seed `seed + i`. Raises UserError for concepts without pictures and for a style that was
-    not left out.
+    Picture i of all has the seed `seed + i`. pairs: shards whose (concept, style) pairs are prompted alone, such as
+    those that were held out. colours: prompts name one of them in turn as the background, and the picture's border is
+    judged too. Raises UserError for concepts without pictures and for a style that was not left out.
     """
     if left_out in classifier.config.styles:
         raise UserError(
@@ -53,7 +57,9 @@ def evaluate_prompts(
     pictures, real = read_pictures(shards, where, classifier.config.size), open_source(shards, "--shards", where)
     real = real.only(real.images(0, len(real), size=1)[0])
     judge = Judge(classifier, pictures, concepts)
-    prompts = make_prompts(pictures, concepts, styles)
+    shown = read_pictures(pairs, where, 1) if pairs else None
+    only = None if shown is None else set(zip(shown.name, shown.style, strict=True))
+    prompts = make_prompts(pictures, concepts, styles, [name for name in colours or () if name != UNASKED], only)
     asked = [prompt for prompt in prompts for _ in range(n)]
     drawing = Drawing(tuple(prompt.text for prompt in asked), settings, len(asked), seed, batch_size).check()
 
@@ -65,8 +71,11 @@ def evaluate_prompts(
     def score(name: str, of: str) -> Score:
         return Score.of(places[torch.tensor([getattr(prompt, of) == name for prompt in asked])])
 
-    rows = {f"drawn, {style}": score(style, "style") for style in styles}
+    there = dict.fromkeys(prompt.style for prompt in prompts)
+    rows = {f"drawn, {style}": score(style, "style") for style in there}
     rows["drawn, all"] = Score.of(places)
+    if colours:
+        rows["background's colour"] = Score.of(colour_ranks(drawn, [prompt.colour for prompt in asked], colours))
     unseen = pictures.of(concepts, [left_out])
     if len(unseen):
         rows[f"real, {left_out} (never seen)"] = Score.of(judge.ranks(unseen.image, unseen.name))
@@ -79,6 +88,7 @@ def evaluate_prompts(
             "pictures_of_each": n,
             "seeds": [seed, seed + len(asked) - 1],
             "drawing": drawing.protocol(model),
+            **({"colours": {name: list(colour) for name, colour in colours.items()}} if colours else {}),
             "chance": 1 / len(concepts),
             "classifier": {
                 "fingerprint": native.fingerprint(classifier),
@@ -90,7 +100,11 @@ def evaluate_prompts(
             "reference": real.protocol(),
         },
         sources={"reference": shards},
-        concepts={name: score(name, "concept").top1 for name in concepts},
+        concepts={
+            name: {"right": found.top1, "pictures": found.count}
+            for name in dict.fromkeys(prompt.concept for prompt in prompts)
+            for found in [score(name, "concept")]
+        },
         surroundings=surroundings(model),
     )
     return document, drawn
@@ -99,12 +113,18 @@ def evaluate_prompts(
 def prompt_table(document: Mapping[str, Any]) -> str:
     """The figures as lines, and which concepts were right or wrong each time."""
     figures, hits = document["figures"], document["concepts"]
-    each = document["protocol"]["pictures_of_each"] * len(document["protocol"]["prompts"]) // len(hits)
+    count = document["protocol"]["prototypes"]["concepts"]
     rows = [["", "pictures", "top-1", "95 % interval", "top-5"]]
     for name, f in figures.items():
         shares = f"{f['top1']:.1%}", f"{f['low']:.1%} - {f['high']:.1%}", f"{f['top5']:.1%}"
         rows.append([name, str(f["pictures"]), *shares])
-    lines = [f"nearest of {len(hits)} concept prototypes (chance {1 / len(hits):.1%})", *columns(rows)]
-    lines.append(f"always right: {', '.join(name for name, count in hits.items() if count == each) or 'none'}")
-    lines.append(f"never right: {', '.join(name for name, count in hits.items() if count == 0) or 'none'}")
-    return "\n".join(lines)
+    always = [name for name, found in hits.items() if found["right"] == found["pictures"]]
+    never = [name for name, found in hits.items() if found["right"] == 0]
+    return "\n".join(
+        [
+            f"nearest of {count} concept prototypes (chance {1 / count:.1%})",
+            *columns(rows),
+            f"always right: {', '.join(always) or 'none'}",
+            f"never right: {', '.join(never) or 'none'}",
+        ]
+    )

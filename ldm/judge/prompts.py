@@ -1,6 +1,7 @@
 """The protocol of prompt accuracy: what is prompted, and who judges the pictures.
 
-Prompts are "{phrase}, {style}", the phrase being how the real pictures' captions name the concept. The judge is the
+Prompts are "{phrase}, {style}", the phrase being how the real pictures' captions name the concept, or with a background
+"{phrase} on a {colour} background, {style}". The judge is the
 features of a classifier that saw real pictures only, and prototypes of the same pictures: the mean of a concept's unit
 features, scaled to unit length again (Snell et al. 2017 take Euclidean distance; of unit vectors the order is the
 same). Pictures in a style that neither the classifier nor the prototypes saw, judged the same way, say what the judge
@@ -10,8 +11,9 @@ itself can do.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 from ldm.errors import UserError
 from ldm.judge.classifier import Classifier
+from ldm.judge.colours import on_background
 from ldm.judge.pictures import Pictures
 from ldm.metrics.distances import ranks
 
@@ -28,12 +31,30 @@ class Prompt:
     text: str
     concept: str
     style: str
+    colour: str = ""  # of the background; empty: none is named
 
 
-def make_prompts(pictures: Pictures, concepts: Sequence[str], styles: Sequence[str]) -> list[Prompt]:
-    """One for each style and concept, style by style. Raises UserError for a concept that has no picture."""
+def make_prompts(
+    pictures: Pictures,
+    concepts: Sequence[str],
+    styles: Sequence[str],
+    colours: Sequence[str] = (),
+    pairs: Collection[tuple[str, str]] | None = None,
+) -> list[Prompt]:
+    """One for each style and concept, style by style, on backgrounds of `colours` in turn, where there are any.
+
+    pairs: the (concept, style) to prompt alone. Raises UserError for a concept that has no picture, or for no prompt.
+    """
     named = {concept: phrase(pictures.of([concept], sorted(set(pictures.style))), concept) for concept in concepts}
-    return [Prompt(f"{named[concept]}, {style}", concept, style) for style in styles for concept in concepts]
+    wanted = [(concept, style) for style in styles for concept in concepts]
+    wanted = [pair for pair in wanted if pairs is None or pair in pairs]
+    if not wanted:
+        raise UserError("--pairs shows none of the concepts in one of the styles; check both, and its shards")
+    made = []
+    for (concept, style), colour in zip(wanted, cycle(colours or [""]), strict=False):
+        behind = on_background(colour) if colour else ""
+        made.append(Prompt(f"{named[concept]}{behind}, {style}", concept, style, colour))
+    return made
 
 
 def phrase(pictures: Pictures, concept: str) -> str:

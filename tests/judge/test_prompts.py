@@ -60,6 +60,14 @@ def test_prompts_use_the_shortest_phrase_of_the_captions(pictures):
         "a blue fish, flat emoji", "a red heart, flat emoji", "a blue fish, 3d render", "a red heart, 3d render",
     ]  # fmt: skip
     assert prompts[3].concept == "red heart" and prompts[3].style == "3d render"
+    only = {("red heart", "flat emoji"), ("blue fish", "3d render")}
+    some = make_prompts(pictures, ["blue fish", "red heart"], ["flat emoji", "3d render"], ["orange", "red"], only)
+    assert [p.text for p in some] == [
+        "a red heart on an orange background, flat emoji", "a blue fish on a red background, 3d render",
+    ]  # fmt: skip
+    assert [p.colour for p in some] == ["orange", "red"]
+    with pytest.raises(UserError, match="--pairs shows none"):
+        make_prompts(pictures, ["blue fish"], ["flat emoji"], pairs={("red heart", "flat emoji")})
 
 
 def test_the_judge_knows_the_colours(pictures):

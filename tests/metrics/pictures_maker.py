@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ COLOURS = {"red heart": (220, 40, 40), "green apple": (40, 190, 60), "blue fish"
 STYLES = ("noto emoji", "flat emoji", "twemoji")
 
 
-def toy_shard(path: Path, side: int = 32) -> str:
-    """One picture of each concept in each style; returns the shard's path."""
+def toy_shard(path: Path, side: int = 32, pairs: Sequence[tuple[str, str]] = ()) -> str:
+    """One picture of each concept in each style, or of these pairs alone; returns the shard's path."""
     rng = np.random.default_rng(0)
     records = []
     for style in STYLES:
         for name, colour in COLOURS.items():
+            if pairs and (name, style) not in pairs:
+                continue
             pixels = np.full((side, side, 3), 255.0)
             pixels[6:-6, 6:-6] = np.array(colour) + rng.normal(0, 12, (side - 12, side - 12, 3))
             content = io.BytesIO()

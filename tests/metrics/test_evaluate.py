@@ -83,7 +83,9 @@ def test_a_classifier_is_trained_and_judges_prompts(command, tiny_checkpoint, to
     }  # fmt: skip
     assert made["figures"]["drawn, all"]["pictures"] == 12
     assert made["figures"]["real, twemoji (never seen)"]["pictures"] == 3
-    assert sum(made["concepts"].values()) == round(12 * made["figures"]["drawn, all"]["top1"])
+    assert sum(found["right"] for found in made["concepts"].values()) == round(
+        12 * made["figures"]["drawn, all"]["top1"]
+    )
     assert made["protocol"]["prompts"][0] == "a red heart, noto emoji"
     assert made["protocol"]["seeds"] == [5, 16]
     assert made["protocol"]["classifier"]["styles"] == ["flat emoji", "noto emoji"]
@@ -93,11 +95,28 @@ def test_a_classifier_is_trained_and_judges_prompts(command, tiny_checkpoint, to
     assert made["sources"] == {"reference": shards}
     assert sheet.exists()
 
+    # The pairs of one shard, on backgrounds: the figures of colours stand beside those of concepts.
+    only = toy_shard(tmp_path / "only.tar", pairs=[("green apple", "noto emoji"), ("red heart", "flat emoji")])
+    code, out, _ = command(
+        "scripts/evaluate.py", "prompts", "--model", tiny_checkpoint, "--shards", shards, "--classifier", classifier,
+        "--concepts", concepts, "--pairs", only, "--colours", "colours", "--n", 3, "--steps", 1, "--output", report,
+    )  # fmt: skip
+    assert code == 0
+    made = json.loads(report.read_text())
+    assert made["protocol"]["prompts"] == [
+        "a green apple on a red background, noto emoji", "a red heart on an orange background, flat emoji",
+    ]  # fmt: skip
+    assert {name: found["pictures"] for name, found in made["concepts"].items()} == {"green apple": 3, "red heart": 3}
+    assert made["figures"]["background's colour"]["pictures"] == 6 and "background's colour" in out
+    assert made["protocol"]["colours"]["light blue"] == [147, 197, 253]
+
     for given, complaint in (
         (("--left-out", "flat emoji"), "was trained on the style 'flat emoji'"),
         (("--seed", -5), "--seed is -5; it must be at least 0"),
         (("--n", 0), "--n is 0; it must be at least 1"),
         (("--steps", 0), "0 steps were asked for"),
+        (("--pairs", only, "--styles", "twemoji"), "--pairs shows none of the concepts in one of the styles"),
+        (("--colours", concepts), "must name colours by red, green and blue"),
     ):
         code, _, err = command(
             "scripts/evaluate.py", "prompts", "--model", tiny_checkpoint, "--shards", shards,
