@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     Network = Callable[..., Tensor]
 
 
-USUAL = Settings()
 GUIDING = ("cfg", "cfg_rescale", "cfg_interval", "perp_negative", "guide_model")
 
 
@@ -108,14 +107,15 @@ def begin_of(
             raise UserError("a mask and a depth map are of a picture; give the picture in the latents' place")
         begin: Picture | Latents = start.Latents(images)
     else:
-        masks, depths = mask, depth
-        if mask is not None:
-            masks = as_masks(mask, images)
-        if depth is not None:
-            depths = as_depths(depth, len(images))
-        begin = start.Picture(images, mask=masks, depth=depths)
-    if n == 1 or len(images) * n != len(requests):  # that there are as many of both is asked by the start itself
+        masks = None if mask is None else as_masks(mask, images)
+        begin = start.Picture(images, mask=masks, depth=None if depth is None else as_depths(depth, len(images)))
+    if n == 1:  # that there are as many of both is asked by the start itself
         return begin, requests
+    if len(images) * n != len(requests):
+        raise UserError(
+            f"{len(images)} pictures to begin from were given for {len(requests) // n} prompts; give as many of both, "
+            "or one of either"
+        )
     return begin.rows([i // n for i in range(len(requests))]), requests
 
 
@@ -171,7 +171,7 @@ def plan_of(
             raise UserError(f"the {name} is {value!r:.60}, which cannot be called; see the docstring of txt2img")
     chosen, said = settings_of(settings, start), ["cfg"] if cfg is not None else []
     if settings is not None:
-        said += [name for name in GUIDING if getattr(settings, name) != getattr(USUAL, name)]
+        said += [name for name in GUIDING if getattr(settings, name) != getattr(Settings(), name)]
     if guide is not None and said:
         raise UserError(f"{said[0]} is of a guidance with a name, and a guide is given, which has its own; say one")
     if settings is None and start is not None:

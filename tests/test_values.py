@@ -137,6 +137,9 @@ def test_several_pictures_of_each_picture(tiny_model: LatentDiffusion) -> None:
     assert len(tiny_model.img2img(latents=latents, prompt="a cat", n=3, settings=FAST)) == 6
     with pytest.raises(UserError, match="0 pictures of each prompt"):
         tiny_model.img2img(IMAGE, "a cat", n=0)
+    for four in ({"image": IMAGE.repeat(2, 1, 1, 1)}, {"latents": latents.repeat(2, 1, 1, 1)}):  # one for each of n
+        with pytest.raises(UserError, match="4 pictures to begin from were given for 2 prompts"):
+            tiny_model.img2img(**four, prompt=PROMPTS, n=2, settings=FAST)
 
 
 def test_a_condition(tiny_model: LatentDiffusion) -> None:

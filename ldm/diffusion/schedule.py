@@ -93,7 +93,7 @@ class Schedule:
 
     @property
     def t_max(self) -> float:
-        """The time of the last level: T - 1 for a chain, 1000 (flow: less by the cut) for others but edm."""
+        """The time of the last level: T - 1 for a chain, 1000 for others but edm."""
         return float(self.t(self.sigmas[-1]))
 
     @property

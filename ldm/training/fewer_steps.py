@@ -140,7 +140,7 @@ def _halve(config: Halve, law: Law, loss: DiffusionLossConfig) -> Objective:
         with torch.no_grad():
             target = merged(nets.teacher, x, [s, *below])
         error = _denoiser(nets.student, law, told)(x, s) - target
-        factor = weight(loss, law, s.cpu().double()).to(x0)
+        factor = weight(loss, law, s).to(x0)
         return factor * error.square().flatten(1).mean(1), {EACH_SIGMA: s}
 
     return objective

@@ -76,7 +76,8 @@ class Inputs:
             told = dataclasses.replace(told, planes=self._planes(batch, draws))
         if self.guidance is not None:
             low, high = self.guidance
-            told = dataclasses.replace(told, guidance=low + (high - low) * draws.uniform("guidance").to(self.device))
+            scale = low + (high - low) * draws.uniform("guidance")
+            told = dataclasses.replace(told, guidance=scale.float().to(self.device))  # not each device has float64
         return self._latent(batch, draws), told
 
     def untold(self, batch: Batch | LatentBatch, told: Condition, draws: Draws) -> Condition:

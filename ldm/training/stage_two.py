@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ldm.checkpoints.adapter_words import training_words
 from ldm.checkpoints.foreign import where_to
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.lora import save_lora
+from ldm.checkpoints.record import Checkpoint
 from ldm.config import DiffusionTraining, ModelConfig, OptimizerConfig, Regress
 from ldm.data.latents import LatentLoader, latent_fingerprint
 from ldm.data.loader import Loader, PictureDecode
@@ -77,7 +78,7 @@ def diffusion_stage(
     network.set_attention_backend(config.attention)
     model = assemble(made, began.codec, began.towers, network)
     course = Course(
-        partial(_open_batches, config, began, model.encoder.rows, rank, world),
+        partial(_open_batches, config, began.sources, model.encoder.rows, rank, world),
         config.data,
         config.loop,
         made.loss,
@@ -96,14 +97,12 @@ def diffusion_stage(
 
 
 def _open_batches(
-    config: DiffusionTraining, began: Beginning, labels: Collection[str], rank: int, world: int
+    config: DiffusionTraining, sources: Mapping[str, Checkpoint], labels: Collection[str], rank: int, world: int
 ) -> Batches:
     share = config.loop.global_batch, rank, world, config.loop.seed
     if not config.latents:
         return Loader(config.data, *share, PictureDecode(config.data, labels))
-    expected = latent_fingerprint(
-        began.sources.get("autoencoder"), began.sources.get("text"), config.data, config.encoder
-    )
+    expected = latent_fingerprint(sources.get("autoencoder"), sources.get("text"), config.data, config.encoder)
     return LatentLoader(dataclasses.replace(config.data, shards=config.latents), *share, expected, labels)
 
 
