@@ -55,8 +55,8 @@ def dpm_adaptive(
         if not 0 < value < math.inf:
             raise UserError(f"{name} of dpm_adaptive is {value:g}; choose a small positive number, such as 0.01")
     for name, value in (("pcoeff", pcoeff), ("icoeff", icoeff), ("dcoeff", dcoeff)):
-        if not 0 <= value < math.inf:
-            raise UserError(f"{name} of dpm_adaptive is {value:g}; choose 0 or more")
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} of dpm_adaptive is {value:g}; choose 0 to 1")
     if not 0 < accept_safety <= 1:
         raise UserError(f"accept_safety of dpm_adaptive is {accept_safety:g}; choose it above 0 and at most 1")
     powers = (pcoeff + icoeff + dcoeff) / order, -(pcoeff + 2 * dcoeff) / order, dcoeff / order
@@ -89,7 +89,7 @@ class _Picture:
 
     def takes(self, error: float, powers: Sequence[float], safety: float) -> bool:
         """Whether a step of that error is taken; `h` becomes what is tried next."""
-        now = 1 / (error + 1e-8)
+        now = 1 / (min(error, 1e99) + 1e-8)  # of an infinite one 0 has no negative power
         self.errors = [now, *(self.errors[1:] or [now, now])]
         factor = 1 + math.atan(math.prod(e**power for e, power in zip(self.errors, powers, strict=True)) - 1)
         self.h *= factor

@@ -155,6 +155,9 @@ def test_what_cannot_go_on_is_said() -> None:
     anything: Callable[[Tensor, Tensor], Tensor] = lambda x, sigma: torch.randn_like(x)  # noqa: E731
     with pytest.raises(UserError, match="larger tolerances"):
         list(dpm_adaptive(atol=1e-13, rtol=1e-13)(anything, X, sigmas, pytest.fail))  # type: ignore[arg-type]
+    huge: Callable[[Tensor, Tensor], Tensor] = lambda x, sigma: 1e200 * torch.randn_like(x)  # noqa: E731
+    with pytest.raises(UserError, match="dpm_adaptive cannot go on"):  # nor with an error that is infinite
+        list(dpm_adaptive(pcoeff=1.0, dcoeff=1.0)(huge, X, sigmas, pytest.fail))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,7 @@ def test_what_cannot_go_on_is_said() -> None:
         ({"atol": math.nan}, "atol of dpm_adaptive is nan"),
         ({"h_init": -0.1}, "h_init of dpm_adaptive"),
         ({"dcoeff": -1.0}, "dcoeff of dpm_adaptive is -1"),
+        ({"pcoeff": 200.0}, "pcoeff of dpm_adaptive is 200"),
         ({"accept_safety": 1.5}, "accept_safety of dpm_adaptive is 1.5"),
     ],
 )
