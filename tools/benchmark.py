@@ -122,7 +122,7 @@ def pairs(a: argparse.Namespace) -> dict[str, Any]:
         for _ in range(2):
             work()
     wall, cpu = take_turns({side: lambda work=work: work for side, work in works.items()}, a.rounds)
-    print(HEAD)
+    print(HEAD if a.device == "cpu" else HEAD.replace("CPU time", "the clock"))
     for side in a.sides:
         by_cpu, by_clock = (statistics.median(seconds[side]) for seconds in (cpu, wall))
         ours = spread(ratios(cpu if a.device == "cpu" else wall, a.sides[0], side), "x") if side != a.sides[0] else ""

@@ -25,7 +25,7 @@ import sides  # beside this file
 
 from ldm.arguments import COUNT, Parser
 from ldm.config import UNetConfig
-from ldm.errors import UserError, out_of_memory
+from ldm.errors import UserError, first_line, out_of_memory
 
 SDXL = UNetConfig(
     channels=320,
@@ -119,10 +119,9 @@ def measured(side: str, a: argparse.Namespace, until: float) -> Iterator[str]:
                     at = now()
                     step()
                     seconds.append(now() - at)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            yield "not run: too little memory | | |"
+        except Exception as error:  # of whichever side: the others are still to be measured
+            why = "too little memory" if out_of_memory(error) else f"{type(error).__name__}: {first_line(error)}"
+            yield f"failed: {why.replace('|', '/')} | | |"
             continue
         peak = torch.cuda.max_memory_allocated() if a.device == "cuda" else 0
         yield f"{statistics.median(seconds):.4f} | {min(seconds):.4f} | {ready - begun:.1f} | {peak / 1e6:.0f}"
@@ -180,7 +179,7 @@ def theirs(how: str, a: argparse.Namespace) -> Callable[[dict[str, Any]], Step]:
         made: Any = UNet2DConditionModel.from_config(plain)
     unet = made.to(given(a, 1)["x"].dtype).eval().requires_grad_(False)
     if how == "compile":
-        unet.compile(fullgraph=True)
+        unet.compile(fullgraph=True, dynamic=False)  # each batch by itself, as ours
 
     def make(of: dict[str, Any]) -> Step:
         more = {"text_embeds": of["pooled"], "time_ids": of["sizes"]} if wide else None

@@ -26,8 +26,8 @@ class Converted:
                 left = iter(values)
                 return call(*same_with(inputs, lambda _: next(left)))
 
-        given = tuple(value.detach().clone() for value in tensors(inputs))  # no inference tensor, which is not traced
-        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        given = tuple(value.clone() for value in tensors(inputs))  # no inference tensor, which is not traced
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's, of shapes that become constants: they are
             traced = torch.jit.trace(Piece(), given, check_trace=False)
             graph = openvino.convert_model(traced, example_input=given, input=[list(value.shape) for value in given])

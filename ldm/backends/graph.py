@@ -84,7 +84,7 @@ class Recorded:
                     call(*self.inputs)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=side):  # its default is of the first device that recorded
                 self.output = call(*self.inputs)
 
     def __call__(self, inputs: tuple[Any, ...]) -> Tensor:

@@ -1,8 +1,11 @@
 """The benchmark's commands run and name what they measured. No speed is asserted anywhere."""
 
 import json
+import math
 import runpy
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,30 @@ def test_a_step_by_both_libraries_on_weights_made_here(monkeypatch, capsys):
         [f" tiny, batch {batch}, fp32 ", f" {side} "] for side in ("ldm", "diffusers") for batch in (1, 2)
     ]
     assert all(float(row.split("|")[3]) > 0 for row in rows)
+
+
+def test_a_side_that_fails_leaves_the_others_their_turn(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    made = runpy.run_path(str(ROOT / "tools" / "gpu_step.py"))
+    a = made["parse"](["--shape", "tiny", "--batch", "1", "2", "--device", "cpu", "--precision", "fp32"])
+
+    def broken(how: str, a: object) -> None:
+        raise RuntimeError("no kernel for sm_90|a\nand more")
+
+    monkeypatch.setitem(made["measured"].__globals__, "ours", broken)
+    assert [*made["measured"]("ldm", a, math.inf)] == 2 * ["failed: RuntimeError: no kernel for sm_90/a | | |"]
+
+
+def test_what_a_part_has_printed_stays_when_the_time_is_over(monkeypatch, capfd):
+    part, real = runpy.run_path(str(ROOT / "tools" / "gpu_check.py"))["part"], subprocess.run
+
+    def late(words: list[str], **how: object) -> None:
+        real(words, **how)
+        raise subprocess.TimeoutExpired(words, 1)
+
+    monkeypatch.setattr(subprocess, "run", late)
+    part("steps", ["-c", "print('a row')"], time.monotonic() + 100)
+    assert capfd.readouterr().out == "\n## steps\n\na row\nnot finished: the time was over\n"
 
 
 def test_without_a_gpu_its_check_says_so(monkeypatch, capsys):
