@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from ldm.ranges import Count, Counts, Decay, Filled, NotNegative, Positive, Range, Share, Side, Whole
+from ldm.ranges import Count, Counts, Decay, Filled, NotNegative, Positive, Range, Share, Side, Steps, Whole
 
 TOWERS = ("text", "text_2")  # parts of a model that read captions; a model with one calls it `text`
 
@@ -173,7 +173,7 @@ class DrawingConfig:
     """How a model is meant to be drawn, where nobody says otherwise. The defaults are those of a diffusion model."""
 
     cfg: float = 7.5  # guidance scale
-    steps: Count = 20  # of the sampler
+    steps: Steps = 20  # of the sampler
     sampler: str = "dpmpp_2m"  # its name
     spacing: str = ""  # of the levels, a grid's name; empty: the sampler's own
 

@@ -18,6 +18,7 @@ from ldm.errors import UserError
 MAX_SEED = 2**63 - 1
 MAX_FLOAT = 3e38  # what single precision holds
 WEAKEST = 0.001  # the least strength of img2img but 0: of a thousand trained levels that is one
+MAX_STEPS = 1_000_000  # of a sampler, or of a schedule's table
 MAX_SIDE = 16_384  # pixels of a picture: the latent alone of a square one is 270 MB, where f is 4
 
 
@@ -75,6 +76,7 @@ class Filled:
 Level = Annotated[float, Endless()]
 Whole = Annotated[int, Range(least=0)]
 Count = Annotated[int, Range(least=1)]
+Steps = Annotated[int, Range(least=1, most=MAX_STEPS)]
 Side = Annotated[int, Range(least=1, most=MAX_SIDE)]
 Seed = Annotated[int, Range(least=0, most=MAX_SEED)]
 Positive = Annotated[float, Range(above=0)]

@@ -6,6 +6,7 @@ import ast
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,12 @@ def test_a_prompt_file_in_another_encoding(tmp_path: Path) -> None:
         (Settings(sampler="Euler CFG++", cfg=0.6, guide_model="x"), "and a guide model stands there"),
         (Settings(spacing="trail"), "did you mean 'trailing'"),
         (Settings(steps=0), "0 steps"),
+        (Settings(steps=10**12), "1000000000000 steps were asked for; choose between 1 and 1,000,000"),
         (Settings(cfg=float("nan")), "guidance scale"),
         (Settings(cfg=10**400), "cfg is a number of more than 300 digits"),
-        (Settings(eta=-0.1), "eta"),
+        (Settings(sampler="ddim", eta=-0.1), "eta is -0.1"),
+        (Settings(eta=0.5), "eta is an option of some samplers; name the one"),
+        (Settings(options={"rtol": 1}), "rtol is an option of some samplers; name the one"),
         (Settings(sampler="plms", eta=0.5), "no option 'eta'; it has none"),
         (Settings(sampler="ode", options={"rtl": 1}), "no option 'rtl'; it takes rtol, atol"),
         (Settings(sampler="ode", options={"rtol": "small"}), "must be a number"),
@@ -194,7 +198,7 @@ def test_a_prompt_file_in_another_encoding(tmp_path: Path) -> None:
         (Settings(width=0), "width"),
         (Settings(height=400_000), "the height is 400000 pixels; choose between 1 and 16384"),
         (Settings(tile=0), "a tile of 0 pixels"),
-        (Settings(eta=0.0, options={"eta": 1}), "eta is 0 and 1 among the sampler's options; say one"),
+        (Settings(sampler="ddim", eta=0.0, options={"eta": 1}), "eta is 0 and 1 among the sampler's options; say one"),
         (Settings(cfg_rescale=2.0), "rescale"),
         (Settings(cfg_interval=(3.0, 1.0)), "interval"),
     ],
@@ -318,6 +322,17 @@ def test_what_has_no_effect_without_guidance_is_said() -> None:
             "there is no negative prompt, so there is no effect of perp_negative"
         ]
     assert Settings(cfg=1, perp_negative=1.0).without_effect(negative) == [], "which is pushed away from all the same"
+
+
+def test_reuse_of_a_single_evaluation_is_said() -> None:
+    plain, one = [Request("a")], Settings(steps=1, reuse=3)
+    (said,) = one.without_effect(plain)
+    assert "evaluated once, so there is no effect of reuse" in said
+    assert len(replace(one, cfg=1).without_effect([Request("a", "b")])) == 2
+    assert replace(one, steps=2).without_effect(plain) == [], "the second rests, however large it is"
+    assert Settings(sampler="heun", sigmas=(5.0, 1.0), reuse=3).without_effect(plain) == [], "two evaluations"
+    assert Settings(sigmas=(5.0, 0.0), reuse=3).without_effect(plain)
+    assert Settings(reuse=2).of(DrawingConfig(steps=1)).without_effect(plain), "of a model that is drawn so"
 
 
 def test_counts_and_seeds_that_are_none() -> None:

@@ -38,6 +38,7 @@ NETWORKS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_mode
 WEIGHTS = {**NETWORKS, "text_encoder": "model"}
 PICKLES = {**NETWORKS, "text_encoder": "pytorch_model"}
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
+ALONE = {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "transformer"}  # class -> its folder in a model
 TOWERS_THERE = ("", "_2")  # the ends of the names of text towers' folders
 PROJECTION = "text_projection.weight"
 LATENT_CONSISTENCY = "LatentConsistencyModel"  # what the names of their pipelines begin with
@@ -139,19 +140,19 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
     assumed: list[str] = []
     said: list[Said] = []
     remarks: tuple[str, ...] = ()
+    side = None
     if (path / "unet").is_dir():
         where = path / "unet" / "config.json"
         plain = read_json(where)
+        side = configs.latent_side(plain, str(where))
         settings |= {"unet": configs.read_unet(plain, str(where)), "schedule": ScheduleConfig()}
         source = open_weights(path / "unet", "unet", raw=weights == "raw")
         parts["unet"] = part_of(source, path / "unet", unet_names, GROUPS)
         where = path / "scheduler" / "scheduler_config.json"
         said, remarks = read_scheduler(scheduler := read_json(where), _scheduler_class(index), str(where))
-        settings["drawing"] = drawing_of(scheduler, _scheduler_class(index), settings["unet"])
+        settings["drawing"], by_kind = drawing_of(scheduler, _scheduler_class(index), settings["unet"])
+        assumed += ["drawing.sampler"] * by_kind
         said += by_tensors(source) + edm.by_tensors(source)
-        side = plain.get("sample_size")
-    else:
-        side = None
     unscaled_latent = False
     if (path / "vae").is_dir():
         settings["autoencoder"], parts["autoencoder"], unscaled_latent = autoencoder_in(path / "vae")
@@ -171,7 +172,7 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
     if sdxl.is_xl(config):
         config = _said_of_xl(sdxl.completed(config, path, scaled=not unscaled_latent), index)
     config = follow(config, settle(said, path, decided))
-    if isinstance(side, int) and config.autoencoder is not None:
+    if side is not None and config.autoencoder is not None:
         config = replace(config, image_size=side * config.autoencoder.factor)
     elif "unet" in parts:
         config = replace(config, image_size=assumed_side(config))
@@ -220,6 +221,12 @@ def open_autoencoder(path: Path, tensors: Tensors | None) -> Checkpoint:
     weights, `tensors`; a config.json beside it is read.
     """
     if tensors is None:
+        alone = ALONE.get(str(read_json(path / "config.json").get("_class_name")))
+        if alone is not None:
+            raise UserError(
+                f"{path} is a network without the rest of its model: put it in the place of the folder {alone} in a "
+                "copy of the model that it was made of (a directory of diffusers), and name that copy"
+            )
         config, part, assumed = autoencoder_in(path)
     else:
         part = _autoencoder_part(tensors, path)

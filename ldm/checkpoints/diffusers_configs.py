@@ -180,6 +180,16 @@ def value(plain: Plain, name: str, default: T, where: str) -> T:
     raise UserError(f"{where}: {name} is {str(found)[:60]} and should be {wanted}")
 
 
+def latent_side(plain: Plain, where: str) -> int | None:
+    """sample_size: of the latents that a network was trained on; None where it is not said, or not of a square."""
+    if isinstance(plain.get("sample_size"), list | None):
+        return None
+    side = value(plain, "sample_size", 0, where)
+    if side < 1:
+        raise UserError(f"{where}: sample_size is {side} and should be at least 1")
+    return side
+
+
 def _channels(plain: Plain, name: str, count: int, where: str) -> tuple[float, ...]:
     """A number for each channel of the latent, or none. Deviations are positive."""
     found = plain.get(name) or []

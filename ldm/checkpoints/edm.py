@@ -26,26 +26,28 @@ from ldm.model_config import ModelConfig, ScheduleConfig
 SCHEDULERS = ("EDMEuler", "EDMDPMSolverMultistep")
 WRITTEN = "EDMDPMSolverMultistepScheduler"
 HIGHEST, LOWEST, HALF = "edm_vpred.sigma_max", "edm_vpred.sigma_min", 0.5
+MOST_CHANNELS = 64  # of a latent
 PREDICTIONS = {("epsilon", None): "edm", ("v_prediction", 1.0): "v"}
 
 
 def by_tensors(tensors: Source) -> list[Said]:
-    """What the marker tensors say. Raises UserError for numbers that make no law."""
+    """What the marker tensors say, of one law or both. Raises UserError for numbers that make no law."""
     named = {marker(name): name for name in tensors if marker(name)}
+    found: list[Said] = []
     if "edm_mean" in named or "edm_std" in named:
-        mean, std = (_numbers(tensors, named.get(name), name) for name in ("edm_mean", "edm_std"))
+        mean, std = (_numbers(tensors, named.get(name), name, MOST_CHANNELS) for name in ("edm_mean", "edm_std"))
         if len(mean) != len(std) or min(std) <= 0:
             raise UserError(f"the tensors edm_mean and edm_std hold {mean} and {std}: no mean and deviation")
-        return [
+        found += [
             *_said("edm", HALF, 0.002, 80.0, "the tensor edm_mean"),
             Said("autoencoder.shift", mean, "the tensor edm_mean"),
             Said("autoencoder.scale", tuple(HALF / one for one in std), "the tensor edm_std"),
         ]
-    if HIGHEST not in named and LOWEST not in named:
-        return []
-    (high,) = _numbers(tensors, named.get(HIGHEST), HIGHEST)[:1]
-    (low,) = _numbers(tensors, named[LOWEST], LOWEST)[:1] if LOWEST in named else (0.002,)
-    return _said("v", 1.0, low, high, f"the tensor {HIGHEST}")
+    if HIGHEST in named or LOWEST in named:
+        (high,) = _numbers(tensors, named.get(HIGHEST), HIGHEST, 1)
+        (low,) = _numbers(tensors, named[LOWEST], LOWEST, 1) if LOWEST in named else (0.002,)
+        found += _said("v", 1.0, low, high, f"the tensor {HIGHEST}")
+    return found
 
 
 def by_scheduler(plain: Mapping[str, Any], kind: str, where: str) -> list[Said] | None:
@@ -69,14 +71,15 @@ def _said(form: str, deviation: float, low: float, high: float, where: str) -> l
     return [Said(*pair, where) for pair in (("parameterization", form), ("schedule", law), ("sigma_data", deviation))]
 
 
-def _numbers(tensors: Source, name: str | None, wanted: str) -> tuple[float, ...]:
-    """The numbers in a marker tensor, as they were before they were stored."""
+def _numbers(tensors: Source, name: str | None, wanted: str, most: int) -> tuple[float, ...]:
+    """The numbers in a marker tensor, `most` or fewer, as they were before they were stored."""
     if name is None:
         raise UserError(f"the tensor {wanted} is missing beside the others of its kind; copy the file again")
     size = math.prod(tensors.form(name)[1])
-    found = tensors[name].double().flatten() if 0 < size <= 64 else torch.tensor([math.nan])
+    found = tensors[name].double().flatten() if 0 < size <= most else torch.tensor([math.nan])
     if not bool(found.isfinite().all()):
-        raise UserError(f"the tensor {name} holds {size} numbers, and should hold one or one for each channel, finite")
+        each = " or one for each channel" if most > 1 else ""
+        raise UserError(f"the tensor {name} holds {size} numbers, and should hold one{each}, finite")
     return tuple(float(f"{one:.7g}") for one in found.tolist())
 
 

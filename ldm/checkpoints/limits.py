@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from ldm.errors import UserError
 from ldm.model_config import MMDiTConfig, ModelConfig
+from ldm.ranges import MAX_SIDE, MAX_STEPS, check
 
 MAX_BLOCKS = 1024  # of one network, counted level by level; Stable Diffusion XL's U-Net has 90
 MAX_CONTEXT = 4096  # tokens; the causal mask is square
 MAX_TOKENIZER = 16 << 20  # bytes; T5's has 2.4 million
 MAX_GRID = 1024  # patches along a side of the table of positions
-MAX_STEPS = 1_000_000  # of the schedule's table
-MAX_SIDE = 16_384  # pixels
 
 
 def check_size(config: ModelConfig, where: str) -> ModelConfig:
-    """`config` itself; raises UserError if it describes something that no machine would hold."""
+    """`config` itself; raises UserError if it describes something that no machine would hold, or is out of range."""
     found: list[tuple[str, int, int]] = [("image_size", config.image_size, MAX_SIDE)]
     if (a := config.autoencoder) is not None:
         found.append(("autoencoder levels x blocks", len(a.multipliers) * (a.blocks + 1), MAX_BLOCKS))
@@ -35,4 +34,5 @@ def check_size(config: ModelConfig, where: str) -> ModelConfig:
     for name, value, most in found:
         if value > most:
             raise UserError(f"{where} describes a model with {name} {value:,} (at most {most:,} are read); check it")
+    check(config, where)
     return config

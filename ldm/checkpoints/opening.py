@@ -39,7 +39,7 @@ STRANGERS = {  # a tensor's name -> whose it is: said by name, since these are w
     "double_blocks.": "a Flux checkpoint",
     "control_model.": "a ControlNet",
     "modules.": "what a training goes on from (tools/export_state.py makes a model of its folder)",
-    "down_blocks.0.resnets.": "a U-Net of diffusers without its folder",
+    "down_blocks.0.resnets.": "a U-Net of diffusers without its folder and the rest of its model",
 }
 
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.common_names import TRANSFORMER, clip_names
-from ldm.checkpoints.limits import MAX_STEPS
 from ldm.checkpoints.state import Names, Rules, Shape, names_by, rename
 from ldm.diffusion.schedule import make_schedule
 from ldm.errors import UserError
 from ldm.model_config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.ranges import MAX_STEPS
 
 UNET, EMA, AUTOENCODER = "model.diffusion_model.", "model_ema.", "first_stage_model."
 CLIP_TEXT, OPEN_CLIP_TEXT = "cond_stage_model.transformer.", "cond_stage_model.model."

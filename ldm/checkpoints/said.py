@@ -156,11 +156,13 @@ def _set(keys: Iterable[str]) -> str:
 
 
 def follow(config: ModelConfig, answers: Mapping[str, Any]) -> ModelConfig:
-    """`config` with the settings that `settle` found."""
+    """`config` with the settings that `settle` found, but for those of parts that it has not."""
     for key, value in sorted(answers.items()):  # the schedule goes before its rescaling
         part, _, name = key.partition(".")
+        inner = getattr(config, part) or (ScheduleConfig() if part == "schedule" else None)
+        if name and inner is None:
+            continue
         if name:
-            inner = getattr(config, part) or ScheduleConfig()
             value = replace(inner, **{name: value})
         config = replace(config, **{part: value})
     return config

@@ -17,6 +17,7 @@ from ldm.checkpoints.diffusers_configs import BETAS, PREDICTIONS, value
 from ldm.checkpoints.said import FLOW, ZERO_SNR, Said
 from ldm.errors import UserError
 from ldm.model_config import DrawingConfig, ScheduleConfig, UNetConfig
+from ldm.ranges import MAX_STEPS
 
 Plain = Mapping[str, Any]
 
@@ -97,7 +98,6 @@ def _schedule_of(betas: Any) -> ScheduleConfig | None:
     """The schedule that a list of betas is."""
     import torch
 
-    from ldm.checkpoints.limits import MAX_STEPS
     from ldm.checkpoints.original import schedule_of
 
     few = isinstance(betas, list) and len(betas) <= MAX_STEPS
@@ -107,13 +107,14 @@ def _schedule_of(betas: Any) -> ScheduleConfig | None:
     return schedule_of(torch.cumprod(1 - table, 0), table)
 
 
-def drawing_of(plain: Plain, named: str, unet: UNetConfig) -> DrawingConfig:
-    """How a model with this scheduler is meant to be drawn: a latent consistency model as its pipeline draws, at the
-    scale 8.5 where the network is told it, unguided where it is not (one with a LoRA merged into it)."""
+def drawing_of(plain: Plain, named: str, unet: UNetConfig) -> tuple[DrawingConfig, bool]:
+    """How a model with this scheduler is meant to be drawn, and whether that is assumed: a latent consistency model as
+    its pipeline draws, at the scale 8.5 where the network is told it, unguided where it is not (one with a LoRA merged
+    into it). A network that is told it is taken for one beside any scheduler: some are published without theirs."""
     if _bare(str(plain.get("_class_name") or named)) != "LCM":
-        return DrawingConfig()
+        return (LCM, True) if unet.guidance_width else (DrawingConfig(), False)
     grid = LCM.spacing if plain.get("original_inference_steps", 50) == 50 else "trailing"  # of other levels than ours
-    return replace(LCM, cfg=LCM.cfg if unet.guidance_width else 1.0, spacing=grid)
+    return replace(LCM, cfg=LCM.cfg if unet.guidance_width else 1.0, spacing=grid), False
 
 
 def _bare(kind: str) -> str:

@@ -19,7 +19,7 @@ from ldm.checkpoints.said import follow, settle
 from ldm.checkpoints.scheduler_config import read_scheduler
 from ldm.checkpoints.state import exported
 from ldm.errors import UserError
-from ldm.model_config import MMDiTConfig, ModelConfig, ScheduleConfig
+from ldm.model_config import MMDiTConfig, ModelConfig
 from ldm.plain import read_json
 
 FOLDERS = {"text": "text_encoder", "text_2": "text_encoder_2"}
@@ -48,6 +48,7 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
     parts["unet"] = diffusers.part_of(source, path / "transformer", mmdit.diffusers_names, 0)
     where = path / "scheduler" / "scheduler_config.json"
     said, remarks = read_scheduler(read_json(where), "", str(where)) if where.is_file() else ([], ())
+    assumed += [] if said else ["schedule.shift"]
     if (path / "vae").is_dir():
         settings["autoencoder"], parts["autoencoder"], _ = diffusers.autoencoder_in(path / "vae")
     for name, folder in FOLDERS.items():
@@ -64,14 +65,12 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
         source, embed_dim = sd3.with_projection(source, sd3.PROJECTION, f"{inner}final_layer_norm.weight")
         settings[name] = replace(text, embed_dim=embed_dim, layer="penultimate", final_norm=False)
         parts[name] = sd3.clip_part(source, "", inner, path / folder)
-    config = sd3.completed(
-        follow(ModelConfig(schedule=ScheduleConfig("flow"), **settings), settle(said, path, decided))
-    )
+    config = sd3.completed(follow(ModelConfig(schedule=sd3.FLOW, **settings), settle(said, path, decided)))
     if (path / "text_encoder_3").is_dir() and config.towers and "t5" not in decided:
         third = t5.in_directory(path, diffusers.open_weights(path / "text_encoder_3", "text_encoder"))
         config, parts["t5"] = replace(config, t5=third[0]), Part(*third[1])
-    side = plain.get("sample_size")
-    if isinstance(side, int) and config.autoencoder is not None:
+    side = configs.latent_side(plain, str(path / "transformer" / "config.json"))
+    if side is not None and config.autoencoder is not None:
         config = replace(config, image_size=side * config.autoencoder.factor)
     return Checkpoint(path, "diffusers directory", config, parts, tuple(assumed), remarks)
 

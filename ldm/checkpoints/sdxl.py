@@ -30,6 +30,13 @@ def completed(config: ModelConfig, where: object, scaled: bool = False) -> Model
         config = replace(config, autoencoder=replace(config.autoencoder, scale=(SCALE,)))
     if not config.towers:
         return config
+    wide = sum(tower.width for tower in config.towers.values())
+    if wide < unet.context_width and len(config.towers) == 1:
+        missing = "first" if config.text is not None and config.text.embed_dim else "second"
+        raise UserError(
+            f"{where} has one text tower, {wide} wide, and its U-Net reads {unet.context_width} numbers a token: the "
+            f"{missing} of Stable Diffusion XL's two is missing; copy the model again, with both"
+        )
     towers = {name: replace(tower, layer="penultimate", final_norm=False) for name, tower in config.towers.items()}
     refiner = len(towers) == 1
     numbers, pooled = 5 if refiner else 6, sum(tower.embed_dim for tower in towers.values())

@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         if t5 is not None and not (towers and config.t5_tokens and config.width == t5.config.width):
             raise UserError(
                 f"T5 is {t5.config.width} wide and stands behind text towers: set encoder.width={t5.config.width} and "
-                "encoder.t5_tokens (Stable Diffusion 3: 77), or take a model without T5"
+                "encoder.t5_tokens (Stable Diffusion 3: 77), or leave T5 out: t5=null"
             )
 
     def with_towers(self, towers: Mapping[str, TextTower]) -> Encoder:

@@ -15,7 +15,7 @@ from ldm.jobs.plan import Auto, Cfg, Classifier, Guide, Merge, PerpNegative, Pla
 from ldm.jobs.request import Request, Sizes
 from ldm.jobs.values import real, reals, shown, table, whole, wholes, word
 from ldm.model_config import DrawingConfig
-from ldm.ranges import MAX_SIDE, Level
+from ldm.ranges import MAX_SIDE, MAX_STEPS, Level
 
 THRESHOLDS = ("static", "dynamic")
 SYNTAXES = ("plain", "weighted")
@@ -64,7 +64,11 @@ class Settings:
         """The same in the library's names and types, what is left to the model still left to it.
 
         Raises UserError for what no model could do."""
-        given, checked = self._typed(), self.of(USUAL)._named()
+        given = self._typed()
+        if given.sampler is None and (given.options or given.eta is not None):
+            option = "eta" if given.eta is not None else f"{next(iter(given.options))}"[: catalogue.QUOTED]
+            raise UserError(f"{option} is an option of some samplers; name the one that is meant with it, such as ddim")
+        checked = self.of(USUAL)._named()
         left = {name: None for name in ("cfg", "steps", "sampler") if getattr(given, name) is None}
         if given.sigmas:
             left.pop("steps", None)
@@ -112,8 +116,8 @@ class Settings:
                 raise UserError(
                     f"{written + 1} sigmas are written out, which are {written} steps, and {asked}; say one"
                 )
-        if self.steps < 1:
-            raise UserError(f"{self.steps} steps were asked for; choose at least 1")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise UserError(f"{self.steps} steps were asked for; choose between 1 and {MAX_STEPS:,}")
         if not math.isfinite(self.cfg):
             raise UserError(f"the guidance scale is {self.cfg}; choose a finite number, such as 7.5")
         if info.unguided and not 0 <= self.cfg <= MOST_PLUS:
@@ -195,15 +199,18 @@ class Settings:
         return Sizes(self.original_size, self.crop or (0, 0), self.target_size, scores)
 
     def without_effect(self, requests: Sequence[Request]) -> list[str]:
-        """A sentence on what is asked for and does nothing."""
+        """Sentences on what is asked for and does nothing."""
         whole = self.of(USUAL)
         assert whole.sampler is not None
+        found = list[str]()
+        if self.reuse is not None and whole.steps == 1 and not any(self.sigmas[-1:]):  # a step to 0 is one evaluation
+            found.append("the U-Net is evaluated once, so there is no effect of reuse")
         if self.perp_negative is not None and not any(request.negative for request in requests):
-            return ["there is no negative prompt, so there is no effect of perp_negative"]
+            return [*found, "there is no negative prompt, so there is no effect of perp_negative"]
         plus = catalogue.SAMPLERS[catalogue.resolve(whole.sampler)[0]].unguided
         joined = self.prompt_syntax == "weighted" and any(len(grammar.clauses(each.prompt)) > 1 for each in requests)
         if whole.cfg != 1 or self.perp_negative is not None or plus or joined:  # what AND joins is guided at 1, too
-            return []
+            return found
         asked = {
             "the negative prompt": any(request.negative for request in requests),
             "the guide model": self.guide_model is not None,
@@ -211,9 +218,9 @@ class Settings:
             "cfg_interval": self.cfg_interval is not None,
         }
         names = [name for name, given in asked.items() if given]
-        return (
-            [f"at guidance scale 1 nothing is guided, so there is no effect of {' and '.join(names)}"] if names else []
-        )
+        if names:
+            found.append(f"at guidance scale 1 nothing is guided, so there is no effect of {' and '.join(names)}")
+        return found
 
     def but(self, cfg: float | None = None, steps: int | None = None, sampler: str | None = None) -> Settings:
         """The same with those of these that are not None."""
@@ -279,6 +286,10 @@ class Settings:
         asked = "reuse" if every is not None else "merge_tokens" if share is not None else None
         if asked and sampler in catalogue.ADAPTIVE:
             raise UserError(f"{sampler} measures its own error, and {asked} would be that; choose another sampler")
+        if every is not None and sampler == "restart":
+            raise UserError(
+                "restart goes back to high levels, and reuse keeps what it saw at lower ones; leave one out"
+            )
 
 
 def _below(text: str) -> tuple[float | None, float]:

@@ -20,7 +20,7 @@ from ldm.checkpoints.opening import open_checkpoint
 from ldm.config import AutoencoderConfig, ModelConfig
 from ldm.errors import UserError
 
-from .small_models import SMALL, random_states, same
+from .small_models import SMALL, SMALL_3, random_states, same
 
 UNET, WEIGHTS = "unet", "diffusion_pytorch_model.safetensors"
 
@@ -208,6 +208,9 @@ def test_an_autoencoder_by_itself_is_written_and_comes_back(tmp_path: Path):
         ("unet/config.json", {"block_out_channels": [64, 96], "attention_head_dim": 1}, "not multiples"),
         ("unet/config.json", {"in_channels": "4"}, "should be a whole number"),
         ("unet/config.json", {"down_block_types": 7}, "not those of Stable Diffusion"),
+        ("unet/config.json", {"sample_size": -8}, r"unet.config\.json: sample_size is -8 and should be at least 1"),
+        ("unet/config.json", {"sample_size": True}, "sample_size is True and should be a whole number"),
+        ("unet/config.json", {"out_channels": -4}, r"unet\.out_channels must be at least 1, not -4"),
         ("vae/config.json", {"scaling_factor": "much"}, "should be a number"),
         ("vae/config.json", {"norm_num_groups": [32]}, "should be a whole number"),
         ("scheduler/scheduler_config.json", {"beta_end": [1]}, "should be a number"),
@@ -227,6 +230,22 @@ def test_settings_that_are_not_read_are_refused(copied: Path, file: str, changes
     change(copied / file, **changes)
     with pytest.raises(UserError, match=words):
         open_checkpoint(copied)
+
+
+def test_of_stable_diffusion_3_without_its_scheduler_the_usual_shift_is_assumed(tmp_path: Path):
+    export.write(tmp_path, SMALL_3, random_states(SMALL_3), "diffusers")
+    assert open_checkpoint(tmp_path).assumed == ()
+    shutil.rmtree(tmp_path / "scheduler")
+    found = open_checkpoint(tmp_path)
+    assert found.assumed == ("schedule.shift",) and found.config.schedule == SMALL_3.schedule
+    change(tmp_path / "transformer" / "config.json", sample_size=-8)
+    with pytest.raises(UserError, match=r"transformer.config\.json: sample_size is -8"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_network_without_the_rest_of_its_model(copied: Path):
+    with pytest.raises(UserError, match=r"unet is a network without .* the place of the folder unet in a copy"):
+        open_checkpoint(copied / "unet")
 
 
 def test_both_ways_to_say_how_many_heads():

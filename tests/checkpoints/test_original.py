@@ -120,6 +120,14 @@ def test_the_depth_model_differs_from_v2_in_its_first_convolution():
     assert checkpoint.foreign == ()
 
 
+@pytest.mark.parametrize(("number", "missing"), [(0, "first"), (1, "second")])
+def test_a_tower_that_is_missing_of_two_is_said(number: int, missing: str):
+    gone = f"conditioner.embedders.{number}"
+    shapes = {name: shape for name, shape in LISTS["xl"].items() if not name.startswith(gone)}
+    with pytest.raises(UserError, match=f"reads 2048 numbers a token: the {missing} of .* two is missing"):
+        opened(shapes)
+
+
 # ---------------------------------------------------------------- what the tensors do not tell
 
 

@@ -15,6 +15,7 @@ import ldm
 from ldm.checkpoints import export, original, original_file
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.reading import read_metadata
+from ldm.checkpoints.said import follow
 from ldm.config import ModelConfig, ScheduleConfig
 from ldm.errors import UserError
 
@@ -97,11 +98,19 @@ def test_markers_of_v_prediction_among_those_of_xl(prefix: str):
         ({"edm_vpred.sigma_max": torch.empty(0)}, "holds 0 numbers"),
         ({"edm_vpred.sigma_max": torch.zeros(1).expand(10**12)}, "holds 1000000000000 numbers"),
         ({"edm_vpred.sigma_max": torch.tensor(-1.0)}, "no law"),
+        ({"edm_vpred.sigma_max": torch.tensor([120.0, 80.0])}, "holds 2 numbers, and should hold one, finite"),
+        (COSXL | {"edm_vpred.sigma_min": torch.ones(3)}, "holds 3 numbers, and should hold one, finite"),
+        (COSXL | PLAYGROUND, "edm_mean says that parameterization is edm, the tensor edm_vpred.sigma_max that it is v"),
     ],
 )
 def test_numbers_that_make_no_law_of_edm(tensors: dict[str, Tensor], words: str):
     with pytest.raises(UserError, match=words):
         marked(tensors)
+
+
+def test_what_is_said_of_a_part_that_is_not_there_is_passed_over():
+    config = ModelConfig(image_size=64)
+    assert follow(config, {"autoencoder.shift": MEAN, "schedule.zero_terminal_snr": True}).autoencoder is None
 
 
 def test_cosxl_and_a_table_of_a_chain_disagree():

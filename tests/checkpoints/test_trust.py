@@ -183,10 +183,11 @@ def test_models_too_large_for_any_machine(tiny_checkpoint: Path, tmp_path: Path)
         {"autoencoder": {**plain["autoencoder"], "multipliers": [1] * 5000}},
         {"schedule": {**plain["schedule"], "steps": 10**12}},
         {"image_size": 10**9},
+        {"drawing": {"steps": 10**9}},
     )
     for change in changes:
         (tmp_path / "model.json").write_text(json.dumps(plain | change))
-        with pytest.raises(UserError, match=r"describes a model with|model\.json: image_size must be"):
+        with pytest.raises(UserError, match=r"describes a model with|model\.json: (image_size|drawing\.steps) must be"):
             native.read_config(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints.small_models import SMALL, random_states, same  # tests/ is the root of the tests' packages
+from checkpoints.small_models import SMALL, SMALL_XL, random_states, same  # tests/ is the root of the tests' packages
 from torch import Tensor
 
 import ldm
@@ -25,6 +26,7 @@ from ldm.conditioning.encoder import _waves
 from ldm.config import DrawingConfig, UNetConfig
 from ldm.errors import UserError
 from ldm.jobs import Settings
+from ldm.model import CheckpointNotice
 from ldm.sampling import NoiseStream
 from ldm.unet import UNet
 
@@ -222,7 +224,27 @@ def test_a_merged_lcm_is_drawn_unguided_and_others_as_ever(tmp_path: Path) -> No
     assert any("drawn at cfg 1 in 4 steps of lcm has no place there" in remark for remark in remarks)
     assert open_checkpoint(tmp_path / "merged").config.drawing == replace(LCM, cfg=1.0)
     other = drawing_of({"_class_name": "LCMScheduler", "original_inference_steps": 100}, "", plain.unet)
-    assert other == replace(LCM, cfg=1.0, spacing="trailing")
+    assert other == (replace(LCM, cfg=1.0, spacing="trailing"), False)
     usual = replace(plain, drawing=DrawingConfig())
     export.write(tmp_path / "usual", usual, random_states(usual), "diffusers")
     assert open_checkpoint(tmp_path / "usual").config.drawing == DrawingConfig()
+
+
+def test_a_unet_by_itself_is_drawn_in_the_place_of_its_bases(tmp_path: Path) -> None:
+    """As lcm-sdxl is published: config.json and weights, and nothing that says how it is drawn."""
+    told = replace(SMALL_XL, unet=replace(SMALL_XL.unet, guidance_width=WIDTH))
+    states = random_states(told)
+    export.write(tmp_path / "base", SMALL_XL, random_states(SMALL_XL), "diffusers")
+    export.write(tmp_path / "told", told, states, "diffusers")
+    alone = (tmp_path / "told" / "unet").rename(tmp_path / "alone")
+    with pytest.raises(UserError, match=r"alone is a network without .* of the folder unet in a copy") as error:
+        ldm.load(alone, device="cpu")
+    assert "\n" not in str(error.value)
+    shutil.copytree(alone, tmp_path / "base" / "unet", dirs_exist_ok=True)
+    with pytest.warns(CheckpointNotice, match=r"assumed by its kind: drawing\.sampler=lcm"):
+        model = ldm.load(tmp_path / "base", device="cpu")
+    assert model.config.drawing == LCM and model.checkpoint is not None
+    assert same(model.checkpoint.state("unet"), states["unet"])
+    assert len(list(model.sample(PROMPT))) == LCM.steps
+    usual, named, other = (model.txt2img(PROMPT, settings=Settings(cfg=cfg)) for cfg in (None, LCM.cfg, 1.0))
+    assert torch.equal(usual, named) and not torch.equal(usual, other)

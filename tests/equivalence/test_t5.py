@@ -146,6 +146,8 @@ def test_without_it_zeros_stand_in_its_place_and_it_is_said(small: tuple[Any, Pa
     context = model.encoder.texts(PROMPTS).context
     assert context is not None and context.shape == (2, 154, 256) and not context[:, 77:].any()
     assert model.hash != load(small[1]).hash
+    with pytest.raises(ldm.UserError, match=r"encoder\.t5_tokens .*, or leave T5 out: t5=null"):
+        load(small[1], settings={"encoder.t5_tokens": 0})
 
 
 def test_weights_interpolate_from_the_empty_prompt_and_long_prompts_are_read_to_their_end(

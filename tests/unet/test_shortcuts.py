@@ -230,6 +230,7 @@ def test_a_picture_says_it(tiny_model: ldm.LatentDiffusion, tmp_path):
         (Settings(reuse_branch=1), "reuse_branch is 1; choose 0 or more, and reuse with it"),
         (Settings(reuse=2, reuse_branch=-1), "reuse_branch is -1"),
         (Settings(reuse=2, sampler="DPM adaptive"), "dpm_adaptive measures its own error, and reuse"),
+        (Settings(reuse=2, sampler="Restart"), "restart goes back to high levels"),
         (Settings(merge_tokens=0.5, sampler="ode"), "ode measures its own error, and merge_tokens"),
     ],
 )
