@@ -77,6 +77,8 @@ class Opener:
             inputs["mask"] = {"alpha": True}
         if order.depth is not None:
             depth, inputs["depth"] = self._read(order.depth, "depth")
+            if size != (picture.height, picture.width):  # it is the given picture's, and cut as that is
+                depth = redraw.sized(depth.resize(picture.size), size)
             made = dataclasses.replace(made, depth=as_depths(depth, 1))
         told(redraw.notices(self.model, order.begin, made))
         return dataclasses.replace(settings, height=size[0], width=size[1]), made, inputs

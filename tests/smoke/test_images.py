@@ -139,6 +139,14 @@ def test_a_depth_map_is_told_to_a_network_that_takes_one(command: Commands, tmp_
     assert np.array_equal(pixels(tmp_path / "out" / "00002.png"), pixels(first))
     _, _, err = command("img2img", "--reproduce", first, *init, "--depth", tmp_path / "far.png")
     assert "far.png is not the file that the picture was made with" in err
+    for name in ("wide", "relief"):
+        noisy(tmp_path / f"{name}.png", 64, 32, seed=3)
+        Image.open(tmp_path / f"{name}.png").crop((16, 0, 48, 32)).save(tmp_path / f"{name}-middle.png")
+    for end, more in (("", ("--width", 32, "--height", 32)), ("-middle", ())):
+        words = ("--init", tmp_path / f"wide{end}.png", "--prompt", "a cat", "--strength", 1, *more)
+        assert command("img2img", *words, "--depth", tmp_path / f"relief{end}.png")[0] == 0
+    *_, cut, alone = sorted((tmp_path / "out").glob("*.png"))
+    assert np.array_equal(pixels(cut), pixels(alone))  # a depth map is cut as its picture is
 
 
 def test_what_is_transparent_is_drawn(command: Commands, tmp_path: Path) -> None:
