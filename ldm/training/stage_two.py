@@ -20,6 +20,7 @@ from ldm.checkpoints.foreign import where_to
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.lora import save_lora
 from ldm.checkpoints.record import Checkpoint
+from ldm.conditioning.encoder import Encoder
 from ldm.config import DiffusionTraining, ModelConfig, OptimizerConfig, Regress
 from ldm.data.latents import LatentLoader, latent_fingerprint
 from ldm.data.loader import Loader, PictureDecode
@@ -78,7 +79,7 @@ def diffusion_stage(
     network.set_attention_backend(config.attention)
     model = assemble(made, began.codec, began.towers, network)
     course = Course(
-        partial(_open_batches, config, began.sources, model.encoder.rows, rank, world),
+        partial(_open_batches, config, began.sources, model.encoder, rank, world),
         config.data,
         config.loop,
         made.loss,
@@ -97,13 +98,13 @@ def diffusion_stage(
 
 
 def _open_batches(
-    config: DiffusionTraining, sources: Mapping[str, Checkpoint], labels: Collection[str], rank: int, world: int
+    config: DiffusionTraining, sources: Mapping[str, Checkpoint], encoder: Encoder, rank: int, world: int
 ) -> Batches:
     share = config.loop.global_batch, rank, world, config.loop.seed
     if not config.latents:
-        return Loader(config.data, *share, PictureDecode(config.data, labels))
-    expected = latent_fingerprint(sources.get("autoencoder"), sources.get("text"), config.data, config.encoder)
-    return LatentLoader(dataclasses.replace(config.data, shards=config.latents), *share, expected, labels)
+        return Loader(config.data, *share, PictureDecode(config.data, encoder.rows))
+    expected = latent_fingerprint(sources.get("autoencoder"), sources.get("text"), config.data, encoder.config)
+    return LatentLoader(dataclasses.replace(config.data, shards=config.latents), *share, expected, encoder.rows)
 
 
 def _network_of(model: Model, optimizer: OptimizerConfig) -> Trained:

@@ -32,7 +32,7 @@ from ldm.config import (
     load,
 )
 from ldm.data.latent_writing import LatentSources, LatentWriter
-from ldm.data.latents import LatentLoader
+from ldm.data.latents import LatentLoader, latent_fingerprint
 from ldm.diffusion.levels import draw_levels
 from ldm.diffusion.schedule import make_schedule
 from ldm.errors import UserError
@@ -248,6 +248,27 @@ def test_scores_go_with_latents(scored: Path, tmp_path: Path) -> None:
     cached = LatentLoader(replace(data, shards=str(tmp_path / "latents")), 8, 0, 1, 0, {"text": "some"})
     batch = next(iter(cached))
     assert batch.score == [int(key[-5:]) / 2 for key in batch.key]
+
+
+def test_latents_are_read_as_the_model_of_init_reads_texts(towers: list[str], tmp_path: Path) -> None:
+    """Which says that pooled text is among them, where the settings say nothing of it."""
+    stage = diffusion_stage(recipe(towers), 0, 1, CPU)
+    stage.export(tmp_path / "xl", True)
+    data = DataConfig(shards=f"{ICONS}/train-*.tar", size=16, streams=1, workers=0)
+    prints = latent_fingerprint(None, open_towers(*towers), data, stage.model.encoder.config)
+    sources = LatentSources(data)
+    writer = LatentWriter(tmp_path / "latents", prints, sources.fingerprint, flipped=False)
+    for batch in sources.batches(64):
+        count = len(batch.key)
+        texts = [torch.zeros(1, 16, 128)] * count, [torch.ones(1, 64)] * count
+        writer.add(batch, torch.zeros(count, 6, 16, 16), None, *texts)
+    writer.finish()
+    words = [f"init={tmp_path / 'xl'}", f"latents={tmp_path / 'latents'}", "sample.prompts=[]", "loop.global_batch=4"]
+    plain = ["data.size=16", "data.streams=1", "data.workers=0", f"data.shards={data.shards}"]
+    stage = diffusion_stage(load(DiffusionTraining, None, [*words, *plain]), 0, 1, CPU)
+    batch = next(iter(stage.batches))
+    _, told = stage.inputs(batch, Draws(0, 0, batch.key))
+    assert told.vector is not None and bool((told.vector[:, :64] == 1).all())
 
 
 @pytest.mark.parametrize(
