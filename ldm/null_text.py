@@ -99,9 +99,13 @@ def null_text(
         or plan.sampler != "ddim"
         or plan.options.get("eta")
         or plan.wraps
+        or plan.shortcuts
         or not isinstance(plan.guide, Cfg)
     ):
-        raise UserError("null-text inversion takes a model of captions, ddim with eta 0, and guidance by cfg alone")
+        raise UserError(
+            "null-text inversion takes a model of captions, ddim with eta 0, and guidance by cfg alone, without "
+            "merge_tokens and reuse"
+        )
     if not 0 <= whole(iterations, "iterations") <= MOST_ITERATIONS:
         raise UserError(f"{iterations} iterations were asked for; choose 0 to {MOST_ITERATIONS}")
     requests = [request]

@@ -256,6 +256,7 @@ def test_what_null_text_does_not_take_is_refused(tiny_model: LatentDiffusion) ->
         Settings(sampler="ddim", eta=0.3),
         Settings(perp_negative=1.0),
         Settings(threshold="static"),
+        Settings(sampler="ddim", reuse=2),
     ):
         with pytest.raises(UserError, match="ddim with eta 0"):
             null_text(tiny_model, pictures(), PROMPT, settings=settings)

@@ -112,7 +112,7 @@ def test_a_step_of_a_unet_is_the_same(checkpointed: bool):
     for (name, found), wanted in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert found.grad is not None and wanted.grad is not None
         torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-6, msg=name)
-    packed.packed(ours.eval().requires_grad_(False))  # drawn with: packed as a plain one is
+    packed.packed(ours.eval().requires_grad_(False))  # drawn with: its convolutions are packed
     with torch.no_grad():
         ours(*inputs())
     assert any(parameter.is_mkldnn for parameter in ours.parameters())
