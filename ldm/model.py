@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.model_config import DrawingConfig, ModelConfig, ScheduleConfig
 from ldm.settings import changed
 
@@ -61,7 +61,7 @@ class Model:
     def notices(self) -> tuple[str, ...]:
         """What a user should know before trusting the pictures: what was assumed of a foreign checkpoint, which words
         its adapters brought."""
-        return (*(self.checkpoint.notices if self.checkpoint is not None else ()), *self.told)
+        return (*(self.checkpoint.notices if self.checkpoint is not None else ()), *map(printable, self.told))
 
     @property
     def extra_channels(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,9 +23,12 @@ from ldm.checkpoints.common_names import TRANSFORMER, clip_names
 from ldm.checkpoints.state import Names, Rules, Shape, names_by, rename
 from ldm.diffusion.schedule import make_schedule
 from ldm.errors import UserError
-from ldm.model_config import AutoencoderConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.model_config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
+from ldm.plain import parse_json
 from ldm.ranges import MAX_STEPS
+from ldm.settings import from_dict
 
+CONFIG = "ldm.config"  # the metadata's key of our own config, in files that we wrote
 UNET, EMA, AUTOENCODER = "model.diffusion_model.", "model_ema.", "first_stage_model."
 CLIP_TEXT, OPEN_CLIP_TEXT = "cond_stage_model.transformer.", "cond_stage_model.model."
 XL_TEXT = "conditioner.embedders."
@@ -235,6 +239,12 @@ def text_config(shapes: Mapping[str, Shape], prefix: str) -> TextConfig:
         )
     except (LookupError, ValueError) as error:
         raise UserError(f"the text tower is not built as CLIP's ({error}), and no other kind can be read") from error
+
+
+def own_config(metadata: Mapping[str, str], path: Path) -> ModelConfig | None:
+    """That of a file that we wrote; raises UserError for one that cannot be read."""
+    where = f"the config in {path}"
+    return from_dict(ModelConfig, parse_json(metadata[CONFIG], where), where) if metadata.get(CONFIG) else None
 
 
 # ---------------------------------------------------------------- the schedule's tables

@@ -35,15 +35,13 @@ from ldm.checkpoints.said import (
     settle,
 )
 from ldm.checkpoints.scaled import Scaled, unscaled
-from ldm.checkpoints.state import Names, Shape, exported
+from ldm.checkpoints.state import Names, exported, within
 from ldm.checkpoints.writing import write_tensors
 from ldm.errors import UserError
 from ldm.files import atomic_write
 from ldm.model_config import TOWERS, AutoencoderConfig, ModelConfig, ScheduleConfig, TextConfig, UNetConfig
-from ldm.plain import parse_json
-from ldm.settings import from_dict, to_dict
+from ldm.settings import to_dict
 
-CONFIG = "ldm.config"  # the metadata's key of our own config, in files that we wrote
 PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample"}  # ours -> those of the metadata's common words
 USUAL_LAYER = {True: "penultimate", False: "last"}  # of a text tower in OpenCLIP's names, in Hugging Face's
 COMPARED = ("parameterization", "schedule", ZERO_SNR, "text.layer")  # with our own config, where that is there
@@ -65,8 +63,7 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
     """
     tensors = unscaled(stored)
     shapes = {name: tensors.form(name)[1] for name in tensors}
-    own = tensors.metadata.get(CONFIG)
-    config = _own_config(own, path) if own else None
+    config = own = original.own_config(tensors.metadata, path)
     parts: dict[str, Part] = {}
     remarks: list[str] = []
     used: set[str] = set()
@@ -79,7 +76,7 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
     unet = autoencoder = None
     averaged = any(name.startswith(original.EMA) and not original.unused(name) for name in shapes)
     if f"{original.UNET}input_blocks.0.0.weight" in shapes:
-        unet = config.unet if config else original.unet_config(_within(shapes, original.UNET))
+        unet = config.unet if config else original.unet_config(within(shapes, original.UNET))
         if weights == "ema" and not averaged:
             raise UserError(f"{path} has no averaged weights beside the raw ones; leave out the choice, or take raw")
         ema = averaged and weights != "raw"
@@ -92,7 +89,7 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
         autoencoder = (
             config.autoencoder
             if config
-            else autoencoder_of_shapes(_within(shapes, prefix), path, *original.FIRST_STAGE_PLACES)
+            else autoencoder_of_shapes(within(shapes, prefix), path, *original.FIRST_STAGE_PLACES)
         )
         add("autoencoder", prefix, partial(_autoencoder_names, config=autoencoder, prefix=prefix))
     prefixes = dict(zip(TOWERS, original.text_prefixes(shapes), strict=False))
@@ -100,19 +97,19 @@ def open_original(path: Path, stored: Tensors, weights: str = "auto", decided: C
         add(part, prefix, partial(original.text_names, prefix=prefix))
     if config is None:
         towers: dict[str, Any] = {
-            part: original.text_config(_within(shapes, prefix), prefix) for part, prefix in prefixes.items()
+            part: original.text_config(within(shapes, prefix), prefix) for part, prefix in prefixes.items()
         }
         config = ModelConfig(autoencoder, unet=unet, schedule=ScheduleConfig() if unet else None, **towers)
         config = sdxl.completed(config, path) if sdxl.is_xl(config) else config
         config = replace(config, drawing=LCM) if config.told_guidance else config
-    config, assumed, told = _complete(config, bool(own), path, tensors, decided)
+    config, assumed, told = _complete(config, own is not None, path, tensors, decided)
     usual = USUAL_LAYER[original.in_open_clip(prefixes.get("text", ""))]
     if config.text is not None and not own and not sdxl.is_xl(config) and config.text.layer != usual:
         layers = "all its blocks" if config.text.layer == "last" else "all blocks but the last"
         remarks.append(f"the text tower's context is taken after {layers}")
     foreign = tuple(n for n in shapes if n not in used and not original.unused(n) and not marker(n))
     layout = "original single file" if unet else "original autoencoder" if not prefixes else "original networks"
-    facts = {key: value for key, value in tensors.metadata.items() if key not in (CONFIG, "format")}
+    facts = {key: value for key, value in tensors.metadata.items() if key not in (original.CONFIG, "format")}
     return Checkpoint(path, layout, config, parts, assumed, (*remarks, *told), foreign, facts, averaged)
 
 
@@ -125,16 +122,7 @@ def _autoencoder_names(keys: Iterable[str], config: Any, prefix: str) -> Names:
     return original.autoencoder_names(keys, config, prefix)
 
 
-def _within(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
-    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-
-
 # ---------------------------------------------------------------- what the tensors do not tell
-
-
-def _own_config(document: str, path: Path) -> ModelConfig:
-    where = f"the config in {path}"
-    return from_dict(ModelConfig, parse_json(document, where), where)
 
 
 def _complete(
@@ -263,4 +251,4 @@ def write_original(path: Path, config: ModelConfig, states: Mapping[str, Mapping
     if config.text is not None and config.text.layer == "penultimate" and hugging_face and not xl:
         words["modelspec.encoder_layer"] = "2"
     with atomic_write(path) as temporary:
-        write_tensors(tensors, temporary, {"format": "pt", CONFIG: json.dumps(to_dict(config)), **words})
+        write_tensors(tensors, temporary, {"format": "pt", original.CONFIG: json.dumps(to_dict(config)), **words})

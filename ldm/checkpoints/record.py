@@ -16,7 +16,7 @@ from ldm.checkpoints import networks
 from ldm.checkpoints.limits import check_size
 from ldm.checkpoints.state import Names, Source, Together, Translated, fingerprint, some
 from ldm.diffusion.schedule import check_used
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
 from ldm.model_config import AutoencoderConfig, MMDiTConfig, ModelConfig
 from ldm.settings import from_dict, to_dict
 
@@ -142,7 +142,7 @@ class Checkpoint:
         if name not in self.parts or getattr(self.config, name) is None:
             present = [WORDS[part] for part in self.parts if getattr(self.config, part) is not None]
             only = f"only its {' and '.join(present)}" if present else "nor any other network"
-            sd3 = name.startswith("text") and isinstance(self.config.unet, MMDiTConfig)
+            sd3 = name.startswith("text") and isinstance(self.config.unet, MMDiTConfig) and self.path.is_file()
             how = "put clip_l.safetensors and clip_g.safetensors beside it" if sd3 else "name a checkpoint that has one"
             raise UserError(f"{self.path} has no {WORDS[name]}, {only}; {how}")
         return self.parts[name]
@@ -193,7 +193,7 @@ class Checkpoint:
             found.append(f"{len(self.foreign)} tensors in {self.path} are passed over: {some(self.foreign)}")
         if self.config.t5 is None and self.config.encoder.t5_tokens and self.config.unet is not None:
             found.append(f"{self.path} draws without T5: zeros stand in its place")
-        return tuple(found)
+        return tuple(map(printable, found))
 
     def with_settings(self, settings: Mapping[str, Any]) -> Checkpoint:
         """The same with some settings of its config replaced: {"parameterization": "v", "text.padding": "eot"}; and

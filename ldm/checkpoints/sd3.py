@@ -28,15 +28,13 @@ from ldm.checkpoints.common_names import autoencoder_of_shapes, clip_names
 from ldm.checkpoints.reading import Tensors, read_tensors
 from ldm.checkpoints.record import Checkpoint, Part
 from ldm.checkpoints.scaled import unscaled
-from ldm.checkpoints.state import Names, Shape, Source, exported
+from ldm.checkpoints.state import Names, Source, exported, within
 from ldm.checkpoints.writing import write_tensors
 from ldm.errors import UserError
 from ldm.files import atomic_write
 from ldm.model_config import EncoderConfig, MMDiTConfig, ModelConfig, ScheduleConfig, TextConfig
-from ldm.plain import parse_json
-from ldm.settings import from_dict, to_dict
+from ldm.settings import to_dict
 
-CONFIG = "ldm.config"  # the metadata's key of our own config, in files that we wrote
 UNET, AUTOENCODER = original.UNET, original.AUTOENCODER
 TOWERS = {"text": "clip_l", "text_2": "clip_g"}
 PROJECTION = "text_projection.weight"
@@ -57,16 +55,12 @@ def open_single_file(path: Path, stored: Tensors, weights: str = "auto", decided
     networks that are not SD 3's."""
     tensors = unscaled(stored)
     shapes = {name: tensors.form(name)[1] for name in tensors}
-    own = tensors.metadata.get(CONFIG)
-    config = None
-    if own:
-        where = f"the config in {path}"
-        config = from_dict(ModelConfig, parse_json(own, where), where)
-    settings: dict[str, object] = {"unet": mmdit.config_of_shapes(_within(shapes, UNET))}
+    config = original.own_config(tensors.metadata, path)
+    settings: dict[str, object] = {"unet": mmdit.config_of_shapes(within(shapes, UNET))}
     parts = {"unet": _part(tensors, UNET, partial(mmdit.original_names, prefix=UNET), path)}
     used = [*parts["unet"].scope]
     if f"{AUTOENCODER}decoder.conv_in.weight" in shapes:
-        autoencoder = autoencoder_of_shapes(_within(shapes, AUTOENCODER), path, *original.FIRST_STAGE_PLACES)
+        autoencoder = autoencoder_of_shapes(within(shapes, AUTOENCODER), path, *original.FIRST_STAGE_PLACES)
         settings["autoencoder"] = replace(autoencoder, shift=(SHIFT,), scale=(SCALE,))
         parts["autoencoder"] = _part(
             tensors, AUTOENCODER, partial(original.autoencoder_names, config=autoencoder, prefix=AUTOENCODER), path
@@ -97,7 +91,7 @@ def open_single_file(path: Path, stored: Tensors, weights: str = "auto", decided
     made = config or completed(ModelConfig(**settings))  # type: ignore[arg-type]
     made = replace(made, t5=settings.get("t5"))  # type: ignore[arg-type]
     foreign = tuple(name for name in shapes if name not in {*used} and not original.unused(name))
-    facts = {key: value for key, value in tensors.metadata.items() if key not in (CONFIG, "format")}
+    facts = {key: value for key, value in tensors.metadata.items() if key not in (original.CONFIG, "format")}
     assumed = () if config else ("schedule.shift", "image_size")
     return Checkpoint(path, "original single file", made, parts, assumed, tuple(remarks), foreign, facts)
 
@@ -122,7 +116,7 @@ def tower(source: Source, prefix: str, file: Path, kind: TextConfig) -> tuple[Te
     """
     inner = f"{prefix}text_model." if f"{prefix}text_model.final_layer_norm.weight" in source else prefix
     shapes = {name: source.form(name)[1] for name in source}
-    config = original.text_config(_within(shapes, inner), inner)
+    config = original.text_config(within(shapes, inner), inner)
     changed, embed_dim = with_projection(source, f"{prefix}{PROJECTION}", f"{inner}final_layer_norm.weight")
     same = ("padding", "cleaning", "quick_gelu", "layer", "final_norm")
     config = replace(config, embed_dim=embed_dim, **{name: getattr(kind, name) for name in same})
@@ -156,10 +150,6 @@ def _projected(keys: Collection[str], prefix: str) -> Names:
 def _part(tensors: Source, prefix: str, names: object, path: Path) -> Part:
     scope = tuple(name for name in tensors if name.startswith(prefix) and not original.unused(name))
     return Part(tensors, names, scope, str(path))  # type: ignore[arg-type]
-
-
-def _within(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
-    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def _beside(path: Path, stem: str) -> Path | None:
@@ -220,6 +210,6 @@ def write_single_file(path: Path, config: ModelConfig, states: Mapping[str, Mapp
         tensors |= t5.written(states["t5"], t5.PREFIX, twice=True)
         if "tokenizer" in states["t5"]:
             tensors[f"{t5.PREFIX}{t5.TOKENIZER}"] = states["t5"]["tokenizer"]
-    words = {"format": "pt", CONFIG: json.dumps(to_dict(config)), "modelspec.prediction_type": "flow"}
+    words = {"format": "pt", original.CONFIG: json.dumps(to_dict(config)), "modelspec.prediction_type": "flow"}
     with atomic_write(path) as temporary:
         write_tensors(tensors, temporary, words)

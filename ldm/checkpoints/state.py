@@ -36,6 +36,11 @@ def names_by(keys: Iterable[str], translate: Callable[[str], str]) -> Names:
     return names
 
 
+def within(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
+    """Those whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
 class Source(Protocol):
     """Tensors by name whose types and shapes are known without reading them: `reading.Tensors`, `Joined`."""
 

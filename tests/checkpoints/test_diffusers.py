@@ -241,6 +241,10 @@ def test_of_stable_diffusion_3_without_its_scheduler_the_usual_shift_is_assumed(
     change(tmp_path / "transformer" / "config.json", sample_size=-8)
     with pytest.raises(UserError, match=r"transformer.config\.json: sample_size is -8"):
         open_checkpoint(tmp_path)
+    change(tmp_path / "transformer" / "config.json", sample_size=8)
+    shutil.rmtree(tmp_path / "text_encoder")
+    with pytest.raises(UserError, match=r"has no text tower, only .*; name a checkpoint that has one"):
+        open_checkpoint(tmp_path).load("text")
 
 
 def test_a_network_without_the_rest_of_its_model(copied: Path):

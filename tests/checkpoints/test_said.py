@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ldm
-from ldm.checkpoints import export, original, original_file
+from ldm.checkpoints import export, original
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.reading import read_metadata
 from ldm.checkpoints.said import follow
@@ -330,7 +330,7 @@ def test_what_we_write_says_its_law_in_the_common_words(tmp_path: Path):
     ):
         path = write(tmp_path / "a.safetensors", config)
         assert open_checkpoint(path).config == config and open_checkpoint(path).notices == ()
-        words = {key: word for key, word in read_metadata(path).items() if key != original_file.CONFIG}
+        words = {key: word for key, word in read_metadata(path).items() if key != original.CONFIG}
         save_file(load_file(path), tmp_path / "bare.safetensors", words)
         again = open_checkpoint(tmp_path / "bare.safetensors").config
         assert law(again) == law(config)
