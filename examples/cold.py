@@ -24,7 +24,7 @@ SIDE = 16
 
 def blur(x, s):
     """By a Gaussian of deviation 3 s pixels."""
-    f = torch.fft.fftfreq(SIDE)
+    f = torch.fft.fftfreq(SIDE, device=x.device)
     return torch.fft.ifft2(torch.fft.fft2(x) * (-2 * (3 * torch.pi * s) ** 2 * (f**2 + f[:, None] ** 2)).exp()).real
 
 
@@ -37,7 +37,7 @@ def pixelate(x, s):
 
 def mask(x, s):
     """By grey that spreads from the middle, with a deviation of 6 s pixels."""
-    d = torch.arange(SIDE) - SIDE / 2 + 0.5
+    d = torch.arange(SIDE, device=x.device) - SIDE / 2 + 0.5
     return x * (1 - (-(d**2 + d[:, None] ** 2) / (2 * (6 * s + 1e-3) ** 2)).exp())
 
 
@@ -49,7 +49,7 @@ def cold(nets, x0, told, draws):
     severity, kind = 1 - draws.uniform("severity").float(), (3 * draws.uniform("kind")).long()
     ways = list(WAYS.values())
     x = torch.cat([ways[k](x[None], s) for x, s, k in zip(x0, severity, kind, strict=True)])
-    return (nets.student(x, 1000 * severity, told) - x0).abs().flatten(1).mean(1), {}
+    return (nets.student(x, 1000 * severity.to(x), told) - x0).abs().flatten(1).mean(1), {}
 
 
 def restored(restore, degrade, x, levels, improved=True):

@@ -82,7 +82,7 @@ def main(output="mmd.png", steps=24):
             optimizer=OptimizerConfig(rate=1e-3, warmup=5, law="cosine"),
             loop=LoopConfig(steps=steps, global_batch=16, ema=0.0, log_every=5, validate_every=10**6, sample_every=0),
         )
-        own = finetune(lambda model, latent: space.network(model.codec.decode(latent)))
+        own = finetune(lambda model, latent: space.network(model.codec.decode(latent).cpu()))
         carry_out(settings, partial(diffusion_stage, own=own))
         tuned = ldm.load("icons", device="cpu").adapted(f"{folder}/run/lora.safetensors")
     rows = []

@@ -45,6 +45,19 @@ def test_nothing_is_degraded_at_0_and_ever_more_up_to_1() -> None:
         assert all(a > b for a, b in pairwise(deviations)), name
 
 
+def test_pictures_are_degraded_on_whatever_device_they_are_trained() -> None:
+    seen: list[str] = []
+
+    def student(x: torch.Tensor, t: torch.Tensor, told: object) -> torch.Tensor:
+        seen.extend([x.device.type, t.device.type])
+        return x
+
+    draws = Draws(0, 0, [str(i) for i in range(9)])
+    assert {int(3 * number) for number in draws.uniform("kind")} == {0, 1, 2}
+    loss, _ = cold.cold(Nets(student), torch.zeros(9, 3, 16, 16, device="meta"), None, draws)
+    assert [*seen, loss.device.type] == ["meta"] * 3
+
+
 def test_algorithm_2_is_right_whatever_the_network_says_where_degradation_is_linear() -> None:
     """Bansal et al. 2022, section 3.3: with D(x, s) = x + s e the restoration cancels, and algorithm 1 keeps its
     error."""
