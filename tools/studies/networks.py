@@ -9,6 +9,7 @@ The error is `validation/error` over the pictures trained on, with noise of its 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ HEAD = ("network", "parameters", "forward pass", "processor time of a step", "st
 
 def run(shards: str, minutes: float, folder: Path, words: Sequence[str] = ()) -> None:
     """Train both for `minutes` of processor time each, print a Markdown table, and write it. `words`: more settings."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # whose time it is, also beside a GPU
     lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
     for i, (name, own) in enumerate(NETWORKS.items()):
         output = folder / ("transformer", "unet")[i]
