@@ -23,7 +23,7 @@ from ldm.script import run
 import argparse
 from pathlib import Path
 
-from ldm.arguments import COUNT, NATURAL, Parser
+from ldm.arguments import COUNT, NATURAL, POSITIVE, Parser
 from ldm.device import PRECISIONS, choose_device
 from ldm.errors import UserError
 from ldm.home import recipe
@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
         "--evaluations", nargs="+", type=COUNT, default=[10, 20, 50], help="of the network [%(default)s]"
     )
     sides.add_argument("--shards", required=True, help="pictures with the names and styles of mmdit_tiny.yaml")
-    sides.add_argument("--minutes", type=float, default=2.0, help="of processor time for each [%(default)s]")
+    sides.add_argument("--minutes", type=POSITIVE, default=2.0, help="of processor time for each [%(default)s]")
     for command in (steps, curves, scales, fewer, mixing, levels, sides, plane):
         command.add_argument("--output", required=True, help="folder of results")
         command.add_argument("--quick", action="store_true", help="a small one, of which the figures say little")
