@@ -39,6 +39,8 @@ WEIGHTS = {**NETWORKS, "text_encoder": "model"}
 PICKLES = {**NETWORKS, "text_encoder": "pytorch_model"}
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
 ALONE = {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "transformer"}  # class -> its folder in a model
+TOKENIZERS, CHECKING = ("tokenizer", "tokenizer_2"), ("safety_checker", "feature_extractor")
+KNOWN = (*FOLDERS.values(), "text_encoder_2", *TOKENIZERS, "scheduler", *CHECKING)  # of a pipeline
 TOWERS_THERE = ("", "_2")  # the ends of the names of text towers' folders
 PROJECTION = "text_projection.weight"
 LATENT_CONSISTENCY = "LatentConsistencyModel"  # what the names of their pipelines begin with
@@ -177,6 +179,9 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
     elif "unet" in parts:
         config = replace(config, image_size=assumed_side(config))
         assumed.append("image_size")
+    others = [name[:60] for name, kind in index.items() if isinstance(kind, list) and any(kind) and name not in KNOWN]
+    if others:
+        remarks += (f"the U-Net in {path} draws without {some(others)}, which the pipeline has and is not read here",)
     facts = {"pipeline": pipeline}
     if "_diffusers_version" in index:
         facts["diffusers"] = str(index["_diffusers_version"])[:40]

@@ -247,6 +247,14 @@ def test_of_stable_diffusion_3_without_its_scheduler_the_usual_shift_is_assumed(
         open_checkpoint(tmp_path).load("text")
 
 
+def test_what_else_a_pipeline_has_is_said(copied: Path):
+    assert open_checkpoint(copied).notices == ()
+    change(copied / "model_index.json", controlnet=["diffusers", "ControlNetModel"], image_encoder=[None, None])
+    (said,) = open_checkpoint(copied).notices
+    assert "draws without controlnet, which the pipeline has" in said
+    assert open_checkpoint(copied).only("autoencoder").notices == ()
+
+
 def test_a_network_without_the_rest_of_its_model(copied: Path):
     with pytest.raises(UserError, match=r"unet is a network without .* the place of the folder unet in a copy"):
         open_checkpoint(copied / "unet")
