@@ -155,6 +155,7 @@ def _complete(
     if config.unet is not None:
         # A whole model's scale is Stable Diffusion's, as its architecture is; a stand-alone autoencoder's is not known.
         open_ = [("unet", "parameterization"), ("unet", "image_size")]
+        open_ += [("unet", "drawing.sampler")] * config.told_guidance
         if config.text is not None and not sdxl.is_xl(config):
             open_ += [("text", f"text.{name}") for name in ("quick_gelu", "layer", "padding")]
     assumed = (key for part, key in open_ if getattr(config, part) is not None and key not in answers)

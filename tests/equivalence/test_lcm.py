@@ -214,6 +214,7 @@ def test_a_single_file_without_our_words_is_known_by_its_layer(tmp_path: Path) -
     export.write(tmp_path / "a.safetensors", TOLD, states, "original")
     save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
     read = open_checkpoint(tmp_path / "b.safetensors")
+    assert "drawing.sampler=lcm" in read.notices[0] and not open_checkpoint(tmp_path / "a.safetensors").assumed
     assert read.config.told_guidance and read.config.drawing == LCM and same(read.state("unet"), states["unet"])
 
 
