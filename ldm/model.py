@@ -105,9 +105,8 @@ class Model:
         else:
             parts = {"autoencoder": self.codec.autoencoder, **self.encoder.weights, "unet": self.unet}
             weights = "".join(native.fingerprint(part) for part in parts.values() if part is not None)
-        document = json.dumps(
-            changed(replace(self.config, drawing=DrawingConfig())), sort_keys=True
-        )  # a setting added later changes no old model
+        settings = changed(replace(self.config, drawing=DrawingConfig()))  # one added later changes no old model
+        document = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(f"{document}\n{weights}".encode()).hexdigest()
 
 

@@ -41,9 +41,7 @@ class Recipe:
     guides: Mapping[str, str] = field(default_factory=dict)  # Helpers.hashes
     adapters: tuple[Adapter, ...] = ()
     vae: str | None = None  # the model whose autoencoder stood in, and
-    model_settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what went before the files' own words: load's `settings`
+    model_settings: Mapping[str, Any] = field(default_factory=dict)  # load's `settings`, before the files' own words
     begin: Beginning = Beginning()
     inputs: Mapping[str, Any] = field(default_factory=dict)  # what is known of "init", "mask" and "depth"
 

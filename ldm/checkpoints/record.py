@@ -98,9 +98,7 @@ class Checkpoint:
         """The text towers by name, T5 behind them; none of a model that takes no captions. `rest`: T5's numbers stay in
         the file and are read layer by layer while it runs. Raises UserError as `load`, and for a T5 without tokenizer.
         """
-        names: tuple[Any, ...] = (*self.config.towers,) or (
-            "text",
-        )  # the latter should be there, and `load` says that it is not
+        names: tuple[Any, ...] = (*self.config.towers,) or ("text",)  # of which `load` says that it is not there
         towers = {name: self.load(name, device, dtype) for name in names} if self.config.takes_text else {}
         if self.config.t5 is None or not towers:
             return towers

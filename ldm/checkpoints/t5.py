@@ -71,8 +71,7 @@ def opened(source: Source, prefix: str, file: Path, folder: Path) -> tuple[T5Con
         hidden, _ = shapes[f"{FIRST}1.DenseReluDense.wi_0.weight"]
         inner, _ = shapes[f"{FIRST}0.SelfAttention.q.weight"]
         layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"encoder\.block\.(\d+)\.", name)))
-        numbers = dict(width=width, heads=heads, head_width=inner // heads, hidden=hidden, layers=layers)
-        config = T5Config(vocabulary=vocabulary, buckets=buckets, **numbers)
+        config = T5Config(vocabulary, width, heads, inner // heads, hidden, layers, buckets)
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"the T5 in {file} is not one of version 1.1 (it has no {str(error)[:100]}, or in another shape), and no "
@@ -149,8 +148,8 @@ def _in_folder(folder: Path, names: Iterable[str] | None = None) -> bytes | None
         file = folder / name
         if file.is_file():
             try:
-                with open(file, "rb") as opened:
-                    return ways[name](opened.read(t5_tokenizer.MAX_BYTES + 1), str(file))
+                with open(file, "rb") as stream:
+                    return ways[name](stream.read(t5_tokenizer.MAX_BYTES + 1), str(file))
             except OSError as error:
                 raise explain_os_error(error, f"reading {file}") from error
     return None

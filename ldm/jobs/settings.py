@@ -154,7 +154,6 @@ class Settings:
             eta=None,
             prompt_syntax=syntax,
             options=catalogue.check_options(sampler, options),
-            steps=len(self.sigmas) - 1 if self.sigmas else self.steps,
         )
 
     def plan(self) -> Plan:
@@ -181,11 +180,10 @@ class Settings:
             shortcuts.append(Merge(checked.merge_tokens))
         if checked.reuse is not None:
             shortcuts.append(Reuse(checked.reuse, checked.reuse_branch))
-        same = ("sampler", "options", "rho", "steps", "sigmas", "width", "height", "tile")
+        same = ("sampler", "options", "spacing", "rho", "steps", "sigmas", "width", "height", "tile")
         values = {name: getattr(checked, name) for name in same}
         return Plan(
             **values,
-            spacing=checked.spacing,
             weighted=checked.prompt_syntax == "weighted",
             guide=guide,
             wraps=tuple(wraps),
