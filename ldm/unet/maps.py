@@ -27,7 +27,8 @@ class Map:
 
     B are the rows of the network's batch: the pictures told of their prompts, then, in the same batch, of what they are
     guided away from. A method of two evaluations a step has two of each; where memory is short and a batch is evaluated
-    in pieces, each piece is an evaluation of its own. `pictures` are those of the batch, by their numbers.
+    in pieces, each piece is an evaluation of its own, which says nothing of the batch's other pictures. `pictures` are
+    those of the batch, by their numbers.
     """
 
     pictures: range
@@ -60,10 +61,16 @@ class Maps:
         """(L, h, w) float32: where picture `row` looks at each token, the mean over layers and evaluations.
 
         `layers`: only those with this in their names, as "up" or "middle"; `steps`: of the evaluations, as slice(10).
-        Smaller maps are enlarged to the largest. Raises UserError where nothing was kept of it.
+        Smaller maps are enlarged to the largest. Raises UserError where nothing was kept of it, or of a piece of its
+        batch, by whose rows it cannot be told from others.
         """
         batch = [each for each in self.kept if row in each.pictures]
         chosen = [each for each in batch if layers in each.layer and _tells(each, batch[0], row)]
+        if any(len(each.told) < len(each.pictures) for each in chosen or batch):
+            raise UserError(
+                f"the batch of picture {row} was evaluated in pieces, as low_memory has it, so its maps cannot be told "
+                "from others'; draw with batch_size=1"
+            )
         times = sorted({each.evaluation for each in chosen})[steps]
         maps = [each.weights[row - each.pictures.start].float() for each in chosen if each.evaluation in times]
         if not maps:

@@ -151,6 +151,24 @@ def test_pictures_are_numbered_through_the_batches(tiny_model: LatentDiffusion):
     assert not tiny_model.kept["onlookers"]
 
 
+def test_the_pieces_of_a_batch_are_not_taken_for_one_of_its_pictures(tiny_model: LatentDiffusion):
+    """As low_memory has them: a row each, which of the pictures' nobody says."""
+    spared = replace(tiny_model, works_on=torch.device("cpu"))
+    for prompt in (PROMPT, OTHER):
+        with spared.attention_maps() as maps:
+            spared.txt2img([PROMPT, prompt], steps=2, cfg=3)
+        for row in range(2):
+            with pytest.raises(UserError, match=f"picture {row} was evaluated in pieces.*batch_size=1"):
+                maps.tokens(row)
+    found = []
+    for model, size in ((spared, 1), (tiny_model, 2)):
+        with model.attention_maps() as maps:
+            model.txt2img([PROMPT, PROMPT], steps=2, cfg=3, batch_size=size)
+        found.append([maps.tokens(row) for row in range(2)])
+    assert not torch.allclose(*found[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-3)
+
+
 def test_branches_evaluated_one_after_another_are_told_apart():
     """As where memory is short: the maps of a picture are those in which it is told its prompt."""
     unet, (x, t, context) = small_unet(), inputs()
