@@ -274,6 +274,10 @@ def test_what_is_left_to_the_model_is_as_it_is_meant_to_be_drawn() -> None:
     left = Settings(width=64).check()
     assert (left.cfg, left.steps, left.sampler, left.spacing) == (None,) * 4
     assert Settings().of(DrawingConfig(spacing="")).plan() == Plan()
+    strange = DrawingConfig(sampler="of_tomorrow")
+    assert Settings(sampler="euler").of(strange).sampler == "euler"
+    with pytest.raises(UserError, match="the model is meant for the sampler 'of_tomorrow', which is unknown here"):
+        Settings().of(strange)
 
 
 def test_guidance_of_cfg_plus_plus_compares_at_scale_1_too() -> None:

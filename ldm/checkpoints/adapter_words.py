@@ -120,4 +120,6 @@ def _version(config: ModelConfig) -> tuple[str, str]:
         return "sd_v1", "stable-diffusion-v1"
     if any(name.startswith("Stable Diffusion v2") for name in names):
         return ("sd_v2_v", "stable-diffusion-v2-768-v") if v else ("sd_v2", "stable-diffusion-v2-512")
+    if "Stable Diffusion XL" in names:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
     return "ldm", "latent-diffusion"

@@ -77,8 +77,14 @@ class Settings:
     def of(self, drawing: DrawingConfig) -> Settings:
         """The same with what is left to the model as that is meant to be drawn: `drawing`, of its config.
 
-        Levels that are written out, and a spelling of a sampler that says its own, go before the model's."""
+        Levels that are written out, and a spelling of a sampler that says its own, go before the model's. Raises
+        UserError for a sampler of the model's that is not known."""
         given = self._typed()
+        if not given.sampler and drawing.sampler not in catalogue.SAMPLERS:
+            own = drawing.sampler[: catalogue.QUOTED]
+            raise UserError(
+                f"the model is meant for the sampler '{own}', which is unknown here; name one, such as ddim"
+            )
         steps = drawing.steps if given.steps is None else given.steps
         if given.sigmas and given.steps is None:
             steps = len(given.sigmas) - 1

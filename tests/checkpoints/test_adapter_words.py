@@ -12,7 +12,7 @@ from ldm.adapters.changes import Factors
 from ldm.adapters.lora import Lora, Rows
 from ldm.checkpoints import native
 from ldm.checkpoints.adapter_words import training_words
-from ldm.checkpoints.architectures import SD_V1, SD_V2, SD_V2_BASE
+from ldm.checkpoints.architectures import KNOWN, SD_V1, SD_V2, SD_V2_BASE
 from ldm.checkpoints.lora import save_lora
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.checkpoints.reading import read_metadata
@@ -28,6 +28,7 @@ from ldm.jobs.adapters import read_hash
         (replace(SD_V1, parameterization="v"), "sd_v1", "False", "stable-diffusion-v1", "v"),
         (SD_V2_BASE, "sd_v2", "True", "stable-diffusion-v2-512", "epsilon"),
         (SD_V2, "sd_v2_v", "True", "stable-diffusion-v2-768-v", "v"),
+        (KNOWN["Stable Diffusion XL"], "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base", "epsilon"),
     ],
 )
 def test_what_others_sort_by(
