@@ -82,7 +82,7 @@ def read_zip(file: BinaryIO, size: int) -> Contents:
     start, length = entries[pickles[0]]
     if length > MAX_PICKLE:
         raise BadArchive(f"has a list of contents of {length:,} bytes; no model needs more than {MAX_PICKLE:,}")
-    if f"{root}byteorder" in entries and _bytes(file, *entries[f"{root}byteorder"])[:3] == b"big":
+    if f"{root}byteorder" in entries and _bytes(file, entries[f"{root}byteorder"][0], 3) == b"big":
         raise BadArchive("was written on a big-endian machine, which is not supported")
     try:
         top, _ = read_pickle(_bytes(file, start, length), _BUILDERS, _storage)

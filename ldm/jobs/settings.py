@@ -82,9 +82,7 @@ class Settings:
         given = self._typed()
         if not given.sampler and drawing.sampler not in catalogue.SAMPLERS:
             own = drawing.sampler[: catalogue.QUOTED]
-            raise UserError(
-                f"the model is meant for the sampler '{own}', which is unknown here; name one, such as ddim"
-            )
+            raise UserError(f"the model is meant for the sampler '{own}', unknown here; name another one, such as ddim")
         steps = drawing.steps if given.steps is None else given.steps
         if given.sigmas and given.steps is None:
             steps = len(given.sigmas) - 1

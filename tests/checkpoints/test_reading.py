@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import struct
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -273,3 +274,13 @@ def test_any_bytes_at_all(start: bytes, rest: bytes, tmp_path_factory: pytest.Te
     path = tmp_path_factory.getbasetemp() / "bytes"
     path.write_bytes(start + rest)
     assert not outcome(path)
+
+
+def test_numbers_of_the_other_byte_order_are_not_taken_for_ours(tmp_path: Path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "little.ckpt")
+    with zipfile.ZipFile(tmp_path / "little.ckpt") as old, zipfile.ZipFile(tmp_path / "big.ckpt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"big" if name.endswith("/byteorder") else old.read(name))
+    assert torch.equal(read_tensors(tmp_path / "little.ckpt")["a"], torch.ones(2))
+    with pytest.raises(UserError, match="was written on a big-endian machine"):
+        read_tensors(tmp_path / "big.ckpt")
