@@ -40,7 +40,7 @@ PICKLES = {**NETWORKS, "text_encoder": "pytorch_model"}
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
 ALONE = {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "transformer"}  # class -> its folder in a model
 TOKENIZERS, CHECKING = ("tokenizer", "tokenizer_2"), ("safety_checker", "feature_extractor")
-KNOWN = (*FOLDERS.values(), "text_encoder_2", *TOKENIZERS, "scheduler", *CHECKING)  # of a pipeline
+USUAL = (*FOLDERS.values(), "text_encoder_2", *TOKENIZERS, "scheduler", *CHECKING)  # what a pipeline has
 TOWERS_THERE = ("", "_2")  # the ends of the names of text towers' folders
 PROJECTION = "text_projection.weight"
 LATENT_CONSISTENCY = "LatentConsistencyModel"  # what the names of their pipelines begin with
@@ -179,7 +179,7 @@ def open_directory(path: Path, weights: str = "auto", decided: Collection[str] =
     elif "unet" in parts:
         config = replace(config, image_size=assumed_side(config))
         assumed.append("image_size")
-    others = [name[:60] for name, kind in index.items() if isinstance(kind, list) and any(kind) and name not in KNOWN]
+    others = [name[:60] for name, kind in index.items() if isinstance(kind, list) and any(kind) and name not in USUAL]
     if others:
         remarks += (f"the U-Net in {path} draws without {some(others)}, which the pipeline has and is not read here",)
     facts = {"pipeline": pipeline}
@@ -253,9 +253,10 @@ def autoencoder_in(folder: Path) -> tuple[AutoencoderConfig, Part, bool]:
 def _autoencoder_config(where: Path) -> tuple[AutoencoderConfig, bool]:
     """And whether it does not say its scale, as the first published ones do not."""
     plain = read_json(where)
-    name = plain.get("_class_name", "AutoencoderKL")
+    name = plain.get("_class_name") or plain.get("architectures") or "AutoencoderKL"  # the second: of transformers
     if name != "AutoencoderKL":
-        raise UserError(f"{where} is of a {str(name)[:60]}, and only an AutoencoderKL is read here")
+        kind = str(name).strip("[']")[:60]
+        raise UserError(f"{where} is of a {kind}, and of single networks only an AutoencoderKL is read")
     return configs.read_autoencoder(plain, str(where)), "scaling_factor" not in plain
 
 

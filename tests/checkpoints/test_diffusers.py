@@ -258,6 +258,8 @@ def test_what_else_a_pipeline_has_is_said(copied: Path):
 def test_a_network_without_the_rest_of_its_model(copied: Path):
     with pytest.raises(UserError, match=r"unet is a network without .* the place of the folder unet in a copy"):
         open_checkpoint(copied / "unet")
+    with pytest.raises(UserError, match="is of a CLIPTextModel, and of single networks only an AutoencoderKL is read"):
+        open_checkpoint(copied / "text_encoder")
 
 
 def test_both_ways_to_say_how_many_heads():
