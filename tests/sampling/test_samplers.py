@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ldm.config import ScheduleConfig
 from ldm.diffusion import make_schedule
+from ldm.diffusion.parameterization import per_picture
 from ldm.errors import UserError
+from ldm.jobs.catalogue import ADAPTIVE
 from ldm.sampling import (
     SAMPLERS,
     NoiseStream,
@@ -76,7 +78,7 @@ OTHER_COUNTS: dict[str, Count] = {
 
 def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
     """Nonlinear, mixes a picture's values, keeps pictures apart. `sigma` () or (B,)."""
-    level = sigma.reshape(-1, 1, 1, 1)
+    level = per_picture(sigma, x)
     return torch.tanh(x.roll(1, dims=-1) / (1 + level**2).sqrt() + x.mean(dim=(1, 2, 3), keepdim=True))
 
 
@@ -186,6 +188,14 @@ def test_the_deterministic_ones_ask_for_no_noise(name: str) -> None:
     x = start(noise.initial(), SCHEDULE, sigmas)
     first, second = (list(bound(name)(denoiser, x, sigmas, pytest.fail)) for _ in range(2))  # type: ignore[arg-type]
     assert all(torch.equal(a.x, b.x) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(BOUND.keys() - set(ADAPTIVE)))
+def test_a_state_stays_on_its_device(name: str) -> None:
+    """One that, as a GPU does, refuses to compute with tensors of the CPU. (The adaptive ask for numbers of it.)"""
+    noise, sigmas = NoiseStream([1, 2], SHAPE, torch.device("meta")), make_grid(SCHEDULE, 3)
+    x = start(noise.initial(), SCHEDULE, sigmas)
+    assert all(step.x.device == step.x0.device == x.device for step in BOUND[name](denoiser, x, sigmas, noise))
 
 
 def test_euler_is_ddim_without_noise() -> None:

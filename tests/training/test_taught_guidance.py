@@ -21,11 +21,13 @@ from ldm.conditioning.condition import Condition
 from ldm.config import (
     Consistency,
     ConsistencyTraining,
+    DiffusionLossConfig,
     DiffusionTraining,
     DrawingConfig,
     FiguresConfig,
     Halve,
     LoraConfig,
+    Regress,
     SampleConfig,
     UNetConfig,
 )
@@ -107,6 +109,31 @@ def test_a_student_begins_as_its_teacher_whatever_it_is_told(
     assert torch.equal(student(x0, t, told), network(x0, t, replace(told, guidance=None)))
     assert isinstance(student.config, UNetConfig) and student.config.guidance_width == 256
     assert stage.model.config.unet == student.config and network.config != student.config
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Regress(),
+        Halve(steps=2, cfg_range=RANGE),
+        Consistency(levels=8, solver="heun"),
+        ConsistencyTraining(),
+    ],
+)
+def test_a_step_is_taken_where_the_networks_are(asked: Any, teacher: DiffusionTraining) -> None:
+    """On a device that, as a GPU does, refuses to compute with tensors of the CPU."""
+    how = DiffusionLossConfig(caption_dropout=0.5, offset_noise=0.1, stratified=isinstance(asked, Regress))
+    stage = diffusion_stage(replace(teacher, objective=asked, loss=how), 0, 1, CPU)
+    there = torch.device("meta")
+    stage.inputs = replace(stage.inputs, device=there)
+    for network in (stage.model.unet, stage.model.encoder, *([network_of(stage)] if stage.teacher else [])):
+        network.to(there)
+    batch = next(iter(stage.batches))
+    ((_, loss, _),) = stage.losses(batch, Draws(0, 0, batch.key, there), 0, {"unet": stage.model.unet})
+    loss.backward()
+    assert {parameter.grad.device for parameter in stage.model.unet.parameters() if parameter.grad is not None} == {
+        there
+    }
 
 
 def test_guidance_first_then_halvings(teacher: DiffusionTraining, tmp_path: Path) -> None:
