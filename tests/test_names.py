@@ -101,14 +101,17 @@ def test_training_takes_its_autoencoder_and_text_tower_from_any_format(models: P
 
 
 def test_the_shipped_model_lends_its_parts_by_name():
+    shipped = native.read_config(SHIPPED["icons"])
+    assert shipped.autoencoder and shipped.text
+    channels, width = shipped.autoencoder.latent_channels, shipped.text.width
     config = DiffusionTraining(
         autoencoder="icons",
         text="icons",
-        model=UNetConfig(channels=32, multipliers=(1,), blocks=1, attention_levels=(0,), heads=1, context_width=192),
-        data=replace(DATA, size=8),
+        model=UNetConfig(channels, channels, 32, (1,), 1, (0,), heads=1, context_width=width),
+        data=replace(DATA, size=16),
         loop=LoopConfig(global_batch=4),
     )
-    assert diffusion_stage(config, 0, 1, CPU).model.codec.factor == 4
+    assert diffusion_stage(config, 0, 1, CPU).model.codec.factor == shipped.autoencoder.factor
 
 
 def test_parts_are_fetched_by_name_as_models_are(models: Path, monkeypatch: pytest.MonkeyPatch):

@@ -35,7 +35,7 @@ from ldm.training.embedding import embedding_stage
 from ldm.training.stage_two import DiffusionStage, diffusion_stage
 
 from .test_scripts import fails
-from .toys import CPU, DATA, LOOP, run
+from .toys import CPU, DATA, LOOP, SHIPPED_SIZE, run
 
 LONG = replace(LOOP, steps=12, global_batch=8, save_every=6)
 PLAIN = DiffusionTraining(
@@ -182,14 +182,14 @@ def test_a_new_word(tiny_checkpoint: Path, tmp_path: Path) -> None:
         (["init_set=[parameterization=eps]"], "name that with init=PATH"),
         (["init=icons", "init_set=[parameterization]"], "take words of the form key=value"),
         (
-            ["init=icons", "parameterization=eps"],
+            ["init=icons", f"data.size={SHIPPED_SIZE}", "parameterization=eps"],
             "the model icons is v; leave it out, or say init_set=[parameterization=",
         ),
         (
-            ["init=icons", "schedule.kind=cosine"],
+            ["init=icons", f"data.size={SHIPPED_SIZE}", "schedule.kind=cosine"],
             "schedule.kind is cosine, and that of the model icons is scaled_lin",
         ),
-        (["init=icons", "init_set=[image_size=128]", "data.size=64"], "set data.size=128, or init_set=[image_size=64]"),
+        (["init=icons", "init_set=[image_size=256]", "data.size=64"], "set data.size=256, or init_set=[image_size=64]"),
     ],
 )
 def test_what_does_not_go_together(words: list[str], said: str, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -35,7 +35,7 @@ from ldm.training.stage_two import diffusion_stage
 
 from .test_scripts import fails
 from .test_stage_two import pixels, tower  # noqa: F401 (fixtures)
-from .toys import AUTOENCODER, CPU, DATA, LOOP, PIXELS, ToyStage, log_of, run
+from .toys import AUTOENCODER, CPU, DATA, LOOP, PIXELS, SHIPPED_SIZE, ToyStage, log_of, run
 
 
 def opens_no_shard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,11 +184,13 @@ def test_in_the_script_it_is_one_line(words, said, tmp_path, monkeypatch, capsys
 )
 def test_init_says_what_the_model_is_and_is_not_contradicted(change, said) -> None:
     with pytest.raises(UserError, match=said):
-        diffusion_stage(DiffusionTraining(init="icons", data=replace(DATA, size=64), loop=LOOP, **change), 0, 1, CPU)
+        diffusion_stage(
+            DiffusionTraining(init="icons", data=replace(DATA, size=SHIPPED_SIZE), loop=LOOP, **change), 0, 1, CPU
+        )
 
 
 def test_what_is_written_out_counts_even_where_it_is_the_default() -> None:
-    config = DiffusionTraining(init="icons", data=replace(DATA, size=64), loop=LOOP)
+    config = DiffusionTraining(init="icons", data=replace(DATA, size=SHIPPED_SIZE), loop=LOOP)
     with pytest.raises(UserError, match=r"model\.channels is 320, and that of the model icons is 64"):
         diffusion_stage(config, 0, 1, CPU, said={"model.channels"})
     with pytest.raises(UserError, match=r"model\.channels is 320"):

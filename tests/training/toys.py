@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints import native
 from ldm.config import (
     AutoencoderConfig,
     AutoencoderLossConfig,
@@ -21,6 +22,7 @@ from ldm.config import (
     OptimizerConfig,
     UNetConfig,
 )
+from ldm.find import SHIPPED
 from ldm.training.draws import Draws, generator
 from ldm.training.loop import train
 from ldm.training.processes import make_accelerator
@@ -32,6 +34,7 @@ DATA = DataConfig(
 )
 LOOP = LoopConfig(steps=6, global_batch=8, ema=0.9, log_every=3, validate_every=100, save_every=3, threads=1)
 CPU = torch.device("cpu")
+SHIPPED_SIZE = native.read_config(SHIPPED["icons"]).image_size
 
 AUTOENCODER = AutoencoderTraining(
     model=AutoencoderConfig(
