@@ -159,7 +159,7 @@ def follow(config: ModelConfig, answers: Mapping[str, Any]) -> ModelConfig:
     """`config` with the settings that `settle` found, but for those of parts that it has not."""
     for key, value in sorted(answers.items()):  # the schedule goes before its rescaling
         part, _, name = key.partition(".")
-        inner = getattr(config, part) or (ScheduleConfig() if part == "schedule" else None)
+        inner: Any = getattr(config, part) or (ScheduleConfig() if part == "schedule" else None)
         if name and inner is None:
             continue
         if name:
