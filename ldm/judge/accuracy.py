@@ -46,8 +46,9 @@ def evaluate_prompts(
     """The result by style, and of real pictures of the style `left_out`; with it, the pictures (N, 3, H, W).
 
     Picture i of all has the seed `seed + i`. pairs: shards whose (concept, style) pairs are prompted alone, such as
-    those that were held out. colours: prompts name one of them in turn as the background, and the picture's border is
-    judged too. Raises UserError for concepts without pictures and for a style that was not left out.
+    those that were held out. colours: prompts name one of them in turn as the background, and that is judged, by the
+    border, in place of the concept, whose prototypes stand on white. Raises UserError for concepts without pictures and
+    for a style that was not left out.
     """
     if left_out in classifier.config.styles:
         raise UserError(
@@ -66,7 +67,10 @@ def evaluate_prompts(
     parts, plan = list(batches(drawing.requests(0, len(asked)), batch_size)), drawing.plan(model)
     helpers, bar_of = open_helpers(model, plan), tqdm(parts, unit="batch", disable=not bar)
     drawn = torch.cat([draw(model, part, plan, helpers, len(part)) for part in bar_of])
-    places = judge.ranks(drawn, [prompt.concept for prompt in asked])
+    if colours:
+        places = colour_ranks(drawn, [prompt.colour for prompt in asked], colours)
+    else:
+        places = judge.ranks(drawn, [prompt.concept for prompt in asked])
 
     def score(name: str, of: str) -> Score:
         return Score.of(places[torch.tensor([getattr(prompt, of) == name for prompt in asked])])
@@ -74,10 +78,8 @@ def evaluate_prompts(
     there = dict.fromkeys(prompt.style for prompt in prompts)
     rows = {f"drawn, {style}": score(style, "style") for style in there}
     rows["drawn, all"] = Score.of(places)
-    if colours:
-        rows["background's colour"] = Score.of(colour_ranks(drawn, [prompt.colour for prompt in asked], colours))
     unseen = pictures.of(concepts, [left_out])
-    if len(unseen):
+    if len(unseen) and not colours:
         rows[f"real, {left_out} (never seen)"] = Score.of(judge.ranks(unseen.image, unseen.name))
     document = protocol.result(
         {name: row.figures() for name, row in rows.items()},
@@ -89,7 +91,7 @@ def evaluate_prompts(
             "seeds": [seed, seed + len(asked) - 1],
             "drawing": drawing.protocol(model),
             **({"colours": {name: list(colour) for name, colour in colours.items()}} if colours else {}),
-            "chance": 1 / len(concepts),
+            "chance": 1 / len(colours or concepts),
             "classifier": {
                 "fingerprint": native.fingerprint(classifier),
                 "classes": len(classifier.config.classes),
@@ -113,7 +115,10 @@ def evaluate_prompts(
 def prompt_table(document: Mapping[str, Any]) -> str:
     """The figures as lines, and which concepts were right or wrong each time."""
     figures, hits = document["figures"], document["concepts"]
-    count = document["protocol"]["prototypes"]["concepts"]
+    told = document["protocol"]
+    what = f"{told['prototypes']['concepts']} concept prototypes"
+    if "colours" in told:
+        what = f"{len(told['colours'])} background colours"
     rows = [["", "pictures", "top-1", "95 % interval", "top-5"]]
     for name, f in figures.items():
         shares = f"{f['top1']:.1%}", f"{f['low']:.1%} - {f['high']:.1%}", f"{f['top5']:.1%}"
@@ -122,7 +127,7 @@ def prompt_table(document: Mapping[str, Any]) -> str:
     never = [name for name, found in hits.items() if found["right"] == 0]
     return "\n".join(
         [
-            f"nearest of {count} concept prototypes (chance {1 / count:.1%})",
+            f"nearest of {what} (chance {told['chance']:.1%})",
             *columns(rows),
             f"always right: {', '.join(always) or 'none'}",
             f"never right: {', '.join(never) or 'none'}",

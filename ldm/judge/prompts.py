@@ -1,9 +1,9 @@
 """The protocol of prompt accuracy: what is prompted, and who judges the pictures.
 
 Prompts are "{phrase}, {style}", the phrase being how the real pictures' captions name the concept, or with a background
-"{phrase} on a {colour} background, {style}". The judge is the
-features of a classifier that saw real pictures only, and prototypes of the same pictures: the mean of a concept's unit
-features, scaled to unit length again (Snell et al. 2017 take Euclidean distance; of unit vectors the order is the
+"{phrase} on a {colour} background, {style}", of which the border is judged (colours.py). The judge of all others is
+the features of a classifier that saw real pictures only, and prototypes of the same pictures: the mean of a concept's
+unit features, scaled to unit length again (Snell et al. 2017 take Euclidean distance; of unit vectors the order is the
 same). Pictures in a style that neither the classifier nor the prototypes saw, judged the same way, say what the judge
 itself can do.
 """

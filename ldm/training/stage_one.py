@@ -41,7 +41,7 @@ UNSCALED = AutoencoderConfig()
 
 
 class Reconstruction(nn.Module):
-    """image, noise, side -> (decoded, moments), as one forward pass: what gradient synchronisation hooks into."""
+    """image, noise, size -> (decoded, moments), as one forward pass: what gradient synchronisation hooks into."""
 
     def __init__(self, autoencoder: AutoencoderKL):
         super().__init__()

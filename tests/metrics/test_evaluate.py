@@ -95,7 +95,7 @@ def test_a_classifier_is_trained_and_judges_prompts(command, tiny_checkpoint, to
     assert made["sources"] == {"reference": shards}
     assert sheet.exists()
 
-    # The pairs of one shard, on backgrounds: the figures of colours stand beside those of concepts.
+    # The pairs of one shard, on backgrounds, whose colours are judged in place of the concepts.
     only = toy_shard(tmp_path / "only.tar", pairs=[("green apple", "noto emoji"), ("red heart", "flat emoji")])
     code, out, _ = command(
         "scripts/evaluate.py", "prompts", "--model", tiny_checkpoint, "--shards", shards, "--classifier", classifier,
@@ -107,7 +107,9 @@ def test_a_classifier_is_trained_and_judges_prompts(command, tiny_checkpoint, to
         "a green apple on a red background, noto emoji", "a red heart on an orange background, flat emoji",
     ]  # fmt: skip
     assert {name: found["pictures"] for name, found in made["concepts"].items()} == {"green apple": 3, "red heart": 3}
-    assert made["figures"]["background's colour"]["pictures"] == 6 and "background's colour" in out
+    assert set(made["figures"]) == {"drawn, noto emoji", "drawn, flat emoji", "drawn, all"}
+    assert made["figures"]["drawn, all"]["pictures"] == 6
+    assert "nearest of 12 background colours (chance 8.3%)" in out
     assert made["protocol"]["colours"]["light blue"] == [147, 197, 253]
 
     for given, complaint in (
