@@ -14,7 +14,12 @@ from torch import Tensor
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write `tensors`, on the CPU, to `path` (a temporary one, see `files.atomic_write`); raises OSError."""
-    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    stored: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        stored[name] = value.clone() if value.data_ptr() in places else value  # tied weights: the format has no ties
+        places.add(value.data_ptr())
     try:
         save_file(stored, path, dict(metadata))
     except SafetensorError as error:  # the library wraps the operating system's errors; unwrap what can be told

@@ -192,7 +192,7 @@ def _open(
             check_quarantine(quarantine, len(sources), config.bad_limit, what)
     made = ShardSet(tuple(shards), tally.counts, filtered, tuple(names), quarantine, store)
     if len(made) == 0 and filtered:
-        raise UserError(f"none of the {filtered} samples of {what} matches data.where={dict(where or {})}")
+        raise UserError(f"none of the {filtered} samples of {what} matches data.where={dict(where or {})!s:.200}")
     if len(made) == 0:
         raise UserError(f"{what} ({patterns}) has no sample that can be used ({str(tally) or 'the shards are empty'})")
     check_share(tally, len(made) + filtered + tally.total, config.bad_limit)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints import export, native
 from ldm.checkpoints.opening import open_checkpoint
+from ldm.checkpoints.reading import read_metadata
 from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -87,6 +88,52 @@ def test_half_precision_rounds_once(source: Path, tmp_path: Path, convert: Conve
         dict(open_checkpoint(tmp_path / "half").state("autoencoder")),
     )
     assert all(torch.equal(before[key].half(), after[key]) for key in before)
+
+
+def test_a_lora_in_half_precision_keeps_its_words(tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]):
+    pairs = {
+        "unet.conv_in.lora_A.weight": torch.randn(4, 36, generator=torch.Generator().manual_seed(0)),
+        "unet.conv_in.lora_B.weight": torch.randn(32, 4, generator=torch.Generator().manual_seed(1)),
+    }
+    path, half = tmp_path / "lora.safetensors", tmp_path / "half.safetensors"
+    save_file(pairs, path, {"ss_output_name": "mine"})
+    convert(path, half, "--precision", "fp16")
+    assert same(load_file(half), {name: value.half() for name, value in pairs.items()})
+    assert read_metadata(half)["ss_output_name"] == "mine"
+    words_too = load_file(half) | {"unet.conv_in.ids": torch.arange(3)}
+    save_file(words_too, path, {"ss_output_name": "mine"})
+    before = path.read_bytes()
+    convert(path, half, "--precision", "bf16")
+    assert {value.dtype for value in load_file(half).values()} == {torch.bfloat16, torch.int64}
+    convert(path, half)
+    assert half.read_bytes() == before
+    for words in ((half, "--to", "diffusers"), (half, "--weights", "ema"), (tmp_path / "folder",)):
+        with pytest.raises(SystemExit):
+            convert(path, *words)
+        assert "only the precision is changed" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+
+
+def test_numbers_that_the_precision_cannot_hold_are_told_and_nothing_is_written(
+    source: Path, tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
+):
+    large = {"unet.conv_in.lora_A.weight": torch.full((4, 36), 1e6), "unet.conv_in.lora_B.weight": torch.ones(32, 4)}
+    save_file(large, tmp_path / "lora.safetensors")
+    weights = load_file(source / "autoencoder.safetensors")
+    save_file({name: value + 1e6 for name, value in weights.items()}, source / "autoencoder.safetensors")
+    for given in (tmp_path / "lora.safetensors", source):
+        with pytest.raises(SystemExit):
+            convert(given, tmp_path / "out.safetensors", "--precision", "fp16")
+        assert "too large for fp16" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
+        convert(given, tmp_path / f"{given.name}-bf16.safetensors", "--precision", "bf16")
+
+
+def test_weights_that_a_torch_file_stores_once_for_two_names(source: Path, tmp_path: Path, convert: Convert):
+    tied = torch.randn(4, 4)
+    lora = {"unet.conv_in.lora_A.weight": tied, "unet.conv_in.lora_B.weight": tied}
+    torch.save(lora, tmp_path / "lora.pt")
+    convert(tmp_path / "lora.pt", tmp_path / "lora.safetensors")
+    assert same(load_file(tmp_path / "lora.safetensors"), lora)
 
 
 def test_original_to_native_and_back_is_bit_identical(foreign: Path, tmp_path: Path, convert: Convert):
