@@ -25,7 +25,7 @@ with torch.no_grad():
     mask = torch.zeros_like(latent[:, :1])
     mask[..., 9:14, 3:13] = 1  # the mouth, in pixels of the latent
 
-    denoiser = cfg(branches_of(model, [[Ask("a crying face, noto emoji")], [Ask("")]]), 5.0)
+    denoiser = cfg(branches_of(model, [[Ask("a loudly crying face, noto emoji")], [Ask("")]]), 5.0)
     noise = NoiseStream([7], tuple(latent.shape[1:]), model.device)
     sigmas = make_grid(model.law.schedule, 30)[6:]
     x = latent + float(sigmas[0]) * noise.initial()

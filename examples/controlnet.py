@@ -20,11 +20,11 @@ model = ldm.load("icons", device="cpu")  # where its training here is
 
 
 class Branch(nn.Module):
-    """A silhouette (B, 1, 64, 64) -> what is added at each level of the U-Net (B, C, h, w)."""
+    """A silhouette (B, 1, 128, 128) -> what is added at each level of the U-Net (B, C, h, w)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fine = nn.Sequential(nn.Conv2d(1, 32, 8, 4, 2), nn.SiLU(), nn.Conv2d(32, 64, 3, padding=1), nn.SiLU())
+        self.fine = nn.Sequential(nn.Conv2d(1, 32, 16, 8, 4), nn.SiLU(), nn.Conv2d(32, 64, 3, padding=1), nn.SiLU())
         self.coarse = nn.Sequential(nn.Conv2d(64, 192, 4, 2, 1), nn.SiLU())
         self.out = nn.ModuleList([zeroed(nn.Conv2d(64, 64, 1)), zeroed(nn.Conv2d(192, 192, 1))])
 
@@ -51,7 +51,7 @@ for _ in range(steps):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-square = nn.functional.pad(torch.ones(1, 1, 40, 40), (12, 12, 12, 12))
+square = nn.functional.pad(torch.ones(1, 1, 80, 80), (24, 24, 24, 24))
 sheet, prompts = [1 - 2 * square.expand(-1, 3, -1, -1)], ["a pizza, flat emoji", "an apple, flat emoji"]
 for added[:] in (branch(square), [0.0, 0.0]):  # with it, the same for each row of a batch; and without
     with torch.no_grad():

@@ -14,7 +14,7 @@ model = ldm.load("icons")
 if len(sys.argv) > 4:
     image, source, target = sys.argv[2:5]
 else:
-    source, target = "a red heart, noto emoji", "a blue heart, noto emoji"
+    source, target = "a red heart, twemoji", "a blue heart, twemoji"
     image = model.txt2img(source, steps=20, cfg=3, seed=4)
 
 start = model.invert(image, source, steps=20, refinements=1)

@@ -20,7 +20,7 @@ from ldm.jobs import Ask
 
 output, steps = sys.argv[1] if len(sys.argv) > 1 else "lora.png", int(sys.argv[2]) if len(sys.argv) > 2 else 100
 things = ["heart", "apple", "cat face", "dog face", "grinning face", "basketball", "sun", "strawberry"]
-asked = ["a red heart, noto emoji", "a pizza, flat emoji", "a fox, flat emoji"]
+asked = ["a red heart, twemoji", "a pizza, flat emoji", "a fox, flat emoji"]
 
 model = ldm.load("icons", device="cpu")  # where its training here is
 before = model.txt2img(asked, steps=15, cfg=3, seed=3)
@@ -36,7 +36,7 @@ schedule = model.law.schedule
 for step in range(steps):
     rows = torch.randint(len(latents), (4,))
     sigma = schedule.sigma(torch.rand(4) * (schedule.steps - 1)).float()
-    x0, condition = latents[rows], Condition(told.context[rows])
+    x0, condition = latents[rows], Condition(**{name: part[rows] for name, part in told.parts().items()})
     x = x0 + sigma[:, None, None, None] * torch.randn_like(x0)
     denoised = precondition(lambda x, t, condition=condition: lora(x, t, condition), model.law)(x, sigma)
     loss = ((denoised - x0).square().mean((1, 2, 3)) * (1 + sigma**-2)).mean()  # v's own: Salimans & Ho 2022

@@ -78,7 +78,7 @@ def main(output="mmd.png", steps=24):
             init="icons",
             output=f"{folder}/run",
             lora=LoraConfig(rank=16, layers="all"),
-            data=DataConfig(f"{folder}/real.tar", streams=1, workers=0),
+            data=DataConfig(f"{folder}/real.tar", size=128, streams=1, workers=0),
             optimizer=OptimizerConfig(rate=1e-3, warmup=5, law="cosine"),
             loop=LoopConfig(steps=steps, global_batch=16, ema=0.0, log_every=5, validate_every=10**6, sample_every=0),
         )

@@ -14,7 +14,7 @@ from ldm.image_io import save_png
 from ldm.jobs import Ask, Settings
 
 model = ldm.load("icons")
-width, height, f = 128, 64, model.codec.factor
+width, height, f = 256, 128, model.codec.factor
 
 
 def told(prompt: str):
@@ -22,7 +22,7 @@ def told(prompt: str):
     return cfg(branches_of(model, [[Ask(prompt)], [Ask("")]]), 4.0)
 
 
-left, right = told("a red heart, noto emoji"), told("a green apple, flat emoji")
+left, right = told("a strawberry, flat emoji"), told("a green apple, flat emoji")
 ramp = torch.linspace(-width / f / 4, width / f / 4, width // f).clamp(-1, 1)  # over two latent pixels
 mask = (1 - ramp) / 2
 

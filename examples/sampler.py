@@ -29,7 +29,7 @@ def adams_bashforth(denoiser, x, sigmas, noise):
 
 
 model = ldm.load("icons")
-prompts = ["a red heart, noto emoji", "a cat face, noto emoji"]
+prompts = ["a red heart, twemoji", "a cat face, noto emoji"]
 few = [
     model.txt2img(prompts, sampler=sampler, grid="karras", steps=6, cfg=3, seed=3)
     for sampler in ("euler", adams_bashforth)

@@ -12,11 +12,11 @@ import ldm
 from ldm.image_io import grid, save_png
 from ldm.inputs import as_images
 
-strokes = Image.new("RGB", (64, 64), "white")
+strokes = Image.new("RGB", (128, 128), "white")
 brush = ImageDraw.Draw(strokes)
-brush.ellipse((10, 16, 54, 60), fill=(200, 30, 30))
-brush.line((32, 18, 34, 4), fill=(110, 70, 40), width=4)
-brush.ellipse((34, 4, 50, 13), fill=(60, 160, 60))
+brush.ellipse((20, 32, 108, 120), fill=(200, 30, 30))
+brush.line((64, 36, 68, 8), fill=(110, 70, 40), width=8)
+brush.ellipse((68, 8, 100, 26), fill=(60, 160, 60))
 
 model = ldm.load("icons")
 strengths = [0.3, 0.5, 0.7, 0.9]

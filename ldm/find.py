@@ -11,6 +11,8 @@ from ldm.errors import UserError
 WEIGHTS = ("auto", "ema", "raw")  # which of a file that holds two sets
 SHIPPED = {"icons": Path(__file__).parent / "assets" / "icons"}
 """The models inside the package: name -> checkpoint directory."""
+SHIPPED_LORAS = {"four": SHIPPED["icons"] / "four.safetensors"}
+"""The LoRAs inside the package: with `four`, icons draws in four evaluations."""
 
 
 def find(model: str | Path) -> Path:
@@ -27,6 +29,8 @@ def find(model: str | Path) -> Path:
 
         return fetch(str(model).removeprefix("hf:"))
     path = Path(model)
+    if not path.exists() and model in SHIPPED_LORAS:
+        raise UserError(f"{model} is a LoRA, which goes over a model; say --lora {model} beside the model")
     if not path.exists():
         names = ", ".join(SHIPPED)
         could_be = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is not None
@@ -37,3 +41,8 @@ def find(model: str | Path) -> Path:
     if why := why_no_model(path):
         raise UserError(why)
     return path
+
+
+def find_lora(lora: str) -> str:
+    """The file of a LoRA: that of a shipped one's name, or else the path itself."""
+    return str(SHIPPED_LORAS.get(lora, lora))

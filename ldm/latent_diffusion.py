@@ -16,7 +16,7 @@ from ldm.errors import UserError
 from ldm.given import begin_of, numbers, plan_of, requests_of, start_of
 from ldm.helpers import helpers_of
 from ldm.jobs import Settings
-from ldm.jobs.adapters import Adapter
+from ldm.jobs.adapters import Adapter, path_of
 from ldm.jobs.request import Labels
 from ldm.jobs.values import real
 from ldm.model import CheckpointNotice, Model
@@ -254,7 +254,7 @@ class LatentDiffusion(Model):
         from ldm.adapters import use
 
         scales = loras if isinstance(loras, Mapping) else dict.fromkeys(_files(loras or ()), 1.0)
-        files = [Adapter("lora", str(path), real(scale, f"the scale of {path}")) for path, scale in scales.items()]
+        files = [Adapter("lora", path_of(path), real(scale, f"the scale of {path}")) for path, scale in scales.items()]
         made = use.apply(self, files + [Adapter("embedding", str(path)) for path in _files(embeddings)])
         for notice in made.told[len(self.told) :]:
             warnings.warn(notice, CheckpointNotice, stacklevel=2)

@@ -306,8 +306,8 @@ def add_prompts(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--classifier", required=True, help="what tools/train_classifier.py wrote")
     add("--concepts", type=recipe("evaluation"), default="concepts64", help="YAML list of concepts")
-    add("--styles", default="noto emoji,flat emoji", help="styles to prompt, separated by commas")
-    add("--left-out", default="twemoji", help="the style whose real pictures are judged beside")
+    add("--styles", default="noto emoji,flat emoji,twemoji,3d render", help="styles to prompt, separated by commas")
+    add("--left-out", default="emojitwo", help="the style whose real pictures are judged beside")
     add("--pairs", default="", metavar="SHARDS", help="prompt the (concept, style) pairs of these pictures alone")
     add("--colours", type=recipe("evaluation"), metavar="YAML", help="name backgrounds, and judge them: colours")
     add("--n", type=COUNT, default=2, metavar="N", help="pictures of each prompt")

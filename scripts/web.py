@@ -109,7 +109,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=about, epilog=examples)
     add: Any = parser.add_argument_group("what there is to choose from").add_argument
     add("--model", action="append", metavar="MODEL", help="as txt2img.py's; may be given several times [icons]")
-    add("--lora", action="append", metavar="FILE", help="a LoRA, or a folder of them; may be given several times")
+    add("--lora", action="append", metavar="FILE", help="a LoRA, a folder of them, or four; may be given several times")
     add("--embedding", action="append", metavar="FILE", help="a textual inversion, or a folder of them")
     add("--classifier", action="append", metavar="FOLDER", help="that tools/train_noisy_classifier.py wrote")
     add_machine(add)

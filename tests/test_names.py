@@ -17,11 +17,13 @@ from torch import Tensor
 from training.toys import CPU, DATA, ICONS
 
 from ldm.checkpoints import export, native
+from ldm.checkpoints.adapter_words import drawing_in
 from ldm.checkpoints.opening import open_checkpoint
-from ldm.config import DiffusionTraining, LoopConfig, ModelConfig, UNetConfig
+from ldm.checkpoints.reading import read_metadata
+from ldm.config import AutoencoderTraining, DiffusionTraining, Halve, LoopConfig, ModelConfig, UNetConfig, load
 from ldm.data.latents import LatentLoader
 from ldm.errors import UserError
-from ldm.find import SHIPPED, find
+from ldm.find import SHIPPED, SHIPPED_LORAS, find
 from ldm.training.stage_two import diffusion_stage
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +114,24 @@ def test_the_shipped_model_lends_its_parts_by_name():
         loop=LoopConfig(global_batch=4),
     )
     assert diffusion_stage(config, 0, 1, CPU).model.codec.factor == shipped.autoencoder.factor
+
+
+def test_what_ships_is_what_its_recipes_make():
+    shipped, configs = native.read_config(SHIPPED["icons"]), ROOT / "configs"
+    recipe = load(DiffusionTraining, configs / "diffusion" / "icons.yaml")
+    stage_one = load(AutoencoderTraining, configs / "autoencoder" / "icons.yaml").model
+    assert (shipped.unet, shipped.encoder, shipped.loss) == (recipe.model, recipe.encoder, recipe.loss)
+    assert (shipped.schedule, shipped.parameterization) == (recipe.schedule, recipe.parameterization)
+    assert (shipped.drawing.cfg, shipped.drawing.steps) == (recipe.sample.cfg, recipe.sample.steps)
+    assert shipped.image_size == recipe.data.size and shipped.autoencoder is not None
+    assert replace(shipped.autoencoder, shift=stage_one.shift, scale=stage_one.scale) == stage_one
+
+    four, words = load(DiffusionTraining, configs / "diffusion" / "four.yaml"), read_metadata(SHIPPED_LORAS["four"])
+    assert words["ldm.base_hash"] == open_checkpoint("icons").base_hash
+    assert four.lora is not None and isinstance(four.objective, Halve)
+    assert words["ss_network_dim"] == str(four.lora.rank) and words["ss_learning_rate"] == f"{four.optimizer.rate:g}"
+    drawing = drawing_in(words, "four")
+    assert drawing is not None and (drawing.cfg, drawing.steps) == (1.0, four.objective.steps)
 
 
 def test_parts_are_fetched_by_name_as_models_are(models: Path, monkeypatch: pytest.MonkeyPatch):

@@ -113,7 +113,7 @@ def test_printed_commands_are_options_and_settings_that_there_are(
     if hasattr(arguments, "config"):
         kind = TRAININGS.get(Path(words[at]).stem, DiffusionTraining)
         settings = load(kind, arguments.config, arguments.overrides)
-        if not settings.data.shards.startswith("data/icons/"):
+        if not settings.data.shards.startswith("data/icons"):
             assert not settings.data.where, "a filter of the shipped model's pictures leaves nothing of one's own"
         assert settings.loop.global_batch % settings.data.streams == 0
         processes = int(words[words.index("--num_processes") + 1]) if "--num_processes" in words else 1

@@ -122,7 +122,8 @@ def add_fewer(parser: Parser) -> None:
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale of the model itself [%(default)s]")
     parser.add_argument("--classifier", required=True, help="folder that tools/train_classifier.py wrote: the judge")
     parser.add_argument("--concepts", type=recipe("evaluation"), default="concepts64", help="YAML list [%(default)s]")
-    parser.add_argument("--styles", default="noto emoji,flat emoji", help="of the prompts [%(default)s]")
+    styles = "noto emoji,flat emoji,twemoji,3d render"
+    parser.add_argument("--styles", default=styles, help="of the prompts [%(default)s]")
     parser.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE,...", help=WHERE_HELP)
 
 

@@ -4,8 +4,8 @@
         --concepts configs/evaluation/classifier.yaml --output runs/classifier
 
 It learns the concepts of --concepts, or else all that have pictures enough, in every style but the left-out one: what
-it then says of that style's pictures is what it can say of pictures it never saw. "twemoji" is left out because
-another hand drew it than drew the styles that the shipped model learns, and it has nearly all concepts.
+it then says of that style's pictures is what it can say of pictures it never saw. "emojitwo" is left out because
+another hand drew it than drew the styles that the shipped model learns, and it has most of the concepts.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
         help="YAML list of the concepts to learn; default: all with --pictures pictures",
     )
     parser.add_argument("--pictures", type=COUNT, default=5, help="pictures a concept must have to be learnt")
-    parser.add_argument("--left-out", default="twemoji", help="the style it never sees")
+    parser.add_argument("--left-out", default="emojitwo", help="the style it never sees")
     parser.add_argument("--size", type=SIDE, default=64, help="pixels")
     parser.add_argument("--channels", type=COUNT, default=32)
     parser.add_argument("--steps", type=COUNT, default=600)

@@ -30,13 +30,13 @@ def apply(model: M, adapters: Sequence[Adapter]) -> M:
     Its notices say which words were loaded, and which files were made for another model. Raises UserError for files
     that cannot be read or do not fit.
     """
-    opened = [replace(adapter, hash=read_hash(adapter.path)) for adapter in adapters]
+    opened = [replace(adapter, hash=read_hash(adapter.file)) for adapter in adapters]
     loras: list[tuple[Lora, float]] = []
     words: list[Embedding] = []
     told: list[str] = []
     config = model.config
     for adapter in opened:
-        metadata = read_metadata(adapter.path)
+        metadata = read_metadata(adapter.file)
         if (drawing := drawing_in(metadata, adapter.path)) is not None:
             config = replace(config, drawing=drawing)
             told.append(
@@ -44,10 +44,10 @@ def apply(model: M, adapters: Sequence[Adapter]) -> M:
                 f"{drawing.sampler}, where nothing else is said"
             )
         if adapter.kind == "lora":
-            loras.append((read_lora(adapter.path, model.unet, model.towers), adapter.scale))
-            words += read_bundled(adapter.path)
+            loras.append((read_lora(adapter.file, model.unet, model.towers), adapter.scale))
+            words += read_bundled(adapter.file)
         else:
-            words += read_embeddings(adapter.path)
+            words += read_embeddings(adapter.file)
         base = other_base(metadata, model.checkpoint) if model.checkpoint is not None else ""
         if base:
             told.append(

@@ -68,7 +68,7 @@ def drawing_parser(about: str | None, prompts: str = "", seed: bool = True) -> P
     add("--model", metavar="MODEL", help=f"{', '.join(SHIPPED)} (default); directory or file ({kinds}); hf:owner/name")
     add("--vae", metavar="MODEL", help="take the autoencoder of this model or file (default: the model's own)")
     add("--set", action="append", metavar="KEY=VALUE", help="what a foreign model does not say: parameterization=v")
-    add("--lora", action="append", metavar="FILE[:SCALE]", help="merged into the model; may be given several times")
+    add("--lora", action="append", metavar="FILE[:SCALE]", help="merged into the model; four ships (icons, 4 steps)")
     add("--embedding", action="append", metavar="FILE", help="a textual inversion, whose word prompts may then use")
     add_machine(add, None, None)
     add("--attention", choices=("sdpa", "xformers"), help="[sdpa], torch's own; xformers: the extra, CUDA alone")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError, explain_os_error
+from ldm.find import SHIPPED_LORAS, find_lora
 from ldm.jobs.values import real
 
 KINDS = ("lora", "embedding")
@@ -20,13 +21,19 @@ class Adapter:
     """A file that changes a model: a LoRA with its scale, or the words of a textual inversion."""
 
     kind: str  # a name in KINDS
-    path: str
+    path: str  # or a shipped LoRA's name
     scale: float = 1.0
     hash: str = ""  # sha256 of the file, in hex; empty until it has been read
 
+    @property
+    def file(self) -> str:
+        return find_lora(self.path) if self.kind == "lora" else self.path
+
 
 def parse_lora(word: str) -> Adapter:
-    """ "FILE" or "FILE:SCALE" as a LoRA; raises UserError if there is no such file or the scale is not finite."""
+    """ "FILE" or "FILE:SCALE" as a LoRA, or a name of one that ships for FILE.
+
+    Raises UserError if there is no such file or the scale is not finite."""
     path, colon, tail = word.rpartition(":")
     try:
         scale = float(tail) if colon else 1.0
@@ -36,12 +43,17 @@ def parse_lora(word: str) -> Adapter:
         path = word
     if not math.isfinite(scale):
         raise UserError(f"the scale of the LoRA {path} is {tail}; choose a finite number, such as 0.8")
-    return Adapter("lora", _file(path), scale)
+    return _there(Adapter("lora", path, scale))
 
 
 def parse_embedding(path: str) -> Adapter:
     """A file of textual inversion; raises UserError if there is none."""
-    return Adapter("embedding", _file(path))
+    return _there(Adapter("embedding", path))
+
+
+def path_of(lora: str | Path) -> str:
+    """A LoRA as it is named in an Adapter: a Path is a file's, whatever ships under that name."""
+    return f"./{lora}" if isinstance(lora, Path) and str(lora) in SHIPPED_LORAS else str(lora)
 
 
 def read_hash(path: str | Path) -> str:
@@ -77,7 +89,11 @@ def differences(then: Sequence[Adapter], now: Sequence[Adapter]) -> list[str]:
     ]
 
 
-def _file(path: str) -> str:
-    if not Path(path).is_file():
-        raise UserError(f"there is no file '{path}'; name a LoRA as FILE or FILE:SCALE, an embedding as FILE")
-    return path
+def _there(adapter: Adapter) -> Adapter:
+    if not Path(adapter.file).is_file():
+        names = ", ".join(SHIPPED_LORAS)
+        raise UserError(
+            f"there is no file '{adapter.path}'; name a LoRA as FILE or FILE:SCALE, or one that ships ({names}), an "
+            "embedding as FILE"
+        )
+    return adapter

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.errors import UserError, explain_os_error, instead
-from ldm.find import SHIPPED, find
+from ldm.find import SHIPPED, SHIPPED_LORAS, find, find_lora
 from ldm.helpers import NONE, Helpers, open_helpers
 from ldm.jobs import Plan, Settings
 from ldm.jobs.adapters import Adapter
@@ -31,12 +31,13 @@ def named(words: Iterable[str], what: str) -> dict[str, str]:
 
     Raises UserError for one that is not there, and for two of one name."""
     found: dict[str, str] = {}
+    shipped = {"model": SHIPPED, "LoRA": SHIPPED_LORAS}.get(what, {})
     for word in words:
+        own = word in shipped or (what == "model" and word.startswith("hf:"))
         if what == "model":
             find(word)
-        elif not Path(word).exists():
+        elif not own and not Path(word).exists():
             raise UserError(f"there is no {what} {word}; check the path")
-        own = what == "model" and (word in SHIPPED or word.startswith("hf:"))
         folder = what in ("LoRA", "embedding") and Path(word).is_dir()
         try:
             files = sorted(path for path in Path(word).iterdir() if path.suffix in WEIGHTS) if folder else [Path(word)]
@@ -48,7 +49,7 @@ def named(words: Iterable[str], what: str) -> dict[str, str]:
             name = word if own else path.resolve().name
             if name in found:
                 raise UserError(f"two of them have the name {name}: {found[name]} and {path}; rename one")
-            found[name] = word if own else str(path)
+            found[name] = word if own or str(path) in shipped else str(path)  # "./four" is a file
     return found
 
 
@@ -98,7 +99,8 @@ class Shelf:
 
     def without_paths(self, sentence: str) -> str:
         """A sentence for a client, names in the place of paths."""
-        known = {path: name for kind in (self.models, self.loras, self.embeddings, self.classifiers)
+        loras = {name: find_lora(path) for name, path in self.loras.items()}
+        known = {path: name for kind in (self.models, loras, self.embeddings, self.classifiers)
                  for name, path in kind.items() if os.sep in path}  # fmt: skip
         for path in sorted(known, key=len, reverse=True):
             sentence = sentence.replace(path, known[path])

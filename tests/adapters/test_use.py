@@ -25,7 +25,7 @@ from ldm.checkpoints import native
 from ldm.checkpoints.lora import read_lora, save_lora
 from ldm.checkpoints.opening import open_checkpoint
 from ldm.errors import UserError
-from ldm.jobs.adapters import Adapter, parse_lora, read_hash
+from ldm.jobs.adapters import Adapter, parse_embedding, parse_lora, read_hash
 from ldm.model import CheckpointNotice
 
 
@@ -150,6 +150,25 @@ def test_whose_base_is_another_is_told(tiny_checkpoint: Path, files: Path, tmp_p
 def native_parts(model: ldm.LatentDiffusion) -> dict[str, torch.nn.Module]:
     assert model.codec.autoencoder is not None
     return {"autoencoder": model.codec.autoencoder, "text": model.text, "unet": model.unet}
+
+
+def test_a_shipped_name_is_a_loras_alone(
+    tiny_checkpoint: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that has that name the path says so, and an embedding of that name is that file."""
+    monkeypatch.chdir(tmp_path)
+    model = ldm.load(tiny_checkpoint, device="cpu")
+    shipped = Path(ldm.__file__).parent / "assets" / "icons" / "four.safetensors"
+    assert Path(parse_lora("four:0.5").file) == shipped and parse_lora("four:0.5").path == "four"
+    with pytest.raises(UserError, match="'four'"):
+        parse_embedding("four")
+    Path("four").write_bytes((files / "word.safetensors").read_bytes())
+    with pytest.warns(CheckpointNotice, match="brings the word '<new>'"):
+        assert model.adapted(embeddings="four").adapters == (Adapter("embedding", "four", hash=read_hash("four")),)
+    Path("four").write_bytes((files / "a.safetensors").read_bytes())
+    assert Path(parse_lora("four").file) == shipped and parse_lora("./four").file == "./four"
+    for own in ("./four", Path("four")):
+        assert model.adapted(own).adapters == (Adapter("lora", "./four", hash=read_hash("four")),)
 
 
 def test_scales_on_the_command_line(tmp_path: Path) -> None:

@@ -32,14 +32,14 @@ def test_pictures_carry_concept_style_and_caption(pictures):
     assert pictures.image.shape == (9, 3, 32, 32)
     assert pictures.name == tuple(COLOURS) * 3
     assert pictures.caption[4] == "a green apple, flat emoji"
-    some = pictures.of(["blue fish", "red heart"], ["twemoji"])
-    assert (some.name, some.style) == (("red heart", "blue fish"), ("twemoji", "twemoji"))
+    some = pictures.of(["blue fish", "red heart"], ["emojitwo"])
+    assert (some.name, some.style) == (("red heart", "blue fish"), ("emojitwo", "emojitwo"))
     assert some.labels(["blue fish", "red heart"]).tolist() == [1, 0]
 
 
 def test_where_and_unusable_pictures(tmp_path):
     shard = toy_shard(tmp_path / "toy.tar")
-    assert set(read_pictures(shard, {"style": ["twemoji"]}, 16).style) == {"twemoji"}
+    assert set(read_pictures(shard, {"style": ["emojitwo"]}, 16).style) == {"emojitwo"}
     write_shard(tmp_path / "bad.tar", [("0", {"png": b"no picture", "txt": b"a thing", "json": b"{}"})])
     with pytest.raises(UserError, match="does not decode"):
         read_pictures(str(tmp_path / "bad.tar"), {}, 16)
@@ -73,7 +73,7 @@ def test_prompts_use_the_shortest_phrase_of_the_captions(pictures):
 def test_the_judge_knows_the_colours(pictures):
     judge = Judge(MeanColour(), pictures, list(COLOURS))  # type: ignore[arg-type]
     assert judge.pictures == 6  # the third style is not the classifier's
-    unseen = pictures.of(list(COLOURS), ["twemoji"])
+    unseen = pictures.of(list(COLOURS), ["emojitwo"])
     assert judge.ranks(unseen.image, unseen.name).tolist() == [0, 0, 0]
     wrong = ["green apple", "blue fish", "red heart"]
     assert bool((judge.ranks(unseen.image, wrong) > 0).all())

@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.data.writing import write_shard
 
 COLOURS = {"red heart": (220, 40, 40), "green apple": (40, 190, 60), "blue fish": (50, 60, 210)}
-STYLES = ("noto emoji", "flat emoji", "twemoji")
+STYLES = ("noto emoji", "flat emoji", "emojitwo")
 
 
 def toy_shard(path: Path, side: int = 32, pairs: Sequence[tuple[str, str]] = ()) -> str:

@@ -74,15 +74,16 @@ def test_a_classifier_is_trained_and_judges_prompts(command, tiny_checkpoint, to
 
     code, out, _ = command(
         "scripts/evaluate.py", "prompts", "--model", tiny_checkpoint, "--shards", shards, "--classifier", classifier,
-        "--concepts", concepts, "--n", 2, "--steps", 2, "--seed", 5, "--output", report, "--grid", sheet,
+        "--concepts", concepts, "--styles", "noto emoji,flat emoji", "--n", 2, "--steps", 2, "--seed", 5,
+        "--output", report, "--grid", sheet,
     )  # fmt: skip
     assert code == 0
     made = json.loads(report.read_text())
     assert set(made["figures"]) == {
-        "drawn, noto emoji", "drawn, flat emoji", "drawn, all", "real, twemoji (never seen)",
+        "drawn, noto emoji", "drawn, flat emoji", "drawn, all", "real, emojitwo (never seen)",
     }  # fmt: skip
     assert made["figures"]["drawn, all"]["pictures"] == 12
-    assert made["figures"]["real, twemoji (never seen)"]["pictures"] == 3
+    assert made["figures"]["real, emojitwo (never seen)"]["pictures"] == 3
     assert sum(found["right"] for found in made["concepts"].values()) == round(
         12 * made["figures"]["drawn, all"]["top1"]
     )
@@ -117,7 +118,7 @@ def test_a_classifier_is_trained_and_judges_prompts(command, tiny_checkpoint, to
         (("--seed", -5), "--seed is -5; it must be at least 0"),
         (("--n", 0), "--n is 0; it must be at least 1"),
         (("--steps", 0), "0 steps were asked for"),
-        (("--pairs", only, "--styles", "twemoji"), "--pairs shows none of the concepts in one of the styles"),
+        (("--pairs", only, "--styles", "emojitwo"), "--pairs shows none of the concepts in one of the styles"),
         (("--colours", concepts), "must name colours by red, green and blue"),
     ):
         code, _, err = command(
@@ -137,7 +138,7 @@ def test_mistakes_end_in_one_sentence(command, toy, tmp_path):
         ("scripts/evaluate.py", ("autoencoder", *words, "--model", tmp_path / "none"), "no model"),
         ("scripts/evaluate.py", ("autoencoder", *words, "--size", -3), "--size is -3; it must be between 1 and"),
         ("scripts/evaluate.py", ("autoencoder", *words, "--size", 8), "smaller than the window of SSIM"),
-        ("scripts/evaluate.py", ("autoencoder", *words, "--size", 33), "multiples of 4"),
+        ("scripts/evaluate.py", ("autoencoder", *words, "--size", 33), "multiples of 8"),
         ("scripts/evaluate.py", ("likelihood", *words, "--seed", 10**23), f"--seed is {10**23}; it must be between 0"),
         ("scripts/evaluate.py", ("prompts", *words, "--classifier", tmp_path, "--concepts", concepts), "no classifier"),
     ):

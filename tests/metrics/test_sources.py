@@ -91,10 +91,10 @@ def test_hidden_copies_are_no_pictures_and_what_cannot_be_read_is_left_out(tmp_p
 def test_shards_with_fields(tmp_path):
     shard = toy_shard(tmp_path / "toy.tar")
     everything = open_source(shard, "--reference")
-    some = open_source(shard, "--reference", {"style": ["twemoji"]})
+    some = open_source(shard, "--reference", {"style": ["emojitwo"]})
     assert (len(everything), len(some)) == (9, 3)
-    assert {item.caption for item in some.items} == {f"a {name}, twemoji" for name in COLOURS}
-    assert some.protocol() == {"pictures": 3, "hash": some.digest, "where": {"style": ["twemoji"]}}
+    assert {item.caption for item in some.items} == {f"a {name}, emojitwo" for name in COLOURS}
+    assert some.protocol() == {"pictures": 3, "hash": some.digest, "where": {"style": ["emojitwo"]}}
     rows, images = everything.images(2, 5, 32)
     assert rows == [2, 3, 4] and images[0].shape == (3, 32, 32)
 
@@ -124,8 +124,8 @@ def test_pictures_without_a_caption_are_told(tmp_path, caplog):
 
 def test_the_choice_of_a_training_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("data:\n  where:\n    style: [twemoji]\n    name: [red heart, blue fish]\n")
-    wanted = {"mode": ["plain"], "style": ["twemoji"], "name": ["red heart", "blue fish"]}
+    recipe.write_text("data:\n  where:\n    style: [emojitwo]\n    name: [red heart, blue fish]\n")
+    wanted = {"mode": ["plain"], "style": ["emojitwo"], "name": ["red heart", "blue fish"]}
     assert where_of(["mode=plain", f"@{recipe}"]) == wanted
     assert len(open_source(toy_shard(tmp_path / "toy.tar"), "--reference", wanted)) == 2
     with pytest.raises(UserError, match="there is no file of settings"):

@@ -491,3 +491,17 @@ def test_a_model_picks_how_it_is_drawn_and_options_go_before(cli: Cli, tiny_chec
     code, _, err = cli("--reproduce", out / "00000.png", "--out", out)
     assert code == 0 and "the model differs" not in err
     assert (pixels(out / "00002.png") == pixels(out / "00000.png")).all()
+
+
+def test_the_lora_that_ships_draws_in_four_evaluations(cli: Cli, tmp_path: Path) -> None:
+    heart = ("--prompt", "a red heart, noto emoji", "--out", tmp_path)
+    code, _, err = cli(*heart, "--lora", "four", "--device", "cpu")
+    assert code == 0 and "made for another model" not in err and "with four pictures are drawn at cfg 1" in err, err
+    made = image_io.read_metadata(tmp_path / "00000.png")
+    assert (made["steps"], made["cfg"]) == (4, 1.0)
+    assert [(one["path"], one["scale"]) for one in made["adapters"]] == [("four", 1.0)]
+    assert pixels(tmp_path / "00000.png")[64, 64].tolist()[0] > 150 > pixels(tmp_path / "00000.png")[64, 64].tolist()[2]
+    assert cli("--reproduce", tmp_path / "00000.png", "--out", tmp_path / "again")[0] == 0
+    assert np.array_equal(pixels(tmp_path / "00000.png"), pixels(tmp_path / "again" / "00000.png"))
+    assert "four" in cli.refused(*heart, "--lora", "five")
+    assert "say --lora four" in cli.refused(*heart, "--model", "four")

@@ -270,7 +270,7 @@ def test_what_carries_no_recipe(server: Server, content: bytes, said: str):
     assert answer.status == 400 and said in answer.error and "tmp" not in answer.error
 
 
-def test_adapters_are_chosen_by_name(tiny_checkpoint: Path, tmp_path: Path):
+def test_adapters_are_chosen_by_name(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="two of them have the name tiny"):
         named([str(tiny_checkpoint), f"{tiny_checkpoint}/"], "model")
     with pytest.raises(UserError, match="there is no LoRA"):
@@ -280,6 +280,9 @@ def test_adapters_are_chosen_by_name(tiny_checkpoint: Path, tmp_path: Path):
     (tmp_path / "a.safetensors").touch()
     (tmp_path / "notes.txt").touch()
     assert list(named([str(tmp_path)], "LoRA")) == ["a.safetensors"]
+    monkeypatch.chdir(tmp_path)
+    Path("four").touch()
+    assert named(["four"], "LoRA") == {"four": "four"} and named(["./four"], "LoRA") == {"four": "./four"}
 
 
 def test_a_job_is_read_without_a_model():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from base64 import b64decode
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def full(tiny_checkpoint: Path, folder: Path) -> Iterator[Server]:
-    loras, words = named([str(folder)], "LoRA"), named([str(folder / "words")], "embedding")
+    loras, words = named([str(folder), "four"], "LoRA"), named([str(folder / "words")], "embedding")
     shelf = Shelf(named([str(tiny_checkpoint), str(folder / "other")], "model"), loras, words, device="cpu")
     shelf.open_models()
     with serving(shelf) as server:
@@ -85,3 +86,5 @@ def test_a_lora_of_another_model_is_told_without_its_path(full: Server, folder: 
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, folder / "c.safetensors")
     answer = full.draw(**JOB, loras={"c.safetensors": 0.1})
     assert answer.status == 400 and "c.safetensors" in answer.error and str(folder) not in answer.error
+    answer = full.draw(**JOB, loras={"four": 1})  # it is of another model too, and lies in the package
+    assert answer.status == 400 and "four" in answer.error and os.sep not in answer.error

@@ -27,7 +27,7 @@ from ldm.training.loop import carry_out
 from ldm.training.stage_two import DiffusionStage, diffusion_stage
 
 UNET = (
-    "{kind: unet, in_channels: 4, out_channels: 4, channels: 40, multipliers: [1, 2], blocks: 1, "
+    "{kind: unet, in_channels: 16, out_channels: 16, channels: 40, multipliers: [1, 2], blocks: 1, "
     "attention_levels: [1], heads: 0, head_width: 40, linear_projection: true, context_width: 192}"
 )
 NETWORKS = {
