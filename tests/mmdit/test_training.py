@@ -35,6 +35,8 @@ def settings(folder: Path, checkpoint: Path, *more: str) -> DiffusionTraining:
     parts = [
         f"autoencoder={checkpoint}",
         f"text={checkpoint}",
+        "model.in_channels=4",
+        "model.out_channels=4",
         "model.context_width=32",
         "data.size=32",
         "model.side=4",

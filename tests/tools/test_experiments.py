@@ -58,7 +58,7 @@ def test_two_networks_at_equal_compute(tmp_path: Path) -> None:
     first, (head, _, *rows) = run("networks", *words), (tmp_path / "out" / "networks.md").read_text().splitlines()
     assert head.startswith("| network | parameters |") and len(rows) == 2 and all(row in first for row in rows)
     figures = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert [row[1] for row in figures] == ["1.08 M", "1.63 M"] and figures[0][2] == "151 MFLOP"
+    assert [row[1] for row in figures] == ["1.09 M", "1.64 M"] and figures[0][2] == "152 MFLOP"
     for row in figures:
         assert int(row[4]) >= 2 and 0.2 < float(row[6]) < 3
 
@@ -171,7 +171,7 @@ def test_processes_draw_the_same(shards: str, tmp_path: Path) -> None:
 def test_interpolation(shards: str, tmp_path: Path) -> None:
     words = ("interpolate", "--shards", shards, "--concepts", "red heart", "green apple", "--quick")
     run(*words, "--output", tmp_path)
-    assert Image.open(tmp_path / "interpolate.png").size == (11 * 64 + 10 * 2, 3 * 64 + 2 * 2)
+    assert Image.open(tmp_path / "interpolate.png").size == (11 * 128 + 10 * 2, 3 * 128 + 2 * 2)
     assert "no picture of 'a cloud'" in run(
         "interpolate", "--shards", shards, "--concepts", "red heart", "a cloud", "--output", tmp_path, expect=1
     )
