@@ -165,7 +165,7 @@ def test_ctrl_c_that_is_ignored_stays_so(tmp_path):
 SHARD = str(ROOT / "tests/fixtures/icons/val-0000.tar")
 FIRST_SECONDS = [
     ("train_autoencoder.py", "--config", "tiny", f"data.shards={SHARD}", "loss.perceptual=0", "output=run"),
-    ("txt2img.py", "--prompt", "a cat", "--steps", "9999"),
+    ("txt2img.py", "--prompt", "a cat", "--steps", "9999", "--spacing", "karras"),
     ("evaluate.py", "likelihood", "--shards", SHARD),
 ]
 
